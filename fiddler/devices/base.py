@@ -1,0 +1,27 @@
+"""What a device is asked for, and the values it works on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFormula:
+    """What varies between experts classes beside their weights.
+
+    Exactly one of `activation` and `gate` decides: `gate` maps the joined up output `[n, 2I]` (or `[n, I]`) to
+    `[n, I]`; where it is `None` the standard `activation(gate) * up` (or `activation(up)` if not `gated`) applies.
+    """
+
+    gated: bool
+    activation: Callable[[Tensor], Tensor] | None
+    gate: Callable[[Tensor], Tensor] | None = None
+    post_norm: Callable[[Tensor], Tensor] | None = None
+
+
+Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

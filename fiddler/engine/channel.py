@@ -1,0 +1,68 @@
+"""Values from one thread into another's event loop, without either waiting for the other.
+
+`anyio.from_thread` waits until the consumer's loop has run the call: a slow consumer would hold up the engine. Here
+a push appends and, if somebody waits, asks that loop to wake him: asyncio's `call_soon_threadsafe`, trio's
+`run_sync_soon`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from threading import Lock
+from typing import Generic, TypeVar
+
+import anyio
+from anyio import lowlevel
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """An unbounded queue: any thread pushes, one task at a time receives."""
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._lock = Lock()
+        self._wake: Callable[[], object] | None = None
+        self._guard = anyio.ResourceGuard("receiving from this stream")
+
+    def push(self, item: T) -> None:
+        """Add an item and wake the receiver; never waits. A receiver whose loop is gone is not an error."""
+        with self._lock:
+            self._items.append(item)
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
+
+    def drain(self) -> list[T]:
+        """Take every item there is."""
+        with self._lock:
+            items = list(self._items)
+            self._items.clear()
+        return items
+
+    async def receive(self) -> T:
+        """Take the next item, waiting for it. Raises `anyio.BusyResourceError` for a second receiver."""
+        with self._guard:
+            while True:
+                event = anyio.Event()
+                with self._lock:
+                    if self._items:
+                        item = self._items.popleft()
+                        break
+                    self._wake = _waker(event)
+                await event.wait()
+            await lowlevel.checkpoint()
+            return item
+
+
+def _waker(event: anyio.Event) -> Callable[[], object]:
+    token = lowlevel.current_token().native_token
+    soon = getattr(token, "run_sync_soon", None) or token.call_soon_threadsafe
+
+    def wake() -> None:
+        try:
+            soon(event.set)
+        except RuntimeError:  # the loop has ended, and with it the receiver (trio: RunFinishedError)
+            return
+
+    return wake

@@ -1,0 +1,150 @@
+"""The public face: an engine is opened, asked for streams, and closed."""
+
+import importlib.util
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import torch
+from transformers import GenerationConfig
+
+from fiddler.config import EngineConfig
+from fiddler.devices.calibrate import calibrated_kernels
+from fiddler.devices.cpu import CpuDevice
+from fiddler.engine.channel import Channel
+from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
+from fiddler.engine.request import Submission
+from fiddler.engine.stream import Item, TokenStream
+from fiddler.errors import EngineClosedError
+from fiddler.lanes.compute import ComputeLane
+from fiddler.models import seam
+from fiddler.models.loaded import LoadedModel, load
+from fiddler.models.sampling import read_options
+from fiddler.models.text import Prompt
+from fiddler.types import Result, Statistics, Timing, Token
+
+
+class Engine:
+    """Runs one Mixture-of-Experts checkpoint for any number of concurrent requests.
+
+    `model` is a checkpoint folder or a hub id. The engine is an async context manager; it works under asyncio and
+    trio, in a thread and an event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`
+    or `ConfigError`. Closing ends what is in flight with `EngineClosedError`.
+    """
+
+    def __init__(self, model: str | Path, config: EngineConfig | None = None) -> None:
+        self.config = config if config is not None else EngineConfig()
+        self._model = model
+        self._inbox: Channel[Command] = Channel()
+        self._boot: Channel[LoadedModel | BaseException] = Channel()
+        self._gone: Channel[None] = Channel()
+        self._loop: EngineLoop | None = None
+        self._loaded: LoadedModel | None = None
+        self._open = False
+
+    async def __aenter__(self) -> Self:
+        if self._open or self._loop is not None:
+            raise EngineClosedError("an engine is opened once; make a new Engine")
+        Thread(target=self._run, name="fiddler-engine", daemon=True).start()
+        try:
+            booted = await self._boot.receive()
+        except BaseException:
+            self._inbox.push(Close())  # opening was cancelled: the thread ends once loading is done
+            raise
+        if isinstance(booted, BaseException):
+            raise booted
+        self._loaded = booted
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close; returns once the engine's thread has let go of everything. Nothing happens if it is closed."""
+        if self._open:
+            self._open = False
+            self._inbox.push(Close())
+            with anyio.CancelScope(shield=True):
+                await self._gone.receive()
+
+    def generate_stream(
+        self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
+    ) -> TokenStream:
+        """Submit a request and return its tokens as a stream.
+
+        `prompt` is text, token ids, or chat messages. `overrides` are options of `GenerationConfig`, plus `seed`
+        and `logprobs`. Raises `GenerationError` for an option and `EngineClosedError` at once; what is wrong with
+        the prompt (`PromptError`) is raised when the stream is awaited or read.
+        """
+        if not self._open or self._loaded is None:
+            raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
+        options = read_options(self._loaded.model.generation_config or GenerationConfig(), generation, overrides)
+        channel: Channel[Item] = Channel()
+        submission = Submission(prompt, options, channel)
+        inbox = self._inbox
+        inbox.push(Submit(submission))
+        return TokenStream(channel, lambda: inbox.push(End(submission)))
+
+    async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any) -> Result:
+        """Run a request to its end and return it whole. Raises what `generate_stream` and its stream raise."""
+        started = perf_counter()
+        first_s = 0.0
+        tokens: list[Token] = []
+        async with self.generate_stream(prompt, generation, **overrides) as stream:
+            async for token in stream:
+                first_s = first_s or perf_counter() - started
+                tokens.append(token)
+        last = tokens[-1]
+        assert last.finish_reason is not None
+        assert last.usage is not None
+        return Result(
+            text="".join(token.text for token in tokens),
+            token_ids=tuple(token.id for token in tokens),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            timing=Timing(first_s, perf_counter() - started, len(tokens)),
+            logprobs=tuple(t.logprob for t in tokens if t.logprob is not None) or None,
+        )
+
+    def statistics(self) -> Statistics:
+        """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""
+        if self._loop is None:
+            raise EngineClosedError("the engine was not opened")
+        return self._loop.statistics
+
+    def _run(self) -> None:
+        """Be the engine's thread."""
+        try:
+            if self.config.threads is not None:
+                torch.set_num_threads(self.config.threads)
+            loaded = load(self._model, self.config)
+            self._loop = self._assemble(loaded)
+        except BaseException as error:
+            self._boot.push(error)
+            return
+        self._boot.push(loaded)
+        uvloop = importlib.util.find_spec("uvloop") is not None
+        try:
+            anyio.run(self._loop.serve, backend_options={"use_uvloop": uvloop})
+        finally:
+            self._loaded = None
+            self._gone.push(None)
+
+    def _assemble(self, loaded: LoadedModel) -> EngineLoop:
+        kernels = calibrated_kernels(loaded.store, self.config)
+        device = CpuDevice(loaded.store.weights, loaded.formulas, kernels)
+        lane = ComputeLane(device, loaded.store.layout.n_experts)
+        seam.bind(loaded.experts, lane.run)
+        return EngineLoop(
+            loaded,
+            lane,
+            self._inbox,
+            max_running=self.config.max_running,
+            chunk_tokens=self.config.chunk_tokens,
+        )

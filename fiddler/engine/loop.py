@@ -1,0 +1,202 @@
+"""The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
+
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from fiddler.engine.assemble import Span, assemble
+from fiddler.engine.channel import Channel
+from fiddler.engine.forward import StepRunner
+from fiddler.engine.request import Request, Submission, past_bytes, token_limit
+from fiddler.engine.stream import Admitted
+from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError
+from fiddler.lanes.compute import ComputeLane
+from fiddler.models.loaded import LoadedModel
+from fiddler.models.sampling import Sampler
+from fiddler.types import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A caller wants a request run."""
+
+    submission: Submission
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A caller left a request."""
+
+    submission: Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The engine is to end."""
+
+
+Command = Submit | End | Close
+
+
+@dataclass(slots=True)
+class _Counters:
+    n_requests: int = 0
+    n_finished: int = 0
+    n_cancelled: int = 0
+    n_steps: int = 0
+    n_prompt_tokens: int = 0
+    n_new_tokens: int = 0
+    step_s: float = 0.0
+
+
+class EngineLoop:
+    """Serves requests until told to close; every method but `statistics` belongs to the engine's thread."""
+
+    def __init__(
+        self, loaded: LoadedModel, lane: ComputeLane, inbox: Channel[Command], *, max_running: int, chunk_tokens: int
+    ) -> None:
+        self._loaded = loaded
+        self._lane = lane
+        self._inbox = inbox
+        self._max_running = max_running
+        self._chunk_tokens = chunk_tokens
+        self._steps = StepRunner(loaded, lane.run)
+        self._waiting: deque[Submission] = deque()
+        self._running: list[Request] = []
+        self._counters = _Counters()
+        self._closing = False
+        self.statistics = self._snapshot()
+        """The state after the latest step; replaced whole, so any thread may read it."""
+
+    async def serve(self) -> None:
+        """Run until a `Close`; requests still in flight then end with `EngineClosedError`."""
+        with torch.inference_mode():
+            while not self._closing:
+                if not self._running and not self._waiting:
+                    self._apply([await self._inbox.receive()])
+                self._apply(self._inbox.drain())
+                self._admit()
+                if self._running and not self._closing:
+                    self._step()
+                self.statistics = self._snapshot()
+        self._abandon()
+        self.statistics = self._snapshot()
+
+    def _apply(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case Submit(submission):
+                    self._waiting.append(submission)
+                case End(submission):
+                    self._leave(submission)
+                case Close():
+                    self._closing = True
+
+    def _leave(self, submission: Submission) -> None:
+        n_before = len(self._waiting) + len(self._running)
+        self._waiting = deque(s for s in self._waiting if s is not submission)
+        self._running = [r for r in self._running if r.submission is not submission]
+        self._counters.n_cancelled += n_before - len(self._waiting) - len(self._running)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            submission = self._waiting.popleft()
+            try:
+                request = self._open(submission)
+            except FiddlerError as error:
+                submission.channel.push(error)
+            else:
+                self._running.append(request)
+                self._counters.n_requests += 1
+                submission.channel.push(Admitted())
+
+    def _open(self, submission: Submission) -> Request:
+        options = submission.options
+        text = self._loaded.text
+        prompt_ids = text.encode(submission.prompt)
+        self._check_ids(prompt_ids)
+        return Request(
+            submission=submission,
+            prompt_ids=prompt_ids,
+            n_limit=token_limit(len(prompt_ids), options, self._loaded.resolved.max_context),
+            sampler=Sampler(options),
+            decoder=text.decoder(prompt_ids, options.stop_strings),
+            past=self._steps.new_past(),
+        )
+
+    def _check_ids(self, prompt_ids: list[int]) -> None:
+        from fiddler.errors import PromptError
+
+        n_vocabulary = self._loaded.model.get_input_embeddings().num_embeddings
+        if max(prompt_ids) >= n_vocabulary:
+            raise PromptError(f"token id {max(prompt_ids)} is outside the vocabulary of {n_vocabulary}")
+
+    def _step(self) -> None:
+        started = perf_counter()
+        spans = assemble(self._running, self._chunk_tokens, chunked=self._loaded.packed)
+        try:
+            logits = self._steps.run(spans)
+            self._deliver(spans, logits)
+        except Exception as error:
+            self._fail([span.request for span in spans], error)
+        self._counters.n_steps += 1
+        self._counters.step_s += perf_counter() - started
+
+    def _deliver(self, spans: list[Span[Request]], logits: list[torch.Tensor]) -> None:
+        rows = iter(logits)
+        for span in spans:
+            request = span.request
+            if request.prefilling:
+                self._counters.n_prompt_tokens += span.n_rows
+            request.n_past = span.stop
+            if span.last:
+                token = request.accept(next(rows))
+                self._counters.n_new_tokens += 1
+                if token.finish_reason is not None:
+                    self._running.remove(request)
+                    self._counters.n_finished += 1
+                request.submission.channel.push(token)
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        """End the requests of a step that raised; their memory goes with them, the others go on."""
+        for request in requests:
+            if request in self._running:
+                self._running.remove(request)
+                failure = EngineFailedError(f"a step failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                request.submission.channel.push(failure)
+
+    def _abandon(self) -> None:
+        left = [*(r.submission for r in self._running), *self._waiting]
+        left += [c.submission for c in self._inbox.drain() if isinstance(c, Submit)]
+        self._counters.n_cancelled += len(left)
+        self._running.clear()
+        self._waiting.clear()
+        for submission in left:
+            submission.channel.push(EngineClosedError("the engine was closed while the request was in flight"))
+
+    def _snapshot(self) -> Statistics:
+        counters, lane = self._counters, self._lane.counters
+        return Statistics(
+            n_requests=counters.n_requests,
+            n_finished=counters.n_finished,
+            n_cancelled=counters.n_cancelled,
+            n_running=len(self._running),
+            n_waiting=len(self._waiting),
+            n_steps=counters.n_steps,
+            n_prompt_tokens=counters.n_prompt_tokens,
+            n_new_tokens=counters.n_new_tokens,
+            kv_bytes=sum(past_bytes(request.past) for request in self._running),
+            n_expert_rows=lane.n_rows,
+            n_expert_loads=lane.n_loads,
+            expert_bytes=lane.n_bytes,
+            expert_s=lane.busy_s,
+            step_s=counters.step_s,
+        )
+
+
+__all__ = ["Close", "Command", "End", "EngineLoop", "Submit", "weakref"]

@@ -1,0 +1,95 @@
+"""One request's state, from its prompt to its last token. The engine's thread is its only writer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from fiddler.engine.channel import Channel
+from fiddler.engine.stream import Item
+from fiddler.errors import PromptError
+from fiddler.models.kv import SequenceKV
+from fiddler.models.sampling import Sampler, SamplingOptions
+from fiddler.models.text import Decoder, Prompt
+from fiddler.types import FinishReason, Token, Usage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Submission:
+    """A request as it was asked for, before anything was checked that needs the model."""
+
+    prompt: Prompt
+    options: SamplingOptions
+    channel: Channel[Item]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """An admitted request."""
+
+    submission: Submission
+    prompt_ids: list[int]
+    n_limit: int
+    """Tokens it may make."""
+    sampler: Sampler
+    decoder: Decoder
+    past: SequenceKV | Cache
+    n_past: int = 0
+    """Tokens whose keys and values are in `past`."""
+    made: list[int] = field(default_factory=list)
+    """Token ids made so far."""
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether part of the prompt has not been run yet."""
+        return self.n_past < len(self.prompt_ids)
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Return the ids of the sequence, prompt and made tokens together, from `start` to `stop`."""
+        n_prompt = len(self.prompt_ids)
+        if start >= n_prompt:
+            return self.made[start - n_prompt : stop - n_prompt]
+        return self.prompt_ids[start:stop]
+
+    def accept(self, logits: Tensor) -> Token:
+        """Pick the next token from its logits `[V]`; the returned token is the last if it has a finish reason."""
+        options = self.submission.options
+        token_id, logprob = self.sampler.pick(logits, [*self.prompt_ids, *self.made])
+        self.made.append(token_id)
+        text, stopped = self.decoder.push(token_id)
+        reason: FinishReason | None = None
+        if stopped or token_id in options.eos_token_ids:
+            reason = "stop"
+        elif len(self.made) >= self.n_limit:
+            reason = "length"
+        if reason is None:
+            return Token(token_id, text, logprob)
+        usage = Usage(len(self.prompt_ids), len(self.made))
+        return Token(token_id, text + self.decoder.flush(), logprob, reason, usage)
+
+
+def token_limit(n_prompt: int, options: SamplingOptions, max_context: int) -> int:
+    """Return how many tokens a request may make. Raises `PromptError` where the context cannot hold it."""
+    room = max_context - n_prompt
+    wanted = options.max_new_tokens
+    if wanted is None and options.max_length is not None:
+        wanted = options.max_length - n_prompt
+    if room < 1 or (wanted is not None and wanted < 1):
+        limit = max_context if room < 1 else options.max_length
+        raise PromptError(f"the prompt is too long: {n_prompt} tokens leave no room within {limit}; shorten it")
+    if wanted is not None and wanted > room:
+        raise PromptError(
+            f"a prompt of {n_prompt} tokens and max_new_tokens={wanted} exceed the context of {max_context}; "
+            f"set max_new_tokens to at most {room}"
+        )
+    return room if wanted is None else wanted
+
+
+def past_bytes(past: Any) -> int:
+    """Return the bytes of keys and values (and other state) a sequence holds."""
+    if isinstance(past, SequenceKV):
+        return past.nbytes
+    tensors = (getattr(layer, name, None) for layer in past.layers for name in ("keys", "values"))
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))

@@ -1,0 +1,1 @@
+"""What runs a plan: expert compute and the combination of its results."""

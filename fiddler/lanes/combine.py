@@ -1,0 +1,30 @@
+"""Rows out to the experts and their results back, independent of who finished first."""
+
+import torch
+from torch import Tensor
+
+from fiddler.scheduler.routing import LayerWork
+
+
+def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
+    """Return the rows `[n, H]` of `hidden` `[T, H]` in the work's order, one per visit."""
+    if hidden.shape[0] == 1:
+        return hidden.expand(len(work.order), -1)
+    return hidden[torch.tensor([p // top_k for p in work.order], dtype=torch.long)]
+
+
+def combine(outputs: Tensor, work: LayerWork, weights: Tensor) -> Tensor:
+    """Return the weighted sum `[T, H]` of expert `outputs` `[n, H]`, over `weights` `[T, K]`, in routing order.
+
+    Every visit has a row of its own in one `[T·K, H]` buffer, zero where it was dropped, so the sum's order,
+    and with it every bit of the result, depends on the routing alone.
+    """
+    n_tokens, top_k = weights.shape
+    order = torch.tensor(work.order, dtype=torch.long)
+    if len(work.order) == n_tokens * top_k:
+        visits = torch.empty_like(outputs)
+    else:
+        visits = outputs.new_zeros(n_tokens * top_k, outputs.shape[-1])
+    visits[order] = outputs
+    weighted = visits.view(n_tokens, top_k, -1) * weights[..., None]  # [T, K, H]
+    return weighted.sum(dim=1).to(outputs.dtype)

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: the two seams, loading, tokenising and sampling."""

@@ -1,0 +1,141 @@
+"""The attention seam: rows of all sequences arrive packed, each sequence's rows attend to their own past.
+
+Registered without a mask function, so transformers builds no masks; causality, window, chunk, soft cap and sinks
+come from the arguments and the layer's own type.
+"""
+
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from fiddler.errors import UnsupportedModelError
+from fiddler.models.kv import WaveCache
+
+NAME = "fiddler"
+"""The attention implementation's name in transformers' registry."""
+
+_IGNORED = frozenset({"position_ids", "cache_position", "input_ids", "attention_mask", "position_embeddings"})
+"""Tensors that models pass along to any attention function and that ours has no use for."""
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend; `query` is `[1, heads, ΣT, dim]`, the result `[1, ΣT, heads, dim]`.
+
+    Raises `UnsupportedModelError` for an argument that would change the result and is not known here.
+    """
+    _check(attention_mask, kwargs)
+    wave: WaveCache = getcurrent().wave  # type: ignore[attr-defined]
+    pasts = wave.pasts(key, value, module.layer_idx)
+    window, chunk = sliding_window or 0, _chunk(module)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    plain = softcap is None and s_aux is None
+    outputs = []
+    for q, (k, v) in zip(query.split(wave.lengths, -2), pasts, strict=True):
+        if plain:
+            outputs.append(_fused(q, k, v, scale, window, chunk, wave))
+        else:
+            outputs.append(_explicit(q, k, v, scale, _mask(q, k, window, chunk, wave), softcap, s_aux))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(NAME, attention_function)
+
+
+def _check(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    unknown = [n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in _IGNORED]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise UnsupportedModelError(f"the model's attention takes {', '.join(unknown)}, which packed steps do not know")
+
+
+def _chunk(module: nn.Module) -> int:
+    """Return the chunk a layer attends within (Llama 4), or 0."""
+    config = module.config
+    types = getattr(config, "layer_types", None)
+    if types and types[module.layer_idx] == "chunked_attention":
+        return int(config.attention_chunk_size)
+    return 0
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: int, wave: WaveCache) -> Tensor:
+    """Return `[1, t, heads, dim]` through torch's fused attention."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if q.shape[2] == 1:
+        # The query heads that share a key head become its rows: no mask, and no repeated keys.
+        first = _first_visible(k.shape[2], window, chunk)
+        rows = q.view(1, kv_heads, heads // kv_heads, q.shape[-1])
+        out = F.scaled_dot_product_attention(rows, k[:, :, first:], v[:, :, first:], scale=scale)
+        return out.reshape(1, 1, heads, v.shape[-1])
+    mask = _mask(q, k, window, chunk, wave)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+    )
+    return out.transpose(1, 2)
+
+
+def _first_visible(n_tokens: int, window: int, chunk: int) -> int:
+    """Return the first position the newest token sees."""
+    first = max(n_tokens - window, 0) if window else 0
+    return max(first, (n_tokens - 1) // chunk * chunk) if chunk else first
+
+
+def _mask(q: Tensor, k: Tensor, window: int, chunk: int, wave: WaveCache) -> Tensor | None:
+    """Return what each of the new rows sees, `[t, L]` bool; `None` where that is plain causal from the start.
+
+    Made once a step: layers of one kind share it.
+    """
+    n_rows, n_tokens = q.shape[2], k.shape[2]
+    if n_rows == n_tokens and (not window or n_tokens <= window) and (not chunk or n_tokens <= chunk):
+        return None
+    mask = wave.masks.get((n_rows, n_tokens, window, chunk))
+    if mask is None:
+        position = torch.arange(n_tokens - n_rows, n_tokens, device=q.device)[:, None]  # [t, 1]
+        past = torch.arange(n_tokens, device=q.device)[None, :]  # [1, L]
+        mask = past <= position
+        if window:
+            mask &= past > position - window
+        if chunk:
+            mask &= past // chunk == position // chunk
+        wave.masks[n_rows, n_tokens, window, chunk] = mask
+    return mask
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Return `[1, t, heads, dim]` step by step, for soft-capped scores and attention sinks.
+
+    A sink is one more score per head that takes probability and gives nothing (gpt-oss; arXiv:2309.17453).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale  # [1, heads, t, L]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights[..., : k.shape[2]], v).transpose(1, 2)

@@ -1,0 +1,143 @@
+"""Keys and values of the past: each sequence owns its own, a wave's cache appends to all of them.
+
+transformers gives `update` the new rows of a whole packed step and expects keys and values back. What comes back
+is either handed to the attention function as it is, and then that function can look the past up at its owner, or it
+is transformed first (MLA expands latents), and then the ragged concatenation of all pasts is really needed. Which
+of the two a layer does is learnt from its first step: `Directness`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+BLOCK_TOKENS = 256
+"""KV buffers grow by at least this many tokens, and by half their size: appending is amortised O(1)."""
+
+
+class LayerKV:
+    """One layer's keys and values of one sequence, `[1, heads, capacity, dim]` with `length` tokens filled."""
+
+    __slots__ = ("_keys", "_values", "length")
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows `[1, heads, t, dim]`."""
+        end = self.length + keys.shape[-2]
+        self._keys = self._grown(self._keys, keys, end)
+        self._values = self._grown(self._values, values, end)
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the whole past, `[1, heads, length, dim]`, without copying."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
+
+    def _grown(self, buffer: Tensor | None, rows: Tensor, n_tokens: int) -> Tensor:
+        if buffer is not None and buffer.shape[-2] >= n_tokens:
+            return buffer
+        wanted = max(n_tokens, self.length * 3 // 2)
+        capacity = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
+        grown = rows.new_empty(*rows.shape[:2], capacity, rows.shape[-1])
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+
+class SequenceKV:
+    """The past of one sequence, layer by layer."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerKV] = {}
+
+    def layer(self, index: int) -> LayerKV:
+        """Return a layer's keys and values, empty at first."""
+        return self._layers.setdefault(index, LayerKV())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved over all layers."""
+        return sum(layer.nbytes for layer in self._layers.values())
+
+
+class Directness:
+    """Which layers hand what `update` returned to the attention function untouched; learnt once per model."""
+
+    def __init__(self) -> None:
+        self._direct: dict[int, bool] = {}
+
+    def known_direct(self, layer: int) -> bool:
+        """Whether the layer was seen to pass its keys and values on as they were."""
+        return self._direct.get(layer, False)
+
+    def observe(self, layer: int, direct: bool) -> None:
+        """Note what one layer did in one step."""
+        self._direct[layer] = self._direct.get(layer, True) and direct
+
+
+class WaveCache(Cache):
+    """The cache of one packed step: rows of all sequences side by side, each appended to its owner.
+
+    `lengths` are the rows of each sequence in this step.
+    """
+
+    def __init__(self, sequences: Sequence[SequenceKV], lengths: Sequence[int], directness: Directness) -> None:
+        super().__init__(layers=[])
+        self.sequences = sequences
+        self.lengths = list(lengths)
+        self.masks: dict[tuple[int, int, int, int], Tensor] = {}
+        self._directness = directness
+        self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}  # by id of the keys, held so that ids stay theirs
+        self._seen_tokens = max((s.layer(0).length for s in sequences), default=0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[1, heads, ΣT, dim]` and return what the layer's attention needs."""
+        owners = [sequence.layer(layer_idx) for sequence in self.sequences]
+        keys, values = key_states, value_states
+        if len(owners) == 1:
+            owners[0].append(key_states, value_states)
+            keys, values = owners[0].view()
+        else:
+            rows = zip(owners, key_states.split(self.lengths, -2), value_states.split(self.lengths, -2), strict=True)
+            for owner, key, value in rows:
+                owner.append(key, value)
+            if not self._directness.known_direct(layer_idx):
+                pasts = [owner.view() for owner in owners]
+                keys = torch.cat([past[0] for past in pasts], dim=-2)
+                values = torch.cat([past[1] for past in pasts], dim=-2)
+        self._returned[id(keys)] = (layer_idx, keys, values)
+        return keys, values
+
+    def pasts(self, keys: Tensor, values: Tensor, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each sequence's `[1, heads, L, dim]` keys and values for what the attention was given.
+
+        `layer` is the attention's own; a layer that shares another's keys is given that layer's.
+        """
+        source, returned_keys, returned_values = self._returned.get(id(keys), (layer, None, None))
+        direct = returned_keys is keys and returned_values is values
+        if len(self.sequences) > 1:
+            self._directness.observe(source, direct)
+        if direct:
+            return [sequence.layer(source).view() for sequence in self.sequences]
+        totals = [sequence.layer(source).length for sequence in self.sequences]
+        return list(zip(keys.split(totals, -2), values.split(totals, -2), strict=True))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the longest past at the start of the step."""
+        return self._seen_tokens

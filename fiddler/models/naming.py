@@ -1,0 +1,189 @@
+"""Which checkpoint tensors make which expert's parts, by transformers' own conversion mapping.
+
+The only module that touches transformers' private loading code (`core_model_loading`, `conversion_mapping`); the
+exactness suite runs it on the lowest and the highest version that `pyproject.toml` admits. The mapping's operations
+are replayed on views of one expert at a time; an operation that no view can express (none on the common formats)
+makes that parameter a derived tensor: converted whole by transformers, when first used, and kept in memory.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from fiddler.errors import CheckpointError
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.layout import Every, ExpertParts, Layout, Piece, Select, Transpose, View
+
+Derived = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the checkpoint has for one expert parameter: tensors per source pattern, and how to join them."""
+
+    tensors: Mapping[str, tuple[str, ...]]
+    converter: loading.WeightConverter | None
+
+
+def expert_layout(
+    model: PreTrainedModel, experts: Mapping[str, nn.Module], checkpoint: Checkpoint
+) -> tuple[Layout, Derived]:
+    """Find the parts of every expert of `experts` (by module path, in layer order).
+
+    Returns the layout and the tensors it names that must be derived. Raises `CheckpointError` where a parameter
+    has no tensors or the wrong number.
+    """
+    wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
+    sources = _sources(model, wanted, checkpoint.entries)
+    derived: Derived = {}
+    layers = []
+    for path, module in experts.items():
+        views = {}
+        for name in _parameters(module):
+            parameter = f"{path}.{name}"
+            if parameter not in sources:
+                raise CheckpointError(f"{checkpoint.folder} has no tensor for {parameter}")
+            views[name] = _views(parameter, module, sources[parameter], model, checkpoint, derived)
+        layers.append(_layer(module, views))
+    return Layout(tuple(layers)), derived
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    weights = (up, "down_proj")
+    return (*weights, f"{up}_bias", "down_proj_bias") if module.has_bias else weights
+
+
+def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> dict[str, Source]:
+    """Group the checkpoint's tensors by the expert parameter they go into, as transformers would."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    meta = dict.fromkeys(wanted, True)
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(names, key=loading.dot_natural_key):
+        renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        if renamed not in meta and name in meta:
+            renamed, pattern = name, None
+        for target in _targets(renamed, by_pattern.get(pattern)) & wanted:
+            found[target][pattern or ""].append(name)
+    return {
+        parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
+        for parameter, by in found.items()
+    }
+
+
+def _targets(renamed: str, converter: loading.WeightConverter | None) -> set[str]:
+    """Return every parameter a tensor goes into: a converter may split one tensor over several."""
+    if converter is None:
+        return {renamed}
+    first = converter.target_patterns[0]
+    return {renamed, *(renamed.replace(first, other) for other in converter.target_patterns[1:])}
+
+
+def _views(
+    parameter: str, module: nn.Module, source: Source, model: PreTrainedModel, checkpoint: Checkpoint, derived: Derived
+) -> list[tuple[View, ...]]:
+    """Return one parameter's views by expert, side by side along its output dimension."""
+    n_experts = _n_experts(module)
+    try:
+        views = [_replay(source, expert, n_experts, module, checkpoint) for expert in range(n_experts)]
+    except _NoViewError:
+        derived[parameter] = lambda: _convert(parameter, source, model, checkpoint)
+        views = [(View(parameter, (Select(expert),)),) for expert in range(n_experts)]
+    if module.is_transposed and not parameter.endswith("_bias"):
+        views = [tuple(View(v.tensor, (*v.steps, Transpose())) for v in parts) for parts in views]
+    return views
+
+
+def _n_experts(module: nn.Module) -> int:
+    return int(module._n_experts)
+
+
+class _NoViewError(Exception):
+    """An operation of the conversion cannot be expressed by views."""
+
+
+def _replay(
+    source: Source, expert: int, n_experts: int, module: nn.Module, checkpoint: Checkpoint
+) -> tuple[View, ...]:
+    """Apply a conversion's operations to the views of one expert."""
+    operations = source.converter.operations if source.converter is not None else []
+    merged = any(isinstance(op, loading.MergeModulelist) for op in operations)
+    order = source.converter.source_patterns if source.converter is not None else list(source.tensors)
+    parts: list[View] = []
+    for pattern in order:
+        tensors = source.tensors.get(pattern, ())
+        if merged and len(tensors) == n_experts:
+            parts.append(View(tensors[expert]))
+        elif not merged and len(tensors) == 1 and checkpoint.entries[tensors[0]].shape[:1] == (n_experts,):
+            parts.append(View(tensors[0], (Select(expert),)))
+        else:
+            raise _NoViewError
+    if source.converter is not None and len(source.converter.target_patterns) > 1:
+        raise _NoViewError
+    # An expert's output dimension, once the leading expert dimension is gone.
+    out_axis = 1 if module.is_transposed else 0
+    for op in operations:
+        parts = _step(op, parts, out_axis, checkpoint)
+    return tuple(parts)
+
+
+def _step(op: loading.ConversionOps, parts: list[View], out_axis: int, checkpoint: Checkpoint) -> list[View]:
+    """Apply one operation; its dimensions count the leading expert dimension, a view's do not."""
+    match op:
+        case loading.MergeModulelist(dim=0):
+            return parts
+        case loading.Concatenate(dim=dim) if dim == out_axis + 1:
+            return parts
+        case loading.Interleave(dim=dim, inverse=False) if dim == out_axis + 1 and len(parts) == 1:
+            view = parts[0]
+            return [View(view.tensor, (*view.steps, Every(out_axis, start))) for start in (0, 1)]
+        case loading.Transpose(dim0=1, dim1=2, check_dims=False) | loading.Transpose(dim0=2, dim1=1, check_dims=False):
+            return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
+    raise _NoViewError
+
+
+def _convert(parameter: str, source: Source, model: PreTrainedModel, checkpoint: Checkpoint) -> Tensor:
+    """Let transformers make the whole parameter from all its tensors."""
+    converter = deepcopy(source.converter)
+    assert converter is not None
+    first = converter.target_patterns[0]
+    name = parameter
+    for other in converter.target_patterns[1:]:
+        name = name.replace(other, first)
+    for pattern, tensors in source.tensors.items():
+        for tensor in tensors:
+            converter.add_tensor(name, tensor, pattern, lambda t=tensor: checkpoint.tensor(t))  # type: ignore[misc]
+    made = converter.convert(name, model=model, config=model.config)
+    value = made[parameter]
+    return value[0] if isinstance(value, list) else value
+
+
+def _layer(module: nn.Module, views: Mapping[str, list[tuple[View, ...]]]) -> tuple[ExpertParts, ...]:
+    up, down, *biases = (views[name] for name in _parameters(module))
+    up_bias, down_bias = biases or ([()] * len(up), [None] * len(up))
+    return tuple(
+        ExpertParts(
+            up=up[e],
+            down=_only(down[e]),
+            up_bias=up_bias[e],
+            down_bias=_only(down_bias[e]) if down_bias[e] else None,
+        )
+        for e in range(len(up))
+    )
+
+
+def _only(views: tuple[View, ...]) -> View:
+    (view,) = views
+    return view
+
+
+__all__ = ["Derived", "Piece", "expert_layout"]

@@ -1,0 +1,174 @@
+"""One request's generation options, and the token picked from its logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fiddler.errors import GenerationError
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+_HANDLED = frozenset({*_SAMPLING, "do_sample", "max_new_tokens", "max_length", "eos_token_id", "stop_strings"}) | {
+    "repetition_penalty",
+    "logprobs",
+}
+_HARMLESS = frozenset({"pad_token_id", "bos_token_id", "use_cache", "transformers_version", "return_dict_in_generate"})
+"""Set in many checkpoints, without a meaning here."""
+_NEUTRAL = (None, False, 0, 1, 1.0, (), [], {})
+"""Values with which an option of `GenerationConfig` does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """What one request asked for, with nothing left to be looked up.
+
+    `temperature` 0.0 is greedy. `max_new_tokens` `None` is as many as the context holds.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+def read_options(
+    default: GenerationConfig, generation: GenerationConfig | None, overrides: dict[str, Any]
+) -> SamplingOptions:
+    """Merge the model's defaults, a request's `GenerationConfig` and its keyword overrides, the later ones winning.
+
+    Sampling is on where `do_sample` says so, and, if the request leaves `do_sample` unset, where it sets any of
+    temperature, top_k, top_p, min_p or seed; temperature 0 is always greedy. `max_new_tokens`, `seed` and
+    `logprobs` are the options most used as overrides. Raises `GenerationError` naming an unknown or unsupported
+    option or an impossible value.
+    """
+    known = set(GenerationConfig().to_dict()) | {"seed", "logprobs"}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise GenerationError(f"unknown generation option {', '.join(unknown)}")
+    asked = {**(_set_fields(generation) if generation is not None else {}), **overrides}
+    merged = {**{k: v for k, v in _set_fields(default).items() if k in _HANDLED}, **asked}
+    for name, value in asked.items():
+        if name not in _HANDLED | _HARMLESS and not name.startswith("_") and value not in _NEUTRAL:
+            raise GenerationError(
+                f"{name}={value!r} is not supported by the engine; "
+                "model = fiddler.attach(path); model.generate(...) takes every option of transformers"
+            )
+    options = _options(merged, sample=_samples(asked, merged))
+    _check(options)
+    return options
+
+
+def _set_fields(generation: GenerationConfig) -> dict[str, Any]:
+    return {k: v for k, v in generation.to_dict().items() if v is not None}
+
+
+def _samples(asked: dict[str, Any], merged: dict[str, Any]) -> bool:
+    if asked.get("do_sample") is not None:
+        return bool(asked["do_sample"])
+    return bool(merged.get("do_sample")) or any(asked.get(name) is not None for name in _SAMPLING)
+
+
+def _options(merged: dict[str, Any], *, sample: bool) -> SamplingOptions:
+    eos = merged.get("eos_token_id")
+    stop = merged.get("stop_strings") or ()
+    temperature = merged.get("temperature")
+    try:
+        return SamplingOptions(
+            temperature=float(1.0 if temperature is None else temperature) if sample else 0.0,
+            top_k=merged.get("top_k") or None,
+            top_p=merged.get("top_p"),
+            min_p=merged.get("min_p"),
+            repetition_penalty=merged.get("repetition_penalty"),
+            seed=merged.get("seed"),
+            max_new_tokens=merged.get("max_new_tokens"),
+            max_length=merged.get("max_length"),
+            eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+            stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=bool(merged.get("logprobs")),
+        )
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"a generation option has the wrong type: {error}") from error
+
+
+def _check(options: SamplingOptions) -> None:
+    if not all(isinstance(s, str) and s for s in options.stop_strings):
+        raise GenerationError(f"stop_strings={options.stop_strings!r} must be non-empty strings")
+    limits: tuple[tuple[str, float, float], ...] = (
+        ("temperature", 0.0, float("inf")),
+        ("top_k", 1, float("inf")),
+        ("top_p", 0.0, 1.0),
+        ("min_p", 0.0, 1.0),
+        ("max_new_tokens", 1, float("inf")),
+        ("max_length", 1, float("inf")),
+    )
+    for name, low, high in limits:
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int | float) or not low <= value <= high):
+            raise GenerationError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
+    penalty = options.repetition_penalty
+    if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
+        raise GenerationError(f"repetition_penalty={penalty!r} must be a number above 0")
+
+
+class Sampler:
+    """Picks one request's tokens; the order of processors is transformers' own."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options = options
+        self._penalty = _penalty(options)
+        self._warpers = _warpers(options)
+        self._random = torch.Generator()
+        if options.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(options.seed)
+
+    def pick(self, logits: Tensor, context: Sequence[int]) -> tuple[int, float | None]:
+        """Return a token id and, if asked for, its log-probability, from `logits` `[V]` after `context`."""
+        scores = logits.float()[None]  # [1, V]
+        if self._penalty is not None:
+            scores = self._penalty(torch.tensor([context]), scores)
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        if self._options.greedy:
+            token = int(scores[0].argmax())
+        else:
+            token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._random))
+        return token, float(scores[0].log_softmax(-1)[token]) if self._options.logprobs else None
+
+
+def _penalty(options: SamplingOptions) -> transformers.LogitsProcessor | None:
+    if options.repetition_penalty in (None, 1.0):
+        return None
+    return transformers.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty or 1.0))
+
+
+def _warpers(options: SamplingOptions) -> list[Any]:
+    if options.greedy:
+        return []
+    warpers: list[Any] = []
+    if options.temperature != 1.0:
+        warpers.append(transformers.TemperatureLogitsWarper(options.temperature))
+    if options.top_k is not None:
+        warpers.append(transformers.TopKLogitsWarper(options.top_k))
+    if options.top_p is not None and options.top_p < 1.0:
+        warpers.append(transformers.TopPLogitsWarper(options.top_p))
+    if options.min_p is not None and options.min_p > 0.0:
+        warpers.append(transformers.MinPLogitsWarper(options.min_p))
+    return warpers

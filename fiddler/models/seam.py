@@ -1,0 +1,117 @@
+"""The experts seam: one function, registered with transformers, through which every MoE layer passes.
+
+Inside a `Forward` greenlet it hands an `ExpertsCall` to whoever drives the forward and is resumed with the result; in
+any other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from fiddler.devices.base import ExpertFormula
+from fiddler.errors import EngineError
+
+NAME = "fiddler"
+"""The experts implementation's name in transformers' registry."""
+
+Compute = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, hidden [T, H], index [T, K], weights [T, K]) -> [T, H]`."""
+
+
+class ExpertsCall(NamedTuple):
+    """A layer's request for its experts: `hidden` `[T, H]`, `index` and `weights` `[T, K]`."""
+
+    layer: int
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+
+
+def experts_function(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' output `[T, H]`; what transformers calls in place of its own implementations."""
+    layer, compute = module._fiddler
+    current = getcurrent()
+    if isinstance(current, Forward):
+        return current.suspend(ExpertsCall(layer, hidden, index, weights))
+    return compute(layer, hidden, index, weights)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
+
+
+class Forward(greenlet):
+    """A model's forward as a coroutine: `send` runs it to its next `ExpertsCall` or to its end.
+
+    It must be driven by one thread. torch's thread-wide modes must be the same after a switch as before it: a
+    mode held across a switch would leak into other forwards.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__(run)
+
+    def send(self, output: Tensor | None = None) -> Any:
+        """Resume with an expert output; returns the next `ExpertsCall`, or what `run` returned once `dead`."""
+        modes = _torch_modes()
+        result = self.switch() if output is None else self.switch(output)
+        if _torch_modes() != modes:
+            raise EngineError("a torch mode (grad, inference, autocast) was held across a switch of forwards")
+        return result
+
+    def suspend(self, call: ExpertsCall) -> Tensor:
+        """Hand a call to the driver and wait for its result; runs inside the forward."""
+        assert self.parent is not None
+        output: Tensor = self.parent.switch(call)
+        return output
+
+    def close(self) -> None:
+        """Unwind an unfinished forward."""
+        if self and not self.dead:
+            self.throw()
+
+
+def _torch_modes() -> tuple[bool, bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose experts go through the seam, by path, in the order the model runs them."""
+    return {path: module for path, module in model.named_modules() if is_seamed(module)}
+
+
+def is_seamed(module: nn.Module) -> bool:
+    """Whether transformers dispatches this module's experts through its registry."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def bind(experts: Mapping[str, nn.Module], compute: Compute) -> None:
+    """Give each experts module its layer number and what computes it outside a `Forward`."""
+    for layer, module in enumerate(experts.values()):
+        module._fiddler = (layer, compute)  # type: ignore[assignment]
+
+
+@contextmanager
+def replaced(experts: Mapping[str, nn.Module], compute: Compute) -> Generator[None]:
+    """Let `compute` stand for every layer's experts while the context lasts (for measurements)."""
+    saved = [module._fiddler for module in experts.values()]
+    bind(experts, compute)
+    try:
+        yield
+    finally:
+        for module, binding in zip(experts.values(), saved, strict=True):
+            module._fiddler = binding
+
+
+def formula(module: nn.Module) -> ExpertFormula:
+    """Read an experts module's flags into the formula a device computes."""
+    custom = type(module)._apply_gate is not moe._default_apply_gate
+    return ExpertFormula(
+        gated=bool(module.has_gate),
+        activation=getattr(module, "act_fn", None),
+        gate=module._apply_gate if custom and module.has_gate else None,
+        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+    )

@@ -1,0 +1,1 @@
+"""Where experts lie: tensor names to (layer, expert, part), and their bytes on the host."""

@@ -1,0 +1,91 @@
+"""The experts' weights on the host, as views of the mapped checkpoint."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.layout import Every, ExpertParts, Layout, Piece, Select, Step, Transpose, View
+from fiddler.types import ExpertWeights
+
+
+@dataclass(frozen=True, slots=True)
+class MappedStore:
+    """Every expert's weights by (layer, expert); views are made when first asked for and kept.
+
+    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy.
+    `derived` makes tensors that the checkpoint holds only in another form, whole layers at a time.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    dtype: torch.dtype
+    derived: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    _made: dict[str, Tensor] = field(default_factory=dict)
+    _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """Return an expert's weights. Raises `CheckpointError` where a tensor is missing or cannot be viewed."""
+        key = (layer, expert)
+        weights = self._experts.get(key)
+        if weights is None:
+            weights = self._experts[key] = self._assemble(self.layout.experts[layer][expert])
+        return weights
+
+    def expert_nbytes(self, layer: int, expert: int) -> int:
+        """Return an expert's bytes in the compute dtype, without touching its weights' pages."""
+        parts = self.layout.experts[layer][expert]
+        return sum(self._view(view).numel() for view in parts.views()) * self.dtype.itemsize
+
+    def _assemble(self, parts: ExpertParts) -> ExpertWeights:
+        up = self._joined(parts.up)
+        return ExpertWeights(
+            up=up if up is not None else tuple(self._part(v) for v in parts.up),
+            down=self._part(parts.down),
+            up_bias=self._bias(parts.up_bias, n=len(parts.up) if up is None else 1),
+            down_bias=self._part(parts.down_bias) if parts.down_bias is not None else None,
+        )
+
+    def _joined(self, views: tuple[View, ...]) -> tuple[Tensor] | None:
+        """Gate and up as one matrix where they lie back to back: one multiplication instead of two."""
+        if len(views) != 2 or any(v.steps or v.tensor in self.derived for v in views):
+            return None
+        tensor = self.checkpoint.joined(views[0].tensor, views[1].tensor)
+        return None if tensor is None else (tensor.to(self.dtype),)
+
+    def _bias(self, views: tuple[View, ...], n: int) -> tuple[Tensor, ...]:
+        biases = tuple(self._part(v) for v in views)
+        if len(biases) in (0, n):
+            return biases
+        return (torch.cat(biases),) if n == 1 else biases[0].chunk(n)
+
+    def _part(self, view: View) -> Tensor:
+        return self._view(view).to(self.dtype)
+
+    def _view(self, view: View) -> Tensor:
+        tensor = self._source(view.tensor)
+        for step in view.steps:
+            tensor = _apply(tensor, step)
+        return tensor
+
+    def _source(self, name: str) -> Tensor:
+        make = self.derived.get(name)
+        if make is None:
+            return self.checkpoint.tensor(name)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+def _apply(tensor: Tensor, step: Step) -> Tensor:
+    match step:
+        case Select(index):
+            return tensor[index]
+        case Transpose():
+            return tensor.t()
+        case Every(axis, start):
+            return tensor[start::2] if axis == 0 else tensor[:, start::2]
+        case Piece(axis, index, n):
+            return tensor.chunk(n, dim=axis)[index]

@@ -1,0 +1,121 @@
+"""The values that travel between the parts and to the user. Plain data, nothing but the standard library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+"""Why a request ended: an end-of-sequence token or stop string, or `max_new_tokens` reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens a request took and made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    `text` is what became printable with this token: it may be empty while a multi-byte character or a possible
+    stop string is incomplete, and never holds half a character. `logprob` is the natural logarithm of the
+    token's probability under the distribution it was drawn from, and is set only when asked for.
+    The last token of a request, and only it, has `finish_reason` and `usage`.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a request's tokens came, in seconds since it was submitted."""
+
+    first_token_s: float
+    total_s: float
+    n_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding rate after the first token; 0.0 where fewer than two tokens were made."""
+        decode_s = self.total_s - self.first_token_s
+        return (self.n_tokens - 1) / decode_s if self.n_tokens > 1 and decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request: the whole text, its token ids (an end-of-sequence token included) and what it took."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an engine has done since it was opened, and what it holds now."""
+
+    n_requests: int
+    """Requests admitted."""
+    n_finished: int
+    """Requests that ran to a finish reason."""
+    n_cancelled: int
+    """Requests ended early: left, cancelled, or still in flight when the engine closed."""
+    n_running: int
+    """Requests admitted and not ended."""
+    n_waiting: int
+    """Requests submitted and not admitted yet."""
+    n_steps: int
+    """Packed forwards run."""
+    n_prompt_tokens: int
+    n_new_tokens: int
+    kv_bytes: int
+    """Bytes of key/value memory the running requests hold."""
+    n_expert_rows: int
+    """Visits of a token to an expert, over all layers."""
+    n_expert_loads: int
+    """Experts run, over all layers and steps; each read its weights once."""
+    expert_bytes: int
+    """Bytes of expert weights read."""
+    expert_s: float
+    """Seconds spent in expert compute."""
+    step_s: float
+    """Seconds spent in steps, expert compute included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert's matrices, as `[out, in]` views; the store makes them, a device multiplies by them.
+
+    `up` holds the matrices whose outputs stand side by side before the gate: one fused or ungated matrix
+    `[(2)I, H]`, or gate and up `[I, H]` each. `up_bias` matches `up`; `down` is `[H, I]`.
+    """
+
+    up: tuple[Tensor, ...]
+    down: Tensor
+    up_bias: tuple[Tensor, ...] = ()
+    down_bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read when the expert runs."""
+        biases = self.up_bias if self.down_bias is None else (*self.up_bias, self.down_bias)
+        return sum(t.nbytes for t in (*self.up, self.down, *biases))
