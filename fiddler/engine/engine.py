@@ -12,16 +12,14 @@ import torch
 from transformers import GenerationConfig
 
 from fiddler.config import EngineConfig
-from fiddler.devices.calibrate import calibrated_kernels
-from fiddler.devices.cpu import CpuDevice
 from fiddler.engine.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
+from fiddler.engine.setup import compute_lane
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.errors import EngineClosedError
-from fiddler.lanes.compute import ComputeLane
 from fiddler.models import seam
-from fiddler.models.loaded import LoadedModel, load
+from fiddler.models.loaded import ServableModel, load
 from fiddler.models.sampling import read_options
 from fiddler.models.text import Prompt
 from fiddler.types import Result, Statistics, Timing, Token
@@ -39,10 +37,10 @@ class Engine:
         self.config = config if config is not None else EngineConfig()
         self._model = model
         self._inbox: Channel[Command] = Channel()
-        self._boot: Channel[LoadedModel | BaseException] = Channel()
+        self._boot: Channel[ServableModel | BaseException] = Channel()
         self._gone: Channel[None] = Channel()
         self._loop: EngineLoop | None = None
-        self._loaded: LoadedModel | None = None
+        self._loaded: ServableModel | None = None
         self._open = False
 
     async def __aenter__(self) -> Self:
@@ -124,7 +122,11 @@ class Engine:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
             loaded = load(self._model, self.config)
-            self._loop = self._assemble(loaded)
+            lane = compute_lane(loaded, self.config)
+            seam.bind(loaded.experts, lane.run)
+            self._loop = EngineLoop(
+                loaded, lane, self._inbox, max_running=self.config.max_running, chunk_tokens=self.config.chunk_tokens
+            )
         except BaseException as error:
             self._boot.push(error)
             return
@@ -135,16 +137,3 @@ class Engine:
         finally:
             self._loaded = None
             self._gone.push(None)
-
-    def _assemble(self, loaded: LoadedModel) -> EngineLoop:
-        kernels = calibrated_kernels(loaded.store, self.config)
-        device = CpuDevice(loaded.store.weights, loaded.formulas, kernels)
-        lane = ComputeLane(device, loaded.store.layout.n_experts)
-        seam.bind(loaded.experts, lane.run)
-        return EngineLoop(
-            loaded,
-            lane,
-            self._inbox,
-            max_running=self.config.max_running,
-            chunk_tokens=self.config.chunk_tokens,
-        )

@@ -11,14 +11,14 @@ from transformers import Cache, DynamicCache
 from fiddler.engine.assemble import Span
 from fiddler.engine.request import Request
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
-from fiddler.models.loaded import LoadedModel
+from fiddler.models.loaded import ServableModel
 from fiddler.models.seam import Compute, ExpertsCall, Forward
 
 
 class StepRunner:
     """Runs steps of one model; knows how its rows travel."""
 
-    def __init__(self, loaded: LoadedModel, compute: Compute) -> None:
+    def __init__(self, loaded: ServableModel, compute: Compute) -> None:
         self._model = loaded.model
         self._packed = loaded.packed
         self._compute = compute

@@ -1,6 +1,5 @@
 """The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
 
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from fiddler.engine.channel import Channel
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.stream import Admitted
-from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError
+from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
 from fiddler.lanes.compute import ComputeLane
-from fiddler.models.loaded import LoadedModel
+from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
 from fiddler.types import Statistics
 
@@ -57,7 +56,7 @@ class EngineLoop:
     """Serves requests until told to close; every method but `statistics` belongs to the engine's thread."""
 
     def __init__(
-        self, loaded: LoadedModel, lane: ComputeLane, inbox: Channel[Command], *, max_running: int, chunk_tokens: int
+        self, loaded: ServableModel, lane: ComputeLane, inbox: Channel[Command], *, max_running: int, chunk_tokens: int
     ) -> None:
         self._loaded = loaded
         self._lane = lane
@@ -129,8 +128,6 @@ class EngineLoop:
         )
 
     def _check_ids(self, prompt_ids: list[int]) -> None:
-        from fiddler.errors import PromptError
-
         n_vocabulary = self._loaded.model.get_input_embeddings().num_embeddings
         if max(prompt_ids) >= n_vocabulary:
             raise PromptError(f"token id {max(prompt_ids)} is outside the vocabulary of {n_vocabulary}")
@@ -197,6 +194,3 @@ class EngineLoop:
             expert_s=lane.busy_s,
             step_s=counters.step_s,
         )
-
-
-__all__ = ["Close", "Command", "End", "EngineLoop", "Submit", "weakref"]

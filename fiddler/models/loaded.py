@@ -1,18 +1,16 @@
-"""A model ready to run: its dense part, its experts' layout, and how it takes its rows."""
+"""A model ready to run: its dense part, where its experts are, and how its rows travel."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import torch
-from huggingface_hub.errors import HFValidationError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
@@ -20,67 +18,39 @@ from fiddler.models.skeleton import load_skeleton, read_config
 from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
+from fiddler.types import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What `load` returns; nothing in it knows about requests."""
+    """A model and its experts; nothing in it knows about requests."""
 
     model: PreTrainedModel
     experts: Mapping[str, nn.Module]
+    """The experts modules by path, in layer order."""
     formulas: tuple[ExpertFormula, ...]
-    store: MappedStore
+    """By layer."""
+    n_experts: tuple[int, ...]
+    """By layer."""
+    weights: Callable[[int, int], ExpertWeights]
+    """(layer, expert) to its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServableModel(LoadedModel):
+    """A model loaded from a checkpoint, with all the engine needs."""
+
     text: Text
     resolved: Resolved
     packed: bool
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
 
 
-def find_checkpoint(model: str | Path) -> Path:
-    """Return the folder of a checkpoint given as a path or as a hub id.
+def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
+    """Load a checkpoint folder or hub id; opening reads no expert.
 
-    A hub id is looked up in the local hub cache first and downloaded otherwise. Raises `CheckpointError`.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise CheckpointError(f"{model} is neither a checkpoint folder nor a hub id (name/model)")
-    files = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.py"]
-    for cached in (True, False):
-        try:
-            return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=files, local_files_only=cached))
-        except HFValidationError as error:
-            raise CheckpointError(f"{model} is neither a checkpoint folder nor a hub id: {error}") from error
-        except Exception as error:
-            if not cached:
-                reason = f"{type(error).__name__}: {error}"
-                raise CheckpointError(f"{model} is not in the hub cache and cannot be downloaded: {reason}") from error
-    raise AssertionError
-
-
-def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:
-    """Return the dtype a checkpoint is meant to be computed in, as `EngineConfig.dtype` names it."""
-    dtype = config.dtype or config.get_text_config().dtype
-    if dtype is None:
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        sizes: dict[str, int] = {}
-        for entry in checkpoint.entries.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-        most = max(sizes, key=sizes.__getitem__, default="F32")
-        return names.get(most, most)
-    return str(dtype).removeprefix("torch.")
-
-
-def model_context(config: PretrainedConfig) -> int:
-    """Return the longest context a model was made for, in tokens; a generous bound where it does not say."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
-
-
-def load(model: str | Path, options: EngineConfig, *, attention_name: str | None = attention.NAME) -> LoadedModel:
-    """Load a checkpoint; opening reads no expert.
-
-    `attention_name` replaces the packed attention, for use under plain transformers. Raises `ModelError`.
+    `packed=False` keeps transformers' own attention and cache, for use under plain transformers. Raises
+    `ModelError`, and `ConfigError` for options the model cannot meet.
     """
     folder = find_checkpoint(model)
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
@@ -88,7 +58,7 @@ def load(model: str | Path, options: EngineConfig, *, attention_name: str | None
     resolved = resolve(
         options, checkpoint_dtype=checkpoint_dtype(config, checkpoint), model_context=model_context(config)
     )
-    packed = config.get_text_config().model_type in PACKED and attention_name == attention.NAME
+    packed = packed and config.get_text_config().model_type in PACKED
     dtype = DTYPES[resolved.dtype]
     skeleton = load_skeleton(
         folder,
@@ -99,26 +69,73 @@ def load(model: str | Path, options: EngineConfig, *, attention_name: str | None
     )
     experts = seam.find_experts(skeleton)
     layout, derived = expert_layout(skeleton, experts, checkpoint)
-    return LoadedModel(
+    return ServableModel(
         model=skeleton,
         experts=experts,
         formulas=tuple(seam.formula(module) for module in experts.values()),
-        store=MappedStore(checkpoint, layout, dtype, derived),
+        n_experts=layout.n_experts,
+        weights=MappedStore(checkpoint, layout, dtype, derived).weights,
         text=Text.open(folder, trust_remote_code=options.trust_remote_code),
         resolved=resolved,
         packed=packed,
     )
 
 
-def logits_of(model: nn.Module, keep: Tensor) -> Callable[..., Tensor]:
-    """Return a forward that computes logits `[len(keep), V]` for the rows `keep` of one packed batch."""
+def adopt(model: PreTrainedModel) -> LoadedModel:
+    """Put the seam under a model that transformers has loaded; its weights stay where they are.
 
-    def run(**inputs: object) -> Tensor:
-        output = model(**inputs, use_cache=True, logits_to_keep=keep)
-        logits: Tensor = output.logits[0]
-        return logits if logits.shape[0] == keep.shape[0] else logits[keep]
+    Raises `UnsupportedModelError` for a model without the seam.
+    """
+    experts = seam.find_experts(model)
+    if not experts:
+        raise UnsupportedModelError(f"{model.config.model_type!r} has no experts behind transformers' experts registry")
+    model.set_experts_implementation(seam.NAME)
+    modules = list(experts.values())
+    return LoadedModel(
+        model=model,
+        experts=experts,
+        formulas=tuple(seam.formula(module) for module in modules),
+        n_experts=tuple(module.down_proj.shape[0] for module in modules),
+        weights=lambda layer, expert: seam.module_weights(modules[layer], expert),
+    )
 
-    return run
+
+def find_checkpoint(model: str | Path) -> Path:
+    """Return the folder of a checkpoint given as a path or as a hub id.
+
+    A hub id is looked up in the local hub cache first and downloaded otherwise. Raises `CheckpointError`.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if isinstance(model, Path) or name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise CheckpointError(f"{name} is neither a checkpoint folder nor a hub id (owner/model)")
+    files = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.py"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
+    except Exception:  # not cached, or only in part: the hub decides
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is no folder, not in the hub cache, and cannot be downloaded: {type(error).__name__}: {error}"
+        ) from error
 
 
-__all__ = ["LoadedModel", "find_checkpoint", "load", "logits_of", "torch"]
+def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:
+    """Return the dtype a checkpoint is meant to be computed in, as `EngineConfig.dtype` names it."""
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is not None:
+        return str(dtype).removeprefix("torch.")
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    most = max(sizes, key=sizes.__getitem__, default="F32")
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
+
+
+def model_context(config: PretrainedConfig) -> int:
+    """Return the longest context a model was made for, in tokens; about a million where it does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)

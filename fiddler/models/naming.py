@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.layout import Every, ExpertParts, Layout, Piece, Select, Transpose, View
+from fiddler.store.layout import Every, ExpertParts, Layout, Select, Transpose, View
 
 Derived = dict[str, Callable[[], Tensor]]
 
@@ -184,6 +184,3 @@ def _layer(module: nn.Module, views: Mapping[str, list[tuple[View, ...]]]) -> tu
 def _only(views: tuple[View, ...]) -> View:
     (view,) = views
     return view
-
-
-__all__ = ["Derived", "Piece", "expert_layout"]

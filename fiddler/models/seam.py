@@ -15,6 +15,7 @@ from transformers.integrations import moe
 
 from fiddler.devices.base import ExpertFormula
 from fiddler.errors import EngineError
+from fiddler.types import ExpertWeights
 
 NAME = "fiddler"
 """The experts implementation's name in transformers' registry."""
@@ -115,3 +116,15 @@ def formula(module: nn.Module) -> ExpertFormula:
         gate=module._apply_gate if custom and module.has_gate else None,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
     )
+
+
+def module_weights(module: nn.Module, expert: int) -> ExpertWeights:
+    """Return one expert's weights as views of a loaded module's own parameters."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    matrices = [getattr(module, name)[expert] for name in (up, "down_proj")]
+    if module.is_transposed:
+        matrices = [matrix.t() for matrix in matrices]
+    if not module.has_bias:
+        return ExpertWeights((matrices[0],), matrices[1])
+    biases = [getattr(module, f"{name}_bias")[expert] for name in (up, "down_proj")]
+    return ExpertWeights((matrices[0],), matrices[1], (biases[0],), biases[1])

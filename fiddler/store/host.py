@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.layout import Every, ExpertParts, Layout, Piece, Select, Step, Transpose, View
+from fiddler.store.layout import Every, ExpertParts, Layout, Select, Step, Transpose, View
 from fiddler.types import ExpertWeights
 
 
@@ -33,11 +33,6 @@ class MappedStore:
         if weights is None:
             weights = self._experts[key] = self._assemble(self.layout.experts[layer][expert])
         return weights
-
-    def expert_nbytes(self, layer: int, expert: int) -> int:
-        """Return an expert's bytes in the compute dtype, without touching its weights' pages."""
-        parts = self.layout.experts[layer][expert]
-        return sum(self._view(view).numel() for view in parts.views()) * self.dtype.itemsize
 
     def _assemble(self, parts: ExpertParts) -> ExpertWeights:
         up = self._joined(parts.up)
@@ -87,5 +82,3 @@ def _apply(tensor: Tensor, step: Step) -> Tensor:
             return tensor.t()
         case Every(axis, start):
             return tensor[start::2] if axis == 0 else tensor[:, start::2]
-        case Piece(axis, index, n):
-            return tensor.chunk(n, dim=axis)[index]

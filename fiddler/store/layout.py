@@ -24,16 +24,7 @@ class Every:
     start: Literal[0, 1]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The `index`-th of `n` equal pieces along `axis`."""
-
-    axis: Literal[0, 1]
-    index: int
-    n: int
-
-
-Step = Select | Transpose | Every | Piece
+Step = Select | Transpose | Every
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +43,6 @@ class ExpertParts:
     down: View
     up_bias: tuple[View, ...] = ()
     down_bias: View | None = None
-
-    def views(self) -> tuple[View, ...]:
-        """Return every part, in the order it is read."""
-        return (*self.up, *self.up_bias, self.down, *((self.down_bias,) if self.down_bias else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,24 @@
+"""Fiddler's experts under plain transformers: `model.generate()` with everything it can do."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from fiddler.config import EngineConfig
+from fiddler.engine.setup import compute_lane
+from fiddler.models import seam
+from fiddler.models.loaded import adopt, load
+
+
+def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
+    """Return a transformers model whose experts Fiddler computes.
+
+    `model` is a checkpoint folder or a hub id, loaded without its experts, which are then used where they lie in the
+    mapped files; or a loaded transformers model, which is changed in place and keeps its weights. Beam search,
+    assisted and prompt-lookup decoding and every logits processor are transformers' own. Raises `ModelError`,
+    `UnsupportedModelError` for a model without the experts seam among them.
+    """
+    options = config if config is not None else EngineConfig()
+    loaded = adopt(model) if isinstance(model, PreTrainedModel) else load(model, options, packed=False)
+    seam.bind(loaded.experts, compute_lane(loaded, options).run)
+    return loaded.model
