@@ -81,7 +81,9 @@ def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) 
     """
     dtype: Any = checkpoint_dtype if config.dtype == "auto" else config.dtype
     if dtype not in get_args(DtypeName):
-        raise ConfigError(f"the checkpoint's dtype {dtype!r} cannot be computed with; set dtype to 'bfloat16' or 'float32'")
+        raise ConfigError(
+            f"the checkpoint's dtype {dtype!r} cannot be computed with; set dtype to 'bfloat16' or 'float32'"
+        )
     context = config.max_context or model_context
     if context > model_context:
         raise ConfigError(f"max_context={context} is more than the model's {model_context}")

@@ -1,8 +1,8 @@
 """Which kernel is fastest on this machine, measured once per weight shape and row count, and stored.
 
 Weights of a decoding step come from memory, not from a cache, so each measurement walks over copies of the matrix
-that together exceed the caches. Results are stored per instruction set, thread count and torch version: the choice is
-then a pure function of what is stored, and stays the same from run to run.
+that together exceed the caches. Results are stored per instruction set, thread count and torch version: the choice
+is then a pure function of what is stored, and stays the same from run to run.
 """
 
 import json
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from fiddler.config import EngineConfig
-from fiddler.devices.kernels import BUCKETS, KERNELS, KernelName, Kernels, ShapeKey, linear, rows_last, shape_key
+from fiddler.devices.kernels import (
+    BUCKETS,
+    KERNELS,
+    KernelName,
+    Kernels,
+    ShapeKey,
+    linear,
+    rows_last,
+    shape_key,
+)
 
 MIN_BYTES = 1 << 20
 """Matrices below this are not measured: dispatch decides there, and `linear` has the least."""
@@ -104,7 +113,13 @@ def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
 
 def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
     entries = [
-        {"out": out, "in": columns, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "kernel": kernel}
+        {
+            "out": out,
+            "in": columns,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rows": rows,
+            "kernel": kernel,
+        }
         for ((out, columns, dtype), rows), kernel in choice.items()
     ]
     try:

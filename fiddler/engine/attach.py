@@ -13,8 +13,8 @@ from fiddler.models.loaded import adopt, load
 def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
     """Return a transformers model whose experts Fiddler computes.
 
-    `model` is a checkpoint folder or a hub id, loaded without its experts, which are then used where they lie in the
-    mapped files; or a loaded transformers model, which is changed in place and keeps its weights. Beam search,
+    `model` is a checkpoint folder or a hub id, loaded without its experts, which are then used where they lie in
+    the mapped files; or a loaded transformers model, which is changed in place and keeps its weights. Beam search,
     assisted and prompt-lookup decoding and every logits processor are transformers' own. Raises `ModelError`,
     `UnsupportedModelError` for a model without the experts seam among them.
     """

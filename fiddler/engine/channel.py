@@ -8,7 +8,7 @@ a push appends and, if somebody waits, asks that loop to wake him: asyncio's `ca
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio import lowlevel
@@ -56,7 +56,7 @@ class Channel(Generic[T]):
 
 
 def _waker(event: anyio.Event) -> Callable[[], object]:
-    token = lowlevel.current_token().native_token
+    token: Any = lowlevel.current_token().native_token
     soon = getattr(token, "run_sync_soon", None) or token.call_soon_threadsafe
 
     def wake() -> None:

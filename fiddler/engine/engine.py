@@ -80,16 +80,17 @@ class Engine:
         and `logprobs`. Raises `GenerationError` for an option and `EngineClosedError` at once; what is wrong with
         the prompt (`PromptError`) is raised when the stream is awaited or read.
         """
-        if not self._open or self._loaded is None:
-            raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
-        options = read_options(self._loaded.model.generation_config or GenerationConfig(), generation, overrides)
+        default = self._opened().model.generation_config or GenerationConfig()
+        options = read_options(default, generation, overrides)
         channel: Channel[Item] = Channel()
         submission = Submission(prompt, options, channel)
         inbox = self._inbox
         inbox.push(Submit(submission))
         return TokenStream(channel, lambda: inbox.push(End(submission)))
 
-    async def generate(self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any) -> Result:
+    async def generate(
+        self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
+    ) -> Result:
         """Run a request to its end and return it whole. Raises what `generate_stream` and its stream raise."""
         started = perf_counter()
         first_s = 0.0
@@ -110,6 +111,20 @@ class Engine:
             logprobs=tuple(t.logprob for t in tokens if t.logprob is not None) or None,
         )
 
+    @property
+    def max_context(self) -> int:
+        """Tokens a prompt and its completion may have together. Raises `EngineClosedError` unopened."""
+        return self._opened().resolved.max_context
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
+        return len(self._opened().text.encode(prompt))
+
+    def _opened(self) -> ServableModel:
+        if not self._open or self._loaded is None:
+            raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
+        return self._loaded
+
     def statistics(self) -> Statistics:
         """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""
         if self._loop is None:
@@ -125,7 +140,11 @@ class Engine:
             lane = compute_lane(loaded, self.config)
             seam.bind(loaded.experts, lane.run)
             self._loop = EngineLoop(
-                loaded, lane, self._inbox, max_running=self.config.max_running, chunk_tokens=self.config.chunk_tokens
+                loaded,
+                lane,
+                self._inbox,
+                max_running=self.config.max_running,
+                chunk_tokens=self.config.chunk_tokens,
             )
         except BaseException as error:
             self._boot.push(error)

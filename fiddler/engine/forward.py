@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from fiddler.engine.assemble import Span
 from fiddler.engine.request import Request
@@ -25,9 +25,9 @@ class StepRunner:
         self._directness = Directness()
         self._keeps_rows = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
-    def new_past(self) -> SequenceKV | Cache:
-        """Return an empty past for one sequence."""
-        return SequenceKV() if self._packed else DynamicCache(config=self._model.config)
+    def new_past(self) -> SequenceKV | None:
+        """Return an empty past for one sequence; `None` where the model makes a cache of its own kind."""
+        return SequenceKV() if self._packed else None
 
     def run(self, spans: Sequence[Span[Request]]) -> list[Tensor]:
         """Run the spans' rows and return the logits `[V]` of every `last` row, in the spans' order."""
@@ -40,24 +40,32 @@ class StepRunner:
 
     def _wave(self, spans: Sequence[Span[Request]]) -> Forward:
         """All spans as one packed forward."""
-        pasts = [cast(SequenceKV, span.request.past) for span in spans]
+        pasts = [cast("SequenceKV", span.request.past) for span in spans]
         cache = WaveCache(pasts, [span.n_rows for span in spans], self._directness)
-        forward = Forward(self._call(spans, cache))
+        call = self._call(spans, cache)
+        forward = Forward(lambda: call()[0])
         forward.wave = cache
         return forward
 
     def _single(self, span: Span[Request]) -> Forward:
         """One sequence on its own, with transformers' cache."""
-        return Forward(self._call([span], cast(Cache, span.request.past)))
+        call = self._call([span], cast("Cache | None", span.request.past))
 
-    def _call(self, spans: Sequence[Span[Request]], cache: Cache) -> Callable[[], Tensor]:
+        def keep_past() -> Tensor:
+            logits, span.request.past = call()
+            return logits
+
+        return Forward(keep_past)
+
+    def _call(self, spans: Sequence[Span[Request]], cache: Cache | None) -> Callable[[], tuple[Tensor, Cache]]:
+        """Return the model's forward over the spans: logits `[rows kept, V]` and the cache it used."""
         ids = [i for s in spans for i in s.request.tokens(s.start, s.stop)]
         positions = [p for s in spans for p in range(s.start, s.stop)]
         ends = torch.tensor([s.n_rows for s in spans]).cumsum(0) - 1
         keep = ends[torch.tensor([s.last for s in spans])]
         extra = {"logits_to_keep": keep} if self._keeps_rows else {}
 
-        def call() -> Tensor:
+        def call() -> tuple[Tensor, Cache]:
             output = self._model(
                 input_ids=torch.tensor([ids]),
                 position_ids=torch.tensor([positions]),
@@ -65,8 +73,8 @@ class StepRunner:
                 use_cache=True,
                 **extra,
             )
-            logits: Tensor = output.logits[0]  # [rows kept, V]
-            return logits if self._keeps_rows else logits[keep]
+            logits: Tensor = output.logits[0]
+            return logits if self._keeps_rows else logits[keep], output.past_key_values
 
         return call
 
@@ -86,4 +94,5 @@ class StepRunner:
             return [self._compute(*calls[0])]
         layer = calls[0].layer
         joined = (torch.cat([getattr(c, name) for c in calls]) for name in ("hidden", "index", "weights"))
-        return self._compute(layer, *joined).split([c.hidden.shape[0] for c in calls])
+        outputs: Sequence[Tensor] = self._compute(layer, *joined).split([c.hidden.shape[0] for c in calls])
+        return outputs

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -56,7 +57,13 @@ class EngineLoop:
     """Serves requests until told to close; every method but `statistics` belongs to the engine's thread."""
 
     def __init__(
-        self, loaded: ServableModel, lane: ComputeLane, inbox: Channel[Command], *, max_running: int, chunk_tokens: int
+        self,
+        loaded: ServableModel,
+        lane: ComputeLane,
+        inbox: Channel[Command],
+        *,
+        max_running: int,
+        chunk_tokens: int,
     ) -> None:
         self._loaded = loaded
         self._lane = lane
@@ -128,7 +135,8 @@ class EngineLoop:
         )
 
     def _check_ids(self, prompt_ids: list[int]) -> None:
-        n_vocabulary = self._loaded.model.get_input_embeddings().num_embeddings
+        embeddings: Any = self._loaded.model.get_input_embeddings()
+        n_vocabulary = embeddings.weight.shape[0]
         if max(prompt_ids) >= n_vocabulary:
             raise PromptError(f"token id {max(prompt_ids)} is outside the vocabulary of {n_vocabulary}")
 

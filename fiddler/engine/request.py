@@ -35,7 +35,7 @@ class Request:
     """Tokens it may make."""
     sampler: Sampler
     decoder: Decoder
-    past: SequenceKV | Cache
+    past: SequenceKV | Cache | None
     n_past: int = 0
     """Tokens whose keys and values are in `past`."""
     made: list[int] = field(default_factory=list)
@@ -91,5 +91,6 @@ def past_bytes(past: Any) -> int:
     """Return the bytes of keys and values (and other state) a sequence holds."""
     if isinstance(past, SequenceKV):
         return past.nbytes
-    tensors = (getattr(layer, name, None) for layer in past.layers for name in ("keys", "values"))
+    layers = getattr(past, "layers", ())
+    tensors = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
     return sum(t.nbytes for t in tensors if isinstance(t, Tensor))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -23,7 +23,7 @@ _IGNORED = frozenset({"position_ids", "cache_position", "input_ids", "attention_
 
 
 def attention_function(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,7 +40,7 @@ def attention_function(
     Raises `UnsupportedModelError` for an argument that would change the result and is not known here.
     """
     _check(attention_mask, kwargs)
-    wave: WaveCache = getcurrent().wave  # type: ignore[attr-defined]
+    wave: WaveCache = getcurrent().wave
     pasts = wave.pasts(key, value, module.layer_idx)
     window, chunk = sliding_window or 0, _chunk(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -64,10 +64,12 @@ def _check(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if kwargs.get("is_causal") is False:
         unknown.append("is_causal=False")
     if unknown:
-        raise UnsupportedModelError(f"the model's attention takes {', '.join(unknown)}, which packed steps do not know")
+        raise UnsupportedModelError(
+            f"the model's attention takes {', '.join(unknown)}, which packed steps do not know"
+        )
 
 
-def _chunk(module: nn.Module) -> int:
+def _chunk(module: Any) -> int:
     """Return the chunk a layer attends within (Llama 4), or 0."""
     config = module.config
     types = getattr(config, "layer_types", None)
@@ -120,7 +122,13 @@ def _mask(q: Tensor, k: Tensor, window: int, chunk: int, wave: WaveCache) -> Ten
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Return `[1, t, heads, dim]` step by step, for soft-capped scores and attention sinks.
 

@@ -101,7 +101,9 @@ class WaveCache(Cache):
         self.lengths = list(lengths)
         self.masks: dict[tuple[int, int, int, int], Tensor] = {}
         self._directness = directness
-        self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}  # by id of the keys, held so that ids stay theirs
+        self._returned: dict[
+            int, tuple[int, Tensor, Tensor]
+        ] = {}  # by id of the keys, held so that ids stay theirs
         self._seen_tokens = max((s.layer(0).length for s in sequences), default=0)
 
     def update(
@@ -114,7 +116,9 @@ class WaveCache(Cache):
             owners[0].append(key_states, value_states)
             keys, values = owners[0].view()
         else:
-            rows = zip(owners, key_states.split(self.lengths, -2), value_states.split(self.lengths, -2), strict=True)
+            rows = zip(
+                owners, key_states.split(self.lengths, -2), value_states.split(self.lengths, -2), strict=True
+            )
             for owner, key, value in rows:
                 owner.append(key, value)
             if not self._directness.known_direct(layer_idx):

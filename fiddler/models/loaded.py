@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
@@ -26,7 +25,7 @@ class LoadedModel:
     """A model and its experts; nothing in it knows about requests."""
 
     model: PreTrainedModel
-    experts: Mapping[str, nn.Module]
+    experts: Mapping[str, seam.ExpertsModule]
     """The experts modules by path, in layer order."""
     formulas: tuple[ExpertFormula, ...]
     """By layer."""
@@ -88,7 +87,9 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
     """
     experts = seam.find_experts(model)
     if not experts:
-        raise UnsupportedModelError(f"{model.config.model_type!r} has no experts behind transformers' experts registry")
+        raise UnsupportedModelError(
+            f"{model.config.model_type!r} has no experts behind transformers' experts registry"
+        )
     model.set_experts_implementation(seam.NAME)
     modules = list(experts.values())
     return LoadedModel(
@@ -100,10 +101,11 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
     )
 
 
-def find_checkpoint(model: str | Path) -> Path:
+def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
     """Return the folder of a checkpoint given as a path or as a hub id.
 
-    A hub id is looked up in the local hub cache first and downloaded otherwise. Raises `CheckpointError`.
+    A hub id is looked up in the local hub cache first and downloaded otherwise, if `download` allows it. Raises
+    `CheckpointError`.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -114,8 +116,9 @@ def find_checkpoint(model: str | Path) -> Path:
     files = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.py"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
-    except Exception:  # not cached, or only in part: the hub decides
-        pass
+    except Exception as error:  # not cached, or only in part: the hub decides
+        if not download:
+            raise CheckpointError(f"{name} is neither a folder nor whole in the hub cache") from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:

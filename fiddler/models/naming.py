@@ -10,15 +10,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError
+from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.layout import Every, ExpertParts, Layout, Select, Transpose, View
+from fiddler.store.layout import Axis, Every, ExpertParts, Layout, Select, Transpose, View
 
 Derived = dict[str, Callable[[], Tensor]]
 
@@ -32,7 +35,7 @@ class Source:
 
 
 def expert_layout(
-    model: PreTrainedModel, experts: Mapping[str, nn.Module], checkpoint: Checkpoint
+    model: PreTrainedModel, experts: Mapping[str, ExpertsModule], checkpoint: Checkpoint
 ) -> tuple[Layout, Derived]:
     """Find the parts of every expert of `experts` (by module path, in layer order).
 
@@ -54,7 +57,7 @@ def expert_layout(
     return Layout(tuple(layers)), derived
 
 
-def _parameters(module: nn.Module) -> tuple[str, ...]:
+def _parameters(module: ExpertsModule) -> tuple[str, ...]:
     up = "gate_up_proj" if module.has_gate else "up_proj"
     weights = (up, "down_proj")
     return (*weights, f"{up}_bias", "down_proj_bias") if module.has_bias else weights
@@ -72,7 +75,7 @@ def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> 
         renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
         if renamed not in meta and name in meta:
             renamed, pattern = name, None
-        for target in _targets(renamed, by_pattern.get(pattern)) & wanted:
+        for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)
     return {
         parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
@@ -89,7 +92,12 @@ def _targets(renamed: str, converter: loading.WeightConverter | None) -> set[str
 
 
 def _views(
-    parameter: str, module: nn.Module, source: Source, model: PreTrainedModel, checkpoint: Checkpoint, derived: Derived
+    parameter: str,
+    module: ExpertsModule,
+    source: Source,
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    derived: Derived,
 ) -> list[tuple[View, ...]]:
     """Return one parameter's views by expert, side by side along its output dimension."""
     n_experts = _n_experts(module)
@@ -103,7 +111,7 @@ def _views(
     return views
 
 
-def _n_experts(module: nn.Module) -> int:
+def _n_experts(module: ExpertsModule) -> int:
     return int(module._n_experts)
 
 
@@ -112,7 +120,7 @@ class _NoViewError(Exception):
 
 
 def _replay(
-    source: Source, expert: int, n_experts: int, module: nn.Module, checkpoint: Checkpoint
+    source: Source, expert: int, n_experts: int, module: ExpertsModule, checkpoint: Checkpoint
 ) -> tuple[View, ...]:
     """Apply a conversion's operations to the views of one expert."""
     operations = source.converter.operations if source.converter is not None else []
@@ -130,13 +138,13 @@ def _replay(
     if source.converter is not None and len(source.converter.target_patterns) > 1:
         raise _NoViewError
     # An expert's output dimension, once the leading expert dimension is gone.
-    out_axis = 1 if module.is_transposed else 0
+    out_axis: Axis = 1 if module.is_transposed else 0
     for op in operations:
-        parts = _step(op, parts, out_axis, checkpoint)
+        parts = _step(op, parts, out_axis)
     return tuple(parts)
 
 
-def _step(op: loading.ConversionOps, parts: list[View], out_axis: int, checkpoint: Checkpoint) -> list[View]:
+def _step(op: loading.ConversionOps, parts: list[View], out_axis: Axis) -> list[View]:
     """Apply one operation; its dimensions count the leading expert dimension, a view's do not."""
     match op:
         case loading.MergeModulelist(dim=0):
@@ -146,7 +154,10 @@ def _step(op: loading.ConversionOps, parts: list[View], out_axis: int, checkpoin
         case loading.Interleave(dim=dim, inverse=False) if dim == out_axis + 1 and len(parts) == 1:
             view = parts[0]
             return [View(view.tensor, (*view.steps, Every(out_axis, start))) for start in (0, 1)]
-        case loading.Transpose(dim0=1, dim1=2, check_dims=False) | loading.Transpose(dim0=2, dim1=1, check_dims=False):
+        case (
+            loading.Transpose(dim0=1, dim1=2, check_dims=False)
+            | loading.Transpose(dim0=2, dim1=1, check_dims=False)
+        ):
             return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
     raise _NoViewError
 
@@ -161,24 +172,18 @@ def _convert(parameter: str, source: Source, model: PreTrainedModel, checkpoint:
         name = name.replace(other, first)
     for pattern, tensors in source.tensors.items():
         for tensor in tensors:
-            converter.add_tensor(name, tensor, pattern, lambda t=tensor: checkpoint.tensor(t))  # type: ignore[misc]
+            read: Any = partial(checkpoint.tensor, tensor)
+            converter.add_tensor(name, tensor, pattern, read)
     made = converter.convert(name, model=model, config=model.config)
-    value = made[parameter]
+    value: Tensor | list[Tensor] = made[parameter]
     return value[0] if isinstance(value, list) else value
 
 
-def _layer(module: nn.Module, views: Mapping[str, list[tuple[View, ...]]]) -> tuple[ExpertParts, ...]:
+def _layer(module: ExpertsModule, views: Mapping[str, list[tuple[View, ...]]]) -> tuple[ExpertParts, ...]:
     up, down, *biases = (views[name] for name in _parameters(module))
-    up_bias, down_bias = biases or ([()] * len(up), [None] * len(up))
-    return tuple(
-        ExpertParts(
-            up=up[e],
-            down=_only(down[e]),
-            up_bias=up_bias[e],
-            down_bias=_only(down_bias[e]) if down_bias[e] else None,
-        )
-        for e in range(len(up))
-    )
+    if not biases:
+        return tuple(ExpertParts(up[e], _only(down[e])) for e in range(len(up)))
+    return tuple(ExpertParts(up[e], _only(down[e]), biases[0][e], _only(biases[1][e])) for e in range(len(up)))
 
 
 def _only(views: tuple[View, ...]) -> View:

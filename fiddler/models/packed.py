@@ -5,4 +5,41 @@ separate unsplit forwards. An architecture that is not listed runs one forward p
 with transformers' own cache, and meets the others at the experts.
 """
 
-PACKED: frozenset[str] = frozenset({"mixtral", "qwen3_moe"})
+PACKED: frozenset[str] = frozenset(
+    {
+        "afmoe",
+        "aria_text",
+        "axk1",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "flint",
+        "gemma4_text",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "kolibri1",
+        "laguna",
+        "mellum",
+        "mimo_v2_flash",
+        "minimax_m2",
+        "mistral4",
+        "mixtral",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "solar_open",
+    }
+)
+"""By the model type of the text configuration."""

@@ -16,9 +16,11 @@ _HANDLED = frozenset({*_SAMPLING, "do_sample", "max_new_tokens", "max_length", "
     "repetition_penalty",
     "logprobs",
 }
-_HARMLESS = frozenset({"pad_token_id", "bos_token_id", "use_cache", "transformers_version", "return_dict_in_generate"})
+_HARMLESS = frozenset(
+    {"pad_token_id", "bos_token_id", "use_cache", "transformers_version", "return_dict_in_generate"}
+)
 """Set in many checkpoints, without a meaning here."""
-_NEUTRAL = (None, False, 0, 1, 1.0, (), [], {})
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, 1.0, (), [], {})
 """Values with which an option of `GenerationConfig` does nothing."""
 
 

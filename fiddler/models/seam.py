@@ -1,7 +1,7 @@
 """The experts seam: one function, registered with transformers, through which every MoE layer passes.
 
-Inside a `Forward` greenlet it hands an `ExpertsCall` to whoever drives the forward and is resumed with the result; in
-any other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
+Inside a `Forward` greenlet it hands an `ExpertsCall` to whoever drives the forward and is resumed with the result;
+in any other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -20,6 +20,9 @@ from fiddler.types import ExpertWeights
 NAME = "fiddler"
 """The experts implementation's name in transformers' registry."""
 
+ExpertsModule = Any
+"""An experts module of transformers; typed `Any`, for `nn.Module` knows none of the seam's flags."""
+
 Compute = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, hidden [T, H], index [T, K], weights [T, K]) -> [T, H]`."""
 
@@ -29,23 +32,25 @@ class ExpertsCall(NamedTuple):
 
     layer: int
     hidden: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, not tuple.index
     weights: Tensor
 
 
-def experts_function(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def experts_function(module: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Return the experts' output `[T, H]`; what transformers calls in place of its own implementations."""
     layer, compute = module._fiddler
     current = getcurrent()
     if isinstance(current, Forward):
-        return current.suspend(ExpertsCall(layer, hidden, index, weights))
-    return compute(layer, hidden, index, weights)
+        output = current.suspend(ExpertsCall(layer, hidden, index, weights))
+    else:
+        output = compute(layer, hidden, index, weights)
+    return output
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_function)
 
 
-class Forward(greenlet):
+class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
     """A model's forward as a coroutine: `send` runs it to its next `ExpertsCall` or to its end.
 
     It must be driven by one thread. torch's thread-wide modes must be the same after a switch as before it: a
@@ -79,7 +84,7 @@ def _torch_modes() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def find_experts(model: nn.Module) -> dict[str, ExpertsModule]:
     """Return the modules whose experts go through the seam, by path, in the order the model runs them."""
     return {path: module for path, module in model.named_modules() if is_seamed(module)}
 
@@ -89,14 +94,14 @@ def is_seamed(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
-def bind(experts: Mapping[str, nn.Module], compute: Compute) -> None:
+def bind(experts: Mapping[str, ExpertsModule], compute: Compute) -> None:
     """Give each experts module its layer number and what computes it outside a `Forward`."""
     for layer, module in enumerate(experts.values()):
-        module._fiddler = (layer, compute)  # type: ignore[assignment]
+        module._fiddler = (layer, compute)
 
 
 @contextmanager
-def replaced(experts: Mapping[str, nn.Module], compute: Compute) -> Generator[None]:
+def replaced(experts: Mapping[str, ExpertsModule], compute: Compute) -> Generator[None]:
     """Let `compute` stand for every layer's experts while the context lasts (for measurements)."""
     saved = [module._fiddler for module in experts.values()]
     bind(experts, compute)
@@ -107,7 +112,7 @@ def replaced(experts: Mapping[str, nn.Module], compute: Compute) -> Generator[No
             module._fiddler = binding
 
 
-def formula(module: nn.Module) -> ExpertFormula:
+def formula(module: ExpertsModule) -> ExpertFormula:
     """Read an experts module's flags into the formula a device computes."""
     custom = type(module)._apply_gate is not moe._default_apply_gate
     return ExpertFormula(
@@ -118,7 +123,7 @@ def formula(module: nn.Module) -> ExpertFormula:
     )
 
 
-def module_weights(module: nn.Module, expert: int) -> ExpertWeights:
+def module_weights(module: ExpertsModule, expert: int) -> ExpertWeights:
     """Return one expert's weights as views of a loaded module's own parameters."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     matrices = [getattr(module, name)[expert] for name in (up, "down_proj")]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,7 +25,9 @@ class Text:
         """Load the tokenizer of a checkpoint folder, if it has a fast one."""
         if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
             return cls(None)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         return cls(tokenizer if tokenizer.is_fast else None)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -39,14 +41,16 @@ class Text:
         else:
             if not all(isinstance(i, int) and i >= 0 for i in prompt):
                 raise PromptError("prompt must be text, token ids (whole numbers from 0) or chat messages")
-            ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+            ids = list(cast("Sequence[int]", prompt))
         if not ids:
             raise PromptError("the prompt is empty; give at least one token")
         return ids
 
     def _encode_text(self, text: str, *, special: bool) -> list[int]:
         if self.tokenizer is None:
-            raise PromptError("this checkpoint has no fast tokenizer (tokenizer.json); give the prompt as token ids")
+            raise PromptError(
+                "this checkpoint has no fast tokenizer (tokenizer.json); give the prompt as token ids"
+            )
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _chat(self, messages: Any) -> str:

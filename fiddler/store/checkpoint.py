@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,14 +82,18 @@ class Checkpoint:
     def _view(self, name: str, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
-            raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}; experts must be one of {', '.join(_DTYPES)}")
-        storage = self._storages.get(entry.file)
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {entry.dtype}; experts must be one of {', '.join(_DTYPES)}"
+            )
+        storage: Any = self._storages.get(entry.file)
         if storage is None:
             storage = UntypedStorage.from_file(str(entry.file), False, entry.file.stat().st_size)
             self._storages[entry.file] = storage
         start, rest = divmod(entry.offset, dtype.itemsize)
         if rest:
-            raise CheckpointError(f"tensor {name!r} starts at an odd byte of {entry.file.name}; save the checkpoint again")
+            raise CheckpointError(
+                f"tensor {name!r} starts at an odd byte of {entry.file.name}; save the checkpoint again"
+            )
         strides = [1] * len(shape)
         for axis in range(len(shape) - 2, -1, -1):
             strides[axis] = strides[axis + 1] * shape[axis + 1]
@@ -98,13 +103,17 @@ class Checkpoint:
 def _files(folder: Path) -> dict[Path, list[str]]:
     """Return the checkpoint's files, each with the tensors an index promises in it."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a checkpoint folder or a hub id that is in the cache")
+        raise CheckpointError(
+            f"{folder} is not a folder; give a checkpoint folder or a hub id that is in the cache"
+        )
     if (folder / INDEX).is_file():
         return _indexed(folder)
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: []}
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise CheckpointError(f"{folder} holds pickled weights, which are never opened; convert them to safetensors")
+        raise CheckpointError(
+            f"{folder} holds pickled weights, which are never opened; convert them to safetensors"
+        )
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
@@ -122,7 +131,9 @@ def _indexed(folder: Path) -> dict[Path, list[str]]:
         files.setdefault(folder / path, []).append(tensor)
     missing = sorted(file.name for file in files if not file.is_file())
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them"
+        )
     return files
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Axis = Literal[0, 1]
+
 
 @dataclass(frozen=True, slots=True)
 class Select:
@@ -20,7 +22,7 @@ class Transpose:
 class Every:
     """Each second row or column, from `start`: one half of an interleaved matrix."""
 
-    axis: Literal[0, 1]
+    axis: Axis
     start: Literal[0, 1]
 
 

@@ -1,0 +1,111 @@
+"""The options that commands share, in groups."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from fiddler import DEMO
+from fiddler.config import DeviceName, DtypeName, EngineConfig, KernelMode
+
+
+def _choice(kind: Any, text: str) -> Any:
+    """Return an option that takes one of a `Literal`'s values."""
+    allowed = get_args(kind)
+
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
+        return value
+
+    return typer.Option(help=text, metavar="|".join(allowed), callback=check, rich_help_panel="Engine")
+
+
+def _engine(text: str, **limits: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Engine", **limits)
+
+
+def _sampling(text: str, **limits: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Generation", **limits)
+
+
+TRUST = "Let Python code inside the checkpoint's folder run."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Which checkpoint."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="DIR|HUB_ID", help="A checkpoint; the built-in demo if left out."),
+    ] = None
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False
+
+    @property
+    def source(self) -> str | Path:
+        """What to open: the model that was named, or the demo."""
+        return DEMO if self.model is None else self.model
+
+    @property
+    def name(self) -> str:
+        """What to call the model in messages."""
+        return "the built-in demo model" if self.model is None else self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs; the names are those of `EngineConfig`."""
+
+    device: Annotated[str, _choice(DeviceName, "Where the dense part runs.")] = "auto"
+    dtype: Annotated[str, _choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
+    kernels: Annotated[
+        str, _choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")
+    ] = "auto"
+    threads: Annotated[int | None, _engine("CPU threads.", min=1)] = None
+    max_context: Annotated[int | None, _engine("Longest prompt plus completion, in tokens.", min=1)] = None
+    chunk_tokens: Annotated[int, _engine("Prompt tokens that may join one step.", min=1)] = (
+        EngineConfig().chunk_tokens
+    )
+
+    def config(self, checkpoint: CheckpointOptions) -> EngineConfig:
+        """Return the engine's configuration. Raises `ConfigError`."""
+        return EngineConfig.from_mapping({**_fields(self), "trust_remote_code": checkpoint.trust_remote_code})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are picked; what is left out is as the checkpoint's `generation_config.json` says."""
+
+    max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most.  [default: 256]", min=1)] = None
+    greedy: Annotated[bool, _sampling("Always take the likeliest token, whatever the options below say.")] = False
+    temperature: Annotated[float | None, _sampling("Sample at this temperature; 0 is greedy.", min=0.0)] = None
+    top_k: Annotated[int | None, _sampling("Sample among the K likeliest tokens.", min=1)] = None
+    top_p: Annotated[
+        float | None, _sampling("Sample among the likeliest tokens of this joint probability.", min=0.0, max=1.0)
+    ] = None
+    min_p: Annotated[
+        float | None, _sampling("Drop tokens below this share of the likeliest.", min=0.0, max=1.0)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, _sampling("Above 1 makes tokens that occurred less likely.", min=0.0)
+    ] = None
+    seed: Annotated[int | None, _sampling("Sample the same tokens in every run.")] = None
+    stop: Annotated[list[str], _sampling("End before this text; may be given several times.")] = field(
+        default_factory=list
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the options that were given, as `Engine.generate_stream` names them."""
+        given = {name: value for name, value in _fields(self).items() if value is not None}
+        stop, greedy = given.pop("stop"), given.pop("greedy")
+        return given | ({"stop_strings": stop} if stop else {}) | ({"do_sample": False} if greedy else {})
+
+
+def _fields(options: Any) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in fields(options)}
+
+
+Check = Callable[[str], str]
