@@ -1,7 +1,7 @@
-"""Lets commands share groups of options: typer reads a function's parameters, and these make a dataclass's fields so.
+"""Lets commands share groups of options: typer reads a function's parameters, a group is a dataclass.
 
-A command is written as `def generate(model: ModelOptions, sampling: SamplingOptions) -> None`; typer sees one option
-for each field of both.
+A command is written as `def inspect(checkpoint: CheckpointOptions, output: InspectOptions) -> None`; typer sees one
+option for each field of both.
 """
 
 import inspect
@@ -20,7 +20,7 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
     def call(**options: Any) -> None:
         command(
             **{
-                name: kind(**{f.name: options[f.name] for f in fields(kind)})  # type: ignore[operator, arg-type]
+                name: kind(**{f.name: options[f.name] for f in fields(kind)})  # type: ignore[operator]
                 for name, kind in groups.items()
             }
         )

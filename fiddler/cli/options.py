@@ -1,6 +1,5 @@
 """The options that commands share, in groups."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -27,8 +26,8 @@ def _engine(text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel="Engine", **limits)
 
 
-def _sampling(text: str, **limits: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel="Generation", **limits)
+def _sampling(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Generation", **limits)
 
 
 TRUST = "Let Python code inside the checkpoint's folder run."
@@ -80,7 +79,9 @@ class SamplingOptions:
     """How tokens are picked; what is left out is as the checkpoint's `generation_config.json` says."""
 
     max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most.  [default: 256]", min=1)] = None
-    greedy: Annotated[bool, _sampling("Always take the likeliest token, whatever the options below say.")] = False
+    greedy: Annotated[
+        bool, _sampling("Always take the likeliest token, whatever the options below say.", "--greedy")
+    ] = False
     temperature: Annotated[float | None, _sampling("Sample at this temperature; 0 is greedy.", min=0.0)] = None
     top_k: Annotated[int | None, _sampling("Sample among the K likeliest tokens.", min=1)] = None
     top_p: Annotated[
@@ -106,6 +107,3 @@ class SamplingOptions:
 
 def _fields(options: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in fields(options)}
-
-
-Check = Callable[[str], str]

@@ -43,16 +43,14 @@ class Channel(Generic[T]):
     async def receive(self) -> T:
         """Take the next item, waiting for it. Raises `anyio.BusyResourceError` for a second receiver."""
         with self._guard:
+            await lowlevel.checkpoint()  # before an item is taken: a cancelled receive must lose none
             while True:
                 event = anyio.Event()
                 with self._lock:
                     if self._items:
-                        item = self._items.popleft()
-                        break
+                        return self._items.popleft()
                     self._wake = _waker(event)
                 await event.wait()
-            await lowlevel.checkpoint()
-            return item
 
 
 def _waker(event: anyio.Event) -> Callable[[], object]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import anyio
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.config import EngineConfig
 from fiddler.engine.channel import Channel
@@ -124,6 +124,11 @@ class Engine:
         if not self._open or self._loaded is None:
             raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
         return self._loaded
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's tokenizer; `None` where it has none, or the engine is not open."""
+        return self._loaded.text.tokenizer if self._loaded is not None else None
 
     def statistics(self) -> Statistics:
         """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""

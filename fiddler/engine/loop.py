@@ -12,7 +12,7 @@ from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.channel import Channel
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
-from fiddler.engine.stream import Admitted
+from fiddler.engine.stream import Admitted, Item
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models.loaded import ServableModel
@@ -73,6 +73,7 @@ class EngineLoop:
         self._steps = StepRunner(loaded, lane.run)
         self._waiting: deque[Submission] = deque()
         self._running: list[Request] = []
+        self._outbox: list[tuple[Submission, Item]] = []
         self._counters = _Counters()
         self._closing = False
         self.statistics = self._snapshot()
@@ -86,11 +87,12 @@ class EngineLoop:
                     self._apply([await self._inbox.receive()])
                 self._apply(self._inbox.drain())
                 self._admit()
+                self._publish()
                 if self._running and not self._closing:
                     self._step()
-                self.statistics = self._snapshot()
+                self._publish()
         self._abandon()
-        self.statistics = self._snapshot()
+        self._publish()
 
     def _apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
@@ -114,11 +116,11 @@ class EngineLoop:
             try:
                 request = self._open(submission)
             except FiddlerError as error:
-                submission.channel.push(error)
+                self._outbox.append((submission, error))
             else:
                 self._running.append(request)
                 self._counters.n_requests += 1
-                submission.channel.push(Admitted())
+                self._outbox.append((submission, Admitted()))
 
     def _open(self, submission: Submission) -> Request:
         options = submission.options
@@ -164,7 +166,7 @@ class EngineLoop:
                 if token.finish_reason is not None:
                     self._running.remove(request)
                     self._counters.n_finished += 1
-                request.submission.channel.push(token)
+                self._outbox.append((request.submission, token))
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         """End the requests of a step that raised; their memory goes with them, the others go on."""
@@ -173,7 +175,7 @@ class EngineLoop:
                 self._running.remove(request)
                 failure = EngineFailedError(f"a step failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
-                request.submission.channel.push(failure)
+                self._outbox.append((request.submission, failure))
 
     def _abandon(self) -> None:
         left = [*(r.submission for r in self._running), *self._waiting]
@@ -182,7 +184,15 @@ class EngineLoop:
         self._running.clear()
         self._waiting.clear()
         for submission in left:
-            submission.channel.push(EngineClosedError("the engine was closed while the request was in flight"))
+            error = EngineClosedError("the engine was closed while the request was in flight")
+            self._outbox.append((submission, error))
+
+    def _publish(self) -> None:
+        """Make a step's outcome visible: the statistics first, so that whoever has a token finds it counted."""
+        self.statistics = self._snapshot()
+        for submission, item in self._outbox:
+            submission.channel.push(item)
+        self._outbox.clear()
 
     def _snapshot(self) -> Statistics:
         counters, lane = self._counters, self._lane.counters

@@ -23,6 +23,9 @@ from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.layout import Axis, Every, ExpertParts, Layout, Select, Transpose, View
 
+_MERGING = (loading.MergeModulelist, loading.ErnieFuseAndSplitTextVisionExperts)
+"""Operations that make one parameter of a list with a tensor per expert."""
+
 Derived = dict[str, Callable[[], Tensor]]
 
 
@@ -100,66 +103,87 @@ def _views(
     derived: Derived,
 ) -> list[tuple[View, ...]]:
     """Return one parameter's views by expert, side by side along its output dimension."""
-    n_experts = _n_experts(module)
+    shape = module._shapes[parameter.rpartition(".")[2]]
     try:
-        views = [_replay(source, expert, n_experts, module, checkpoint) for expert in range(n_experts)]
+        kept = _share(parameter, source)
+        # An expert's output dimension, once the leading expert dimension is gone.
+        replay = _Replay(kept, shape, checkpoint, out_axis=1 if module.is_transposed else 0)
+        views = [replay.views(expert) for expert in range(shape[0])]
     except _NoViewError:
         derived[parameter] = lambda: _convert(parameter, source, model, checkpoint)
-        views = [(View(parameter, (Select(expert),)),) for expert in range(n_experts)]
+        views = [(View(parameter, (Select(expert),)),) for expert in range(shape[0])]
     if module.is_transposed and not parameter.endswith("_bias"):
         views = [tuple(View(v.tensor, (*v.steps, Transpose())) for v in parts) for parts in views]
     return views
-
-
-def _n_experts(module: ExpertsModule) -> int:
-    return int(module._n_experts)
 
 
 class _NoViewError(Exception):
     """An operation of the conversion cannot be expressed by views."""
 
 
-def _replay(
-    source: Source, expert: int, n_experts: int, module: ExpertsModule, checkpoint: Checkpoint
-) -> tuple[View, ...]:
-    """Apply a conversion's operations to the views of one expert."""
-    operations = source.converter.operations if source.converter is not None else []
-    merged = any(isinstance(op, loading.MergeModulelist) for op in operations)
-    order = source.converter.source_patterns if source.converter is not None else list(source.tensors)
-    parts: list[View] = []
-    for pattern in order:
-        tensors = source.tensors.get(pattern, ())
-        if merged and len(tensors) == n_experts:
-            parts.append(View(tensors[expert]))
-        elif not merged and len(tensors) == 1 and checkpoint.entries[tensors[0]].shape[:1] == (n_experts,):
-            parts.append(View(tensors[0], (Select(expert),)))
-        else:
-            raise _NoViewError
-    if source.converter is not None and len(source.converter.target_patterns) > 1:
+def _share(parameter: str, source: Source) -> Source:
+    """Return the tensors of one target of a conversion that splits its lists over several, in equal runs."""
+    converter = source.converter
+    if converter is None or len(converter.target_patterns) == 1:
+        return source
+    if not any(isinstance(op, loading.ErnieFuseAndSplitTextVisionExperts) for op in converter.operations):
         raise _NoViewError
-    # An expert's output dimension, once the leading expert dimension is gone.
-    out_axis: Axis = 1 if module.is_transposed else 0
-    for op in operations:
-        parts = _step(op, parts, out_axis)
-    return tuple(parts)
+    mine = next(i for i, target in enumerate(converter.target_patterns) if target in parameter)
+    shares = {}
+    for pattern, tensors in source.tensors.items():
+        size = -(-len(tensors) // len(converter.target_patterns))
+        shares[pattern] = tensors[mine * size : (mine + 1) * size]
+    return Source(shares, converter)
 
 
-def _step(op: loading.ConversionOps, parts: list[View], out_axis: Axis) -> list[View]:
-    """Apply one operation; its dimensions count the leading expert dimension, a view's do not."""
-    match op:
-        case loading.MergeModulelist(dim=0):
-            return parts
-        case loading.Concatenate(dim=dim) if dim == out_axis + 1:
-            return parts
-        case loading.Interleave(dim=dim, inverse=False) if dim == out_axis + 1 and len(parts) == 1:
-            view = parts[0]
-            return [View(view.tensor, (*view.steps, Every(out_axis, start))) for start in (0, 1)]
-        case (
-            loading.Transpose(dim0=1, dim1=2, check_dims=False)
-            | loading.Transpose(dim0=2, dim1=1, check_dims=False)
-        ):
-            return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
-    raise _NoViewError
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A conversion's operations on views of one expert at a time; `shape` is the whole parameter's."""
+
+    source: Source
+    shape: tuple[int, ...]
+    checkpoint: Checkpoint
+    out_axis: Axis
+
+    def views(self, expert: int) -> tuple[View, ...]:
+        """Return one expert's views."""
+        converter = self.source.converter
+        operations = converter.operations if converter is not None else []
+        merged = any(isinstance(op, _MERGING) for op in operations)
+        parts: list[View] = []
+        for pattern in converter.source_patterns if converter is not None else self.source.tensors:
+            tensors = self.source.tensors.get(pattern, ())
+            if merged and len(tensors) == self.shape[0]:
+                parts.append(View(tensors[expert]))
+            elif not merged and len(tensors) == 1 and self._shape(tensors[0])[:1] == self.shape[:1]:
+                parts.append(View(tensors[0], (Select(expert),)))
+            else:
+                raise _NoViewError
+        for op in operations:
+            parts = self._step(op, parts)
+        return tuple(parts)
+
+    def _step(self, op: loading.ConversionOps, parts: list[View]) -> list[View]:
+        """Apply one operation; its dimensions count the leading expert dimension, a view's do not."""
+        out_dim = self.out_axis + 1
+        match op:
+            case loading.MergeModulelist(dim=0):
+                return parts
+            case loading.Concatenate(dim=dim) if dim == out_dim:
+                return parts
+            case loading.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=dim) if dim == out_dim:
+                return parts
+            case loading.Interleave(dim=dim, inverse=False) if dim == out_dim and len(parts) == 1:
+                view = parts[0]
+                return [View(view.tensor, (*view.steps, Every(self.out_axis, start))) for start in (0, 1)]
+            case loading.Transpose() if {op.dim0, op.dim1} == {1, 2}:
+                if op.check_dims and all(self._shape(v.tensor) == self.shape for v in parts):
+                    return parts
+                return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
+        raise _NoViewError
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        return tuple(self.checkpoint.entries[tensor].shape)
 
 
 def _convert(parameter: str, source: Source, model: PreTrainedModel, checkpoint: Checkpoint) -> Tensor:

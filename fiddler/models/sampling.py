@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -20,8 +21,28 @@ _HARMLESS = frozenset(
     {"pad_token_id", "bos_token_id", "use_cache", "transformers_version", "return_dict_in_generate"}
 )
 """Set in many checkpoints, without a meaning here."""
-_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, 1.0, (), [], {})
-"""Values with which an option of `GenerationConfig` does nothing."""
+_NEUTRAL_ONE = frozenset(
+    {
+        "encoder_repetition_penalty",
+        "guidance_scale",
+        "length_penalty",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "typical_p",
+    }
+)
+"""Options that do nothing at 1; every other one does nothing where it is unset, off, 0 or empty."""
+_NUMBERS: tuple[tuple[str, float, float, bool], ...] = (
+    ("temperature", 0, inf, False),
+    ("top_k", 0, inf, True),
+    ("top_p", 0, 1, False),
+    ("min_p", 0, 1, False),
+    ("max_new_tokens", 1, inf, True),
+    ("max_length", 1, inf, True),
+    ("seed", -(1 << 63), (1 << 64) - 1, True),
+)
+"""Name, lowest and highest value, and whether only whole numbers make sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +87,21 @@ def read_options(
     asked = {**(_set_fields(generation) if generation is not None else {}), **overrides}
     merged = {**{k: v for k, v in _set_fields(default).items() if k in _HANDLED}, **asked}
     for name, value in asked.items():
-        if name not in _HANDLED | _HARMLESS and not name.startswith("_") and value not in _NEUTRAL:
+        if name not in _HANDLED | _HARMLESS and not name.startswith("_") and not _is_neutral(name, value):
             raise GenerationError(
                 f"{name}={value!r} is not supported by the engine; "
                 "model = fiddler.attach(path); model.generate(...) takes every option of transformers"
             )
-    options = _options(merged, sample=_samples(asked, merged))
-    _check(options)
-    return options
+    _check(merged)
+    return _options(merged, sample=_samples(asked, merged))
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    if name in _NEUTRAL_ONE:
+        return value is None or value == 1
+    if name.endswith("_token_id"):  # 0 is a token
+        return value is None
+    return value in (None, False, (), [], {})
 
 
 def _set_fields(generation: GenerationConfig) -> dict[str, Any]:
@@ -86,46 +114,49 @@ def _samples(asked: dict[str, Any], merged: dict[str, Any]) -> bool:
     return bool(merged.get("do_sample")) or any(asked.get(name) is not None for name in _SAMPLING)
 
 
-def _options(merged: dict[str, Any], *, sample: bool) -> SamplingOptions:
-    eos = merged.get("eos_token_id")
-    stop = merged.get("stop_strings") or ()
-    temperature = merged.get("temperature")
-    try:
-        return SamplingOptions(
-            temperature=float(1.0 if temperature is None else temperature) if sample else 0.0,
-            top_k=merged.get("top_k") or None,
-            top_p=merged.get("top_p"),
-            min_p=merged.get("min_p"),
-            repetition_penalty=merged.get("repetition_penalty"),
-            seed=merged.get("seed"),
-            max_new_tokens=merged.get("max_new_tokens"),
-            max_length=merged.get("max_length"),
-            eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
-            stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
-            logprobs=bool(merged.get("logprobs")),
-        )
-    except (TypeError, ValueError) as error:
-        raise GenerationError(f"a generation option has the wrong type: {error}") from error
-
-
-def _check(options: SamplingOptions) -> None:
-    if not all(isinstance(s, str) and s for s in options.stop_strings):
-        raise GenerationError(f"stop_strings={options.stop_strings!r} must be non-empty strings")
-    limits: tuple[tuple[str, float, float], ...] = (
-        ("temperature", 0.0, float("inf")),
-        ("top_k", 1, float("inf")),
-        ("top_p", 0.0, 1.0),
-        ("min_p", 0.0, 1.0),
-        ("max_new_tokens", 1, float("inf")),
-        ("max_length", 1, float("inf")),
-    )
-    for name, low, high in limits:
-        value = getattr(options, name)
-        if value is not None and (not isinstance(value, int | float) or not low <= value <= high):
-            raise GenerationError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
-    penalty = options.repetition_penalty
-    if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
+def _check(merged: dict[str, Any]) -> None:
+    for name, low, high, whole in _NUMBERS:
+        value = merged.get(name)
+        if value is not None and not (_is_number(value, whole=whole) and low <= value <= high):
+            kind = "a whole number" if whole else "a number"
+            raise GenerationError(f"{name}={value!r} must be {kind} from {low:g} to {high:g}")
+    penalty = merged.get("repetition_penalty")
+    if penalty is not None and not (_is_number(penalty, whole=False) and 0 < penalty < inf):
         raise GenerationError(f"repetition_penalty={penalty!r} must be a number above 0")
+    stop = merged.get("stop_strings")
+    if not all(isinstance(s, str) and s for s in _listed(stop)):
+        raise GenerationError(f"stop_strings={stop!r} must be non-empty strings")
+    eos = merged.get("eos_token_id")
+    if not all(_is_number(i, whole=True) for i in _listed(eos)):
+        raise GenerationError(f"eos_token_id={eos!r} must be a token id or several")
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Return one value or several as a tuple; `None` is none."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
+
+
+def _options(merged: dict[str, Any], *, sample: bool) -> SamplingOptions:
+    temperature = merged.get("temperature")
+    return SamplingOptions(
+        temperature=float(1.0 if temperature is None else temperature) if sample else 0.0,
+        top_k=merged.get("top_k") or None,
+        top_p=merged.get("top_p"),
+        min_p=merged.get("min_p"),
+        repetition_penalty=merged.get("repetition_penalty"),
+        seed=merged.get("seed"),
+        max_new_tokens=merged.get("max_new_tokens"),
+        max_length=merged.get("max_length"),
+        eos_token_ids=frozenset(_listed(merged.get("eos_token_id"))),
+        stop_strings=_listed(merged.get("stop_strings")),
+        logprobs=bool(merged.get("logprobs")),
+    )
 
 
 class Sampler:

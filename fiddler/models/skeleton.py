@@ -45,23 +45,48 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
-def model_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """Return the class that makes text from this configuration. Raises `UnsupportedModelError` without one."""
-    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    multimodal: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    for mapping in (causal, multimodal):
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-            return cls
+def text_model(
+    config: PretrainedConfig, folder: Path, *, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the class that makes text from this configuration, and the part of the configuration it takes.
+
+    A multimodal checkpoint's is the whole model, run without its towers, or a part of it that makes text by itself.
+    Raises `UnsupportedModelError` without one.
+    """
+    if mapped := _mapped(config):
+        return mapped
     for name in config.architectures or ():  # some are in no auto mapping, but named by their checkpoints
-        if isinstance(named := getattr(transformers, name, None), type) and issubclass(named, PreTrainedModel):
-            return named
+        if isinstance(named := getattr(transformers, name, None), type) and _makes_text(named):
+            return named, config
+    for key in config.sub_configs:
+        if mapped := _mapped(getattr(config, key, None)):
+            return mapped
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if trust_remote_code and reference:
         remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, folder)
-        return remote
+        return remote, config
     raise UnsupportedModelError(f"{config.model_type!r} has no class in transformers that generates text")
+
+
+def _mapped(config: PretrainedConfig | None) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return what transformers' auto classes would: a causal LM of the text part, or else the multimodal model."""
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    multimodal: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    for mapping in (causal, multimodal):
+        if config is not None and type(config) in mapping:
+            found = mapping[type(config)]
+            cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+            if _makes_text(cls):
+                of_text = cls.config_class is config.sub_configs.get("text_config")
+                return cls, config.get_text_config() if of_text else config
+    return None
+
+
+def _makes_text(cls: type) -> bool:
+    """Whether a class makes text token by token, and does not only hold models that do."""
+    if not (issubclass(cls, PreTrainedModel) and issubclass(cls, transformers.GenerationMixin)):
+        return False
+    return cls.forward is not torch.nn.Module.forward
 
 
 def load_skeleton(
@@ -78,7 +103,8 @@ def load_skeleton(
     `UnsupportedModelError` for a model without the seam, `CheckpointError` for weights that are missing or of the
     wrong shape, `ModelError` where transformers cannot load it.
     """
-    cls: Any = _hollow(model_class(config, folder, trust_remote_code=trust_remote_code))
+    whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
+    cls: Any = _hollow(whole)
     config._experts_implementation = seam.NAME
     try:
         with _quiet():
@@ -86,7 +112,7 @@ def load_skeleton(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=_for_text(config, attention),
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -101,12 +127,21 @@ def load_skeleton(
     return skeleton
 
 
+def _for_text(config: PretrainedConfig, attention: str | None) -> dict[str, str] | None:
+    """Name the attention of the text model only: towers are not run, and some know none but transformers' own."""
+    if attention is None:
+        return None
+    text = config.get_text_config()
+    return {"": attention} | {k: attention for k in config.sub_configs if getattr(config, k, None) is text}
+
+
 def meta_skeleton(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model without its experts and without any weight, for its shapes and names.
 
     Raises `UnsupportedModelError` for a model without the seam.
     """
-    cls: Any = _hollow(model_class(config, folder, trust_remote_code=trust_remote_code))
+    whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
+    cls: Any = _hollow(whole)
     with torch.device("meta"), _quiet():
         skeleton: PreTrainedModel = cls(config)
     return skeleton
@@ -138,9 +173,10 @@ def _empty(module: seam.ExpertsModule) -> None:
 
     Outside the state dict no checkpoint tensor finds them; marked as initialised, transformers leaves them alone.
     """
-    module._n_experts = module.down_proj.shape[0]
+    module._shapes = {}
     for name in _UP_OR_DOWN:
-        if isinstance(getattr(module, name, None), torch.nn.Parameter):
+        if isinstance(parameter := getattr(module, name, None), torch.nn.Parameter):
+            module._shapes[name] = tuple(parameter.shape)
             delattr(module, name)
             placeholder: Any = torch.empty(0, device="cpu")
             placeholder._is_hf_initialized = True

@@ -16,12 +16,12 @@ def _row(architecture: Architecture) -> str:
     else:
         auto = ", ".join(f"`{model_type}`" for model_type in architecture.auto_model_types) or "none"
         state = "yes" if stateful(build(architecture.name)) else "no"
-        cells = ["yes", f"`{architecture.causal_lm}`, auto: {auto}", state]
+        cells = ["yes", f"`{architecture.class_name}`, auto: {auto}", state]
     return f"| {' | '.join([architecture.name, experts, flags, *cells])} |"
 
 
 def _lines() -> Iterator[str]:
-    yield "| architecture | experts | flags | included | causal LM class, or the reason | stateful |"
+    yield "| architecture | experts | flags | included | class, or the reason | stateful |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(architecture) for architecture in architectures().values())
     yield ""

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 SEAM = re.compile(
     r"^@use_experts_implementation(?:\((?P<flags>[^)]*)\))?\n(?:@.*\n)*class (?P<name>\w+)", re.MULTILINE
@@ -27,12 +30,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `transformers.models` package whose experts go through the seam."""
+    """One class of a `transformers.models` package that makes text with experts behind the seam.
+
+    A package whose causal LM has a multimodal model around it is two: `name` and `name_multimodal`.
+    """
 
     name: str
+    package: str
     module: str
     experts: tuple[Experts, ...]
-    causal_lm: str | None
+    class_name: str | None
     task_classes: tuple[str, ...]
 
     @property
@@ -42,25 +49,23 @@ class Architecture:
 
     @property
     def auto_model_types(self) -> tuple[str, ...]:
-        """The model types for which `AutoModelForCausalLM` gives this causal LM; empty: it must be named."""
-        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        return tuple(model_type for model_type, class_name in names if class_name == self.causal_lm)
+        """The model types for which transformers' auto classes give this class; empty: it must be named."""
+        mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+        given = (model_type for names in mappings for model_type, name in names.items() if name == self.class_name)
+        return tuple(dict.fromkeys(given))
 
     @property
     def exclusion(self) -> str | None:
-        """Why no causal LM is built, or `None` where one is."""
-        if self.causal_lm is not None:
-            return None
-        only = ", ".join(self.task_classes) or "models without a head"
-        if self.task_classes and all(task.endswith("ForConditionalGeneration") for task in self.task_classes):
-            return f"multimodal, and its text model has no causal LM class of its own: only {only}"
-        return f"not a causal LM: only {only}"
+        """Why no model is built, or `None` where one is."""
+        if self.class_name is None:
+            return f"makes no text token by token: only {', '.join(self.task_classes) or 'models without a head'}"
+        return None
 
     def model_class(self) -> type[PreTrainedModel]:
-        """Import the causal LM class."""
-        if self.causal_lm is None:
+        """Import the class."""
+        if self.class_name is None:
             raise LookupError(f"{self.name} is excluded: {self.exclusion}")
-        model_class: type[PreTrainedModel] = getattr(import_module(self.module), self.causal_lm)
+        model_class: type[PreTrainedModel] = getattr(import_module(self.module), self.class_name)
         return model_class
 
 
@@ -69,15 +74,21 @@ def _scan() -> Iterator[Architecture]:
     for source in sorted(models.glob("*/modeling_*.py")):
         text = source.read_text(encoding="utf-8")
         experts = tuple(Experts(match["name"], match["flags"] or "") for match in SEAM.finditer(text))
-        if not experts:
-            continue
-        name = source.parent.name
-        task_classes = tuple(match["name"] for match in TASK_CLASS.finditer(text))
-        causal = [task for task in task_classes if task.endswith("ForCausalLM")]
-        if len(causal) > 1:
-            raise LookupError(f"{source.name} has several causal LM classes: {causal}")
-        module = f"transformers.models.{name}.{source.stem}"
-        yield Architecture(name, module, experts, causal[0] if causal else None, task_classes)
+        if experts:
+            yield from _classes(source, experts, tuple(match["name"] for match in TASK_CLASS.finditer(text)))
+
+
+def _classes(source: Path, experts: tuple[Experts, ...], tasks: tuple[str, ...]) -> Iterator[Architecture]:
+    package = source.parent.name
+    mapped = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    causal = [task for task in tasks if task.endswith("ForCausalLM")]
+    multimodal = [task for task in tasks if task.endswith("ForConditionalGeneration") and task in mapped]
+    if len(causal) > 1 or len(multimodal) > 1:
+        raise LookupError(f"{source.name} has several classes that make text: {causal}, {multimodal}")
+    names = [package, f"{package}_multimodal"]
+    module = f"transformers.models.{package}.{source.stem}"
+    for name, class_name in zip(names, [*causal, *multimodal] or [None], strict=False):
+        yield Architecture(name, package, module, experts, class_name, tasks)
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .overrides import HEAD_DIM, HEADS, OVERRIDES, VOCABULARY, WINDOW
+from .overrides import HEAD_DIM, HEADS, MULTIMODAL_OVERRIDES, OVERRIDES, VOCABULARY, WINDOW
 
 HIDDEN = 64
 EXPERTS = 8
@@ -16,12 +16,20 @@ LAYERS = 4
 # What the config calls a layer with routed experts in its per-layer lists.
 SPARSE = frozenset({"sparse", "moe", "hash_moe"})
 
+TOKEN_KEYS = ("_token_id", "_token_index")
+
 Rule = Callable[[Any], Any]
 
 
 def _at_most(limit: float) -> Rule:
     """A size: None and 0 mean "switched off" and stay."""
-    return lambda default: min(default, limit) if default else default
+
+    def shrink(default: Any) -> Any:
+        if isinstance(default, list):
+            return [shrink(one) for one in default]
+        return min(default, limit) if default else default
+
+    return shrink
 
 
 def _always(value: Any) -> Rule:
@@ -40,6 +48,7 @@ RULES: dict[str, Rule] = {
     "head_dim": _at_most(HEAD_DIM),
     # Dense and shared MLPs differ in width from the experts, so that swapping two of them cannot go unseen.
     "dense_intermediate_size": _at_most(80),
+    "moe_hidden_size": _at_most(56),
     "moe_intermediate_size": _at_most(48),
     "shared_intermediate_size": _at_most(40),
     "shared_expert_intermediate_size": _at_most(40),
@@ -107,18 +116,80 @@ RULES: dict[str, Rule] = {
 }
 
 
-def tiny_config(name: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The tiny config of architecture `name`; attention and experts run eagerly."""
+TOWER_RULES: dict[str, Rule] = {
+    "depth": _at_most(2),
+    "num_hidden_layers": _at_most(2),
+    "encoder_layers": _at_most(2),
+    "n_layers": _at_most(2),
+    "hidden_size": _at_most(32),
+    "d_model": _at_most(32),
+    "adapter_in_dim": _at_most(32),
+    "adapter_input_size": _at_most(32),
+    "intermediate_size": _at_most(48),
+    "encoder_ffn_dim": _at_most(48),
+    "num_attention_heads": _at_most(2),
+    "num_key_value_heads": _at_most(2),
+    "encoder_attention_heads": _at_most(2),
+    "num_heads": _at_most(2),
+    "head_dim": _at_most(16),
+    # Their output is text's input.
+    "out_hidden_size": _always(HIDDEN),
+    "output_dim": _always(HIDDEN),
+    "text_hidden_size": _always(HIDDEN),
+    "adapter_out_dim": _always(HIDDEN),
+}
+
+
+def tiny_config(package: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The tiny config of a package's text model or multimodal model; attention and experts run eagerly."""
     config_class = model_class.config_class
     assert config_class is not None
-    attributes = config_class().to_dict()
-    values = {key: rule(attributes[key]) for key, rule in RULES.items() if key in attributes}
-    values |= _key_value_heads(attributes) | _latent_head_dim(attributes, values)
-    values |= _special_tokens(attributes) | _layers(attributes) | deepcopy(OVERRIDES.get(name, {}))
-    config = config_class(**values)
+    if "text_config" in config_class.sub_configs:
+        config = _multimodal(package, config_class)
+    else:
+        config = config_class(**_text(package, config_class().to_dict()))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     return config
+
+
+def _text(package: str, attributes: dict[str, Any]) -> dict[str, Any]:
+    values = {key: rule(attributes[key]) for key, rule in RULES.items() if key in attributes}
+    values |= _key_value_heads(attributes) | _latent_head_dim(attributes, values)
+    values |= _special_tokens(attributes) | _layers(attributes)
+    return values | deepcopy(OVERRIDES.get(package, {}))
+
+
+def _multimodal(package: str, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A text config, and towers that are never run: only their weights must be there."""
+    default = config_class()
+    values: dict[str, Any] = _special_tokens(default.to_dict())
+    for name, part_class in config_class.sub_configs.items():
+        part = getattr(default, name) or part_class()
+        attributes = {"model_type": part.model_type} | part.to_dict()
+        if name == "text_config":
+            values[name] = {"model_type": part.model_type} | _text(package, attributes)
+        else:
+            values[name] = _tower(attributes)
+    return config_class(**_merged(values, deepcopy(MULTIMODAL_OVERRIDES.get(package, {}))))
+
+
+def _tower(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What sees or hears, with its own towers."""
+    tiny = {key: rule(attributes[key]) for key, rule in TOWER_RULES.items() if key in attributes}
+    for key, value in attributes.items():
+        if isinstance(value, dict) and "model_type" in value:
+            tiny[key] = _tower(value)
+        elif isinstance(value, list) and len(value) == attributes.get("num_hidden_layers"):
+            tiny[key] = value[: tiny["num_hidden_layers"]]
+    return {"model_type": attributes["model_type"]} | tiny
+
+
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides reach into nested configs."""
+    for key, value in overrides.items():
+        values[key] = _merged(values[key], value) if isinstance(value, dict) and key in values else value
+    return values
 
 
 def _key_value_heads(attributes: dict[str, Any]) -> dict[str, int]:
@@ -141,7 +212,7 @@ def _latent_head_dim(attributes: dict[str, Any], tiny: dict[str, Any]) -> dict[s
 
 def _special_tokens(attributes: dict[str, Any]) -> dict[str, int | None]:
     """No token ends a text; every other special token is one of the small vocabulary."""
-    special = [key for key in attributes if key.endswith("_token_id") and attributes[key] is not None]
+    special = [key for key in attributes if key.endswith(TOKEN_KEYS) and attributes[key] is not None]
     tokens = {key: VOCABULARY - 1 - i for i, key in enumerate(special)}
     return tokens | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 

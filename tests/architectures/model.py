@@ -1,4 +1,4 @@
-"""Tiny random causal LMs, and what their caches say about them."""
+"""Tiny random models that make text, and what their caches say about them."""
 
 import math
 
@@ -15,14 +15,15 @@ GAIN = 2.0
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """Architecture `name` as a tiny random causal LM in fp32 and eval mode, the same for the same seed.
+    """Architecture `name` as a tiny random model in fp32 and eval mode, the same for the same seed.
 
     Attention and experts run eagerly, and no token ends a text: `generate` is greedy and never stops early.
     """
-    model_class = architectures()[name].model_class()
+    architecture = architectures()[name]
+    model_class = architecture.model_class()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(tiny_config(name, model_class))
+        model = model_class(tiny_config(architecture.package, model_class))
         _randomize(model)
     model.generation_config = GenerationConfig.from_dict({"do_sample": False})
     model.train(False)

@@ -16,9 +16,14 @@ SECTIONED_ROPE = {
     "mrope_interleaved": True,
 }
 
+# The widths of a tower's convolutions.
+SAM = {"output_channels": 8, "downsample_channels": [16, 32]}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     # The default scales the logits down to near equality.
     "cohere2_moe": {"logit_scale": 1.0},
+    # With the default its layers cannot be built.
+    "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     # An eighth of the head is rotated; the default rate would leave a short prompt uncompressed.
     "deepseek_v4": {
         "head_dim": 64,
@@ -38,6 +43,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_qk_rope_head_dim": 8,
         "swa_v_head_dim": 16,
     },
+    # Text experts and vision experts differ in size.
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [48, 40],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
     # The default is a dense model; this is the shape of the published sparse one.
     "gemma4": {
         "enable_moe_block": True,
@@ -48,6 +58,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCABULARY,
     },
+    # Half of a head is rotated: four frequencies, in sections for time, height and width.
+    "glm4v_moe": {
+        "head_dim": HEAD_DIM,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    # The default's indexer pools more than the tiny one picks.
+    "glm5_next": {"index_kpool": 2},
     # The default has no shared expert, which is what this architecture adds to granitemoe.
     "granitemoe_swa": {"shared_intermediate_size": 40},
     "granitemoeshared": {"shared_intermediate_size": 40},
@@ -115,4 +137,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW,
         "layer_types": ["hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding"],
     },
+}
+
+MULTIMODAL_OVERRIDES: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2": {"vision_config": {"sam_config": SAM}},
+    # A vision tower's later layers have experts too.
+    "dots3_note": {
+        "vision_config": {
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_local_experts": 4,
+            "moe_intermediate_size": 24,
+        },
+        "audio_config": {"downsample_hidden_size": 8},
+    },
+    # It writes this token where an image goes.
+    "gemma4": {"text_config": {"pad_token_id": 0}},
+    "glm5_next": {"vision_config": {"projection_intermediate_size": 48}},
+    # Fewer layers than steps of its pyramid need scipy.
+    "inkling": {"vision_config": {"patch_size": 4, "n_layers": 5}},
+    "minimax_m3_vl": {"projector_hidden_size": 48, "merged_hidden_size": 128},
+    # One size a layer.
+    "muse_spark": {"audio_config": {"patch_sizes": [4, 2], "hidden_sizes": [8, 16], "depths": [1, 1]}},
+    # Its code asks for a token that the default lacks.
+    "qwen3_omni_moe": {"vision_start_token_id": VOCABULARY - 9, "audio_config": {"downsample_hidden_size": 8}},
+    "unlimited_ocr": {"vision_config": {"sam_config": SAM}},
 }

@@ -1,0 +1,1 @@
+"""Measurements, each printed beside the limit of the machine that sets it."""

@@ -1,0 +1,240 @@
+"""How fast this machine reads memory, and how near to that each matmul and a whole expert come.
+
+    python -m bench.kernels [--shape qwen3-30b-a3b] [--shape 4096x14336] [--rows 1,2,4,8,16] [--json FILE]
+
+Decoding reads every activated expert's weights once per step, so its limit is the machine's read bandwidth. A
+figure in GB/s counts the weights only, once. Each measurement walks over copies that together are several times
+larger than any cache, as the experts of a model are.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import machine
+from bench.report import Spread, heading, table, write_json
+from fiddler.config import EngineConfig
+from fiddler.devices.base import ExpertFormula
+from fiddler.devices.calibrate import calibrated_kernels
+from fiddler.devices.kernels import Kernels, linear, rows_last
+from fiddler.devices.mlp import run_expert
+from fiddler.types import ExpertWeights
+
+SHAPES = {"qwen3-30b-a3b": (2048, 768), "mixtral-8x7b": (4096, 14336)}
+"""(hidden, intermediate) of an expert, by model."""
+SET_BYTES = 1 << 30
+"""A set of copies holds this much: three times the largest cache found on servers today."""
+PASSES = 7
+SWIGLU = ExpertFormula(gated=True, activation=F.silu)
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A kernel's GB/s on weights of one shape and one row count."""
+
+    kernel: str
+    out: int
+    columns: int
+    n_rows: int
+    gbs: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRate:
+    """A whole expert's GB/s, through `run_expert` with the kernels the calibration picks."""
+
+    hidden: int
+    intermediate: int
+    n_rows: int
+    gbs: Spread
+
+
+def rate(calls: Sequence[Call], n_bytes: int, passes: int) -> Spread:
+    """Return the GB/s of passes over `calls`, which together read `n_bytes`; a first pass warms up."""
+    values = []
+    with torch.inference_mode():
+        for _ in range(passes + 1):
+            started = perf_counter()
+            for call in calls:
+                call()
+            values.append(n_bytes / (perf_counter() - started) / 1e9)
+    return Spread.of(values[1:])
+
+
+def read_ceiling(n_bytes: int = SET_BYTES, passes: int = PASSES) -> dict[str, Spread]:
+    """Return the GB/s of several ways to read memory once with all threads; the best of all is the ceiling.
+
+    A core asks for more at a time when it follows several streams, so ways with one, two and many are tried.
+    """
+    n = n_bytes // 8
+    flat = torch.full((2 * n,), 0.01)  # [2n] float32
+    halves, rows = flat.view(2, n), flat.view(-1, min(4096, n))  # [2, n], [r, c]
+    narrow = rows.view(torch.bfloat16)  # [r, 2c]
+    x, x_narrow = torch.full((rows.shape[1],), 0.01), torch.full((narrow.shape[1], 2), 0.01).bfloat16()
+    ways: dict[str, Call] = {
+        "sum, one stream a thread": flat.sum,
+        "dot, two streams a thread": lambda: torch.dot(halves[0], halves[1]),
+        "mv float32, a stream a row": lambda: torch.mv(rows, x),
+        "mm bfloat16, a stream a row": lambda: torch.mm(narrow, x_narrow),
+    }
+    return {way: rate([call], flat.nbytes, passes) for way, call in ways.items()}
+
+
+def ceiling(ways: Mapping[str, Spread]) -> float:
+    """Return the machine's read ceiling in GB/s: the best pass of the best way."""
+    return max(spread.high for spread in ways.values())
+
+
+def copies(out: int, columns: int, set_bytes: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Return equal matrices `[out, columns]` that together hold at least `set_bytes`."""
+    n = -(-set_bytes // (dtype.itemsize * out * columns))
+    return [torch.full((out, columns), 0.01, dtype=dtype) for _ in range(n)]
+
+
+def kernel_rates(
+    shape: tuple[int, int], n_rows: int, set_bytes: int, passes: int, dtype: torch.dtype = torch.bfloat16
+) -> list[Rate]:
+    """Measure every kernel that can multiply `n_rows` rows by a matrix of `shape` `[out, in]`."""
+    out, columns = shape
+    weights = copies(out, columns, set_bytes, dtype)
+    x = torch.full((n_rows, columns), 0.5, dtype=dtype)
+    padded = x.expand(2, -1) if n_rows == 1 else x
+    kernels: dict[str, Callable[[Tensor], Call]] = {
+        "linear": lambda w: lambda: linear(x, w, None),
+        "rows_last": lambda w: lambda: rows_last(padded, w, None),
+    }
+    if n_rows == 1:
+        kernels["mv"] = lambda w: lambda: torch.mv(w, x[0])
+    n_bytes = sum(w.nbytes for w in weights)
+    return [
+        Rate(name, out, columns, n_rows, rate([bind(w) for w in weights], n_bytes, passes))
+        for name, bind in kernels.items()
+    ]
+
+
+def expert_rate(
+    hidden: int, intermediate: int, n_rows: int, kernels: Kernels, set_bytes: int, passes: int
+) -> ExpertRate:
+    """Measure whole SwiGLU experts, gate and up as one matrix."""
+    n_bytes = 6 * hidden * intermediate
+    experts = [_expert(hidden, intermediate) for _ in range(-(-set_bytes // n_bytes))]
+    x = torch.full((n_rows, hidden), 0.5, dtype=torch.bfloat16)
+    calls = [_bound(weights, x, kernels) for weights in experts]
+    return ExpertRate(hidden, intermediate, n_rows, rate(calls, n_bytes * len(experts), passes))
+
+
+def _expert(hidden: int, intermediate: int) -> ExpertWeights:
+    up = torch.full((2 * intermediate, hidden), 0.01, dtype=torch.bfloat16)
+    return ExpertWeights((up,), torch.full((hidden, intermediate), 0.01, dtype=torch.bfloat16))
+
+
+def _bound(weights: ExpertWeights, x: Tensor, kernels: Kernels) -> Call:
+    return lambda: run_expert(SWIGLU, weights, x, kernels)
+
+
+def attainable_gbs(
+    shapes: Sequence[tuple[int, int]], n_rows: int, set_bytes: int, passes: int, dtype: torch.dtype
+) -> float:
+    """Return the GB/s of reading matrices of `shapes` one after the other, each at its best kernel's rate.
+
+    The limit for whoever has these matrices to multiply: nothing between the kernels takes any time.
+    """
+    best = {
+        shape: max(r.gbs.median for r in kernel_rates(shape, n_rows, set_bytes, passes, dtype))
+        for shape in sorted(set(shapes))
+    }
+    sizes = [out * columns for out, columns in shapes]
+    return sum(sizes) / sum(size / best[shape] for size, shape in zip(sizes, shapes, strict=True))
+
+
+def measure(
+    shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], set_bytes: int, passes: int, config: EngineConfig
+) -> dict[str, Any]:
+    """Measure everything and return the report."""
+    ways = read_ceiling(set_bytes, passes)
+    rates: list[Rate] = []
+    experts: list[ExpertRate] = []
+    for hidden, inner in shapes.values():
+        sample = _expert(hidden, inner)
+        kernels = calibrated_kernels([*sample.up, sample.down], config)
+        for n_rows in rows:
+            rates += kernel_rates((2 * inner, hidden), n_rows, set_bytes, passes)
+            rates += kernel_rates((hidden, inner), n_rows, set_bytes, passes)
+            experts.append(expert_rate(hidden, inner, n_rows, kernels, set_bytes, passes))
+    return {
+        "bench": "kernels",
+        "machine": machine.describe(),
+        "settings": {"set_bytes": set_bytes, "passes": passes, "shapes": shapes, "rows": list(rows)},
+        "read_ceiling_gbs": ceiling(ways),
+        "ways_to_read": ways,
+        "kernels": rates,
+        "experts": experts,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the report as text."""
+    limit = report["read_ceiling_gbs"]
+    ways = [(way, f"{s:.1f}", f"{s.high / limit:.0%}") for way, s in report["ways_to_read"].items()]
+    kernels = [
+        (f"[{r.out}, {r.columns}] {r.kernel}", str(r.n_rows), f"{r.gbs:.1f}", f"{r.gbs.median / limit:.0%}")
+        for r in report["kernels"]
+    ]
+    experts = [
+        (f"({e.hidden}, {e.intermediate})", str(e.n_rows), f"{e.gbs:.1f}", f"{e.gbs.median / limit:.0%}")
+        for e in report["experts"]
+    ]
+    columns = ("rows", "GB/s (spread)", "of ceiling")
+    return "\n".join(
+        [
+            heading(report["machine"]),
+            table("Reading memory; the ceiling is the best pass", ("way", "GB/s (spread)", "of ceiling"), ways),
+            table("One matmul", ("weight [out, in], kernel", *columns), kernels),
+            table("A whole SwiGLU expert", ("(hidden, intermediate)", *columns), experts),
+        ]
+    )
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int]]:
+    if text in SHAPES:
+        return text, SHAPES[text]
+    hidden, _, inner = text.partition("x")
+    try:
+        return text, (int(hidden), int(inner))
+    except ValueError as error:
+        known = ", ".join(SHAPES)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither HIDDENxINTERMEDIATE nor one of {known}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=_shape, action="append", help="a model's name or HIDDENxINTERMEDIATE")
+    parser.add_argument("--rows", default="1,2,4,8,16", help="row counts (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=PASSES)
+    parser.add_argument("--set-mib", type=int, default=SET_BYTES >> 20, help="weights per measurement, in MiB")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shapes = dict(options.shape) if options.shape else SHAPES
+    rows = [int(n) for n in options.rows.split(",")]
+    config = EngineConfig(calibration_dir=options.calibration_dir)
+    report = measure(shapes, rows, options.set_mib << 20, options.passes, config)
+    print(render(report))
+    if options.json:
+        write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What the parts of a step could reach on this machine, and what they do reach."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.kernels import attainable_gbs
+from bench.report import Spread
+from bench.workload import Step
+from fiddler.models.loaded import ServableModel
+
+PASSES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of a model is read when it runs."""
+
+    n_layers: int
+    """Layers with experts."""
+    dtype: str
+    expert_bytes: int
+    """All experts together."""
+    dense_bytes: int
+    """Everything a token reads beside experts and output layer; of the embedding it reads one row."""
+    head_bytes: int
+    expert_shapes: tuple[tuple[int, int], ...]
+    """`[out, in]` of one expert's matrices, as they are multiplied."""
+    dense_shapes: tuple[tuple[int, int], ...]
+    head_shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a decoding step beside its limits."""
+
+    part: str
+    concurrency: int
+    step_ms: float
+    gbs: float
+    kernel_gbs: float
+    """What the best single kernels reach on these shapes at this row count, with nothing in between."""
+    of_kernel: float
+    of_ceiling: float
+
+
+def sizes(loaded: ServableModel) -> Sizes:
+    """Read the sizes off a loaded model."""
+    embedding, head = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    outside = {id(embedding.weight), id(head.weight)}
+    dense = [p for p in loaded.model.parameters() if id(p) not in outside]
+    every = [loaded.weights(layer, e) for layer, n in enumerate(loaded.n_experts) for e in range(n)]
+    return Sizes(
+        n_layers=len(loaded.n_experts),
+        dtype=str(head.weight.dtype).removeprefix("torch."),
+        expert_bytes=sum(weights.nbytes for weights in every),
+        dense_bytes=sum(p.nbytes for p in dense),
+        head_bytes=head.weight.nbytes,
+        expert_shapes=tuple((m.shape[0], m.shape[1]) for m in (*every[0].up, every[0].down)),
+        dense_shapes=tuple((p.shape[0], p.shape[1]) for p in dense if p.dim() == 2),
+        head_shape=(head.weight.shape[0], head.weight.shape[1]),
+    )
+
+
+def better(first: Mapping[str, Spread], second: Mapping[str, Spread]) -> dict[str, Spread]:
+    """Return the better of two measurements of each way to read."""
+    return {way: max(first[way], second[way], key=lambda spread: spread.high) for way in first}
+
+
+def parts(
+    size: Sizes, ceiling: float, n_sequences: int, steps: Sequence[Step], alone_s: Sequence[float], set_bytes: int
+) -> list[Part]:
+    """Set each part's GB/s, the median over decoding steps, beside its limits."""
+    dtype = getattr(torch, size.dtype)
+    visits = sum(call[2].numel() for step in steps for call in step.calls)
+    n_rows = max(1, round(visits / sum(step.n_loads for step in steps)))
+    n_bytes = median(step.expert_bytes for step in steps)
+    reached = {
+        "experts, kernels alone": (median(alone_s), n_bytes, size.expert_shapes, n_rows),
+        "experts, in the lane": (median(s.kernels_s for s in steps), n_bytes, size.expert_shapes, n_rows),
+        "experts, whole call": (median(s.experts_s for s in steps), n_bytes, size.expert_shapes, n_rows),
+        "attention, router, norms": (
+            median(s.dense_s for s in steps),
+            size.dense_bytes,
+            size.dense_shapes,
+            n_sequences,
+        ),
+        "output layer": (median(s.head_s for s in steps), size.head_bytes, (size.head_shape,), n_sequences),
+    }
+    attainable = {
+        key: attainable_gbs(key[0], key[1], set_bytes, PASSES, dtype)
+        for key in {(shapes, rows) for _, _, shapes, rows in reached.values()}
+    }
+    made = []
+    for name, (seconds, n_read, shapes, rows) in reached.items():
+        gbs, limit = n_read / seconds / 1e9, attainable[shapes, rows]
+        made.append(Part(name, n_sequences, seconds * 1e3, gbs, limit, gbs / limit, gbs / ceiling))
+    return made
+
+
+def overhead(size: Sizes, n_sequences: int, steps: Sequence[Step], alone_s: Sequence[float]) -> dict[str, Any]:
+    """Return where a decoding step's time goes beside the weights, in microseconds.
+
+    Per layer: the time inside the call for experts less that of the same experts' kernels alone. The dense part
+    runs in between, cold, as it does in a whole model; a run without experts would find it in the caches.
+    """
+    n = size.n_layers
+    return asdict(
+        Overhead(
+            concurrency=n_sequences,
+            per_layer_us=median(s.experts_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
+            routing_us=median(s.experts_s - s.kernels_s for s in steps) / n * 1e6,
+            kernels_us=median(s.kernels_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
+            per_step_us=median(s.total_s - s.forward_s for s in steps) * 1e6,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Medians over decoding steps."""
+
+    concurrency: int
+    per_layer_us: float
+    """What a layer's call for experts takes beyond its kernels."""
+    routing_us: float
+    """Of it: grouping rows by expert and combining what comes back."""
+    kernels_us: float
+    """Of it: what kernels lose by running between other work."""
+    per_step_us: float
+    """Of a step outside the forward: scheduling, sampling, handing out tokens."""
+
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Title, header and rows, as `report.table` takes them."""
+
+
+def parts_table(rows: Sequence[Part]) -> Table:
+    """Return title, header and rows."""
+    header = ("part of a step", "concurrent", "ms", "GB/s", "best kernels GB/s", "of kernels", "of ceiling")
+    cells: list[tuple[str, ...]] = [
+        (p.part, str(p.concurrency), f"{p.step_ms:.2f}", f"{p.gbs:.1f}", f"{p.kernel_gbs:.1f}",
+         f"{p.of_kernel:.0%}", f"{p.of_ceiling:.0%}")
+        for p in rows
+    ]  # fmt: skip
+    return "Decoding, part by part, beside its limits", header, cells
+
+
+def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return title, header and rows."""
+    header = ("microseconds", "concurrent", "a layer", "routing, combining", "slower kernels", "a step outside")
+    names = ("per_layer_us", "routing_us", "kernels_us", "per_step_us")
+    cells = [("overhead", str(row["concurrency"]), *(f"{row[name]:.0f}" for name in names)) for row in rows]
+    return "Time beside the kernels (goal: at most 150 us a layer)", header, cells

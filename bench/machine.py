@@ -1,0 +1,73 @@
+"""Where a measurement was taken: without this its numbers mean nothing."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import fiddler
+
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+"""The instruction sets that decide how fast a bf16 expert can run."""
+
+
+def describe() -> dict[str, Any]:
+    """Return the machine, the versions and the state a measurement ran in, ready for JSON."""
+    cpu = _cpu_info()
+    return {
+        "cpu": cpu.get("model name", platform.processor()),
+        "n_cores": os.cpu_count(),
+        "isa": [flag for flag in ISA_FLAGS if flag in cpu.get("flags", "").split()],
+        "l3": _read("/sys/devices/system/cpu/cpu0/cache/index3/size"),
+        "ram_gib": round(_memory("MemTotal") / 2**30, 1),
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fiddler": fiddler.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def free_bytes() -> int:
+    """Return the memory that can be had without swapping."""
+    return _memory("MemAvailable")
+
+
+def _cpu_info() -> dict[str, str]:
+    lines = _read("/proc/cpuinfo").partition("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _memory(name: str) -> int:
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _commit() -> str:
+    """Return the commit, marked where the tree differs from it; empty outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

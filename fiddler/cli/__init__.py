@@ -1,0 +1,41 @@
+"""The command line: `fiddler generate`, `fiddler chat`, `fiddler inspect`.
+
+Nothing here imports torch or transformers before a command runs: help and usage errors come at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+import fiddler
+from fiddler.cli.chat import chat
+from fiddler.cli.flatten import flattened
+from fiddler.cli.generate import generate
+from fiddler.cli.inspect import inspect
+
+app = typer.Typer(
+    name="fiddler",
+    help="Run Mixture-of-Experts models that do not fit in one GPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _command in (generate, chat, inspect):
+    app.command()(flattened(_command))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fiddler {fiddler.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before the command."""
+
+
+__all__ = ["app"]

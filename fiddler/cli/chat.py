@@ -1,0 +1,130 @@
+"""`fiddler chat`: a conversation."""
+
+import json
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fiddler.cli.ending import complain, guarded, on_sigint
+from fiddler.cli.notes import Notes, speed
+from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
+from fiddler.errors import RequestError
+
+if TYPE_CHECKING:
+    from fiddler.cli.history import History
+    from fiddler.engine.engine import Engine
+
+HINT = "/reset forgets the conversation, /exit or ctrl-D leaves, ctrl-C stops an answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How the conversation starts and is printed."""
+
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Read a message a line; print a JSON object an answer.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answers only.")] = False
+
+
+def chat(
+    checkpoint: CheckpointOptions, conversation: ChatOptions, sampling: SamplingOptions, engine: EngineOptions
+) -> None:
+    """Talk with a model.
+
+    /reset forgets the conversation; /exit, ctrl-D, or ctrl-C at the prompt leaves; ctrl-C stops an answer.
+    """
+    notes = Notes(quiet=conversation.as_json or conversation.quiet)
+    with guarded():
+        config = engine.config(checkpoint)
+        with notes.working(f"loading {checkpoint.name}") as loaded:
+            import anyio
+
+            from fiddler.cli.history import History
+            from fiddler.engine.engine import Engine
+
+            async def run() -> None:
+                async with Engine(checkpoint.source, config) as opened:
+                    loaded()
+                    history = History(opened, conversation.system, sampling.max_new_tokens)
+                    await _converse(opened, history, sampling.overrides(), notes, conversation)
+
+            anyio.run(run)
+
+
+async def _converse(
+    engine: "Engine", history: "History", overrides: dict[str, Any], notes: Notes, options: ChatOptions
+) -> None:
+    if sys.stdin.isatty():
+        notes.say(HINT)
+    while (message := _read()) not in (None, "/exit"):
+        if message == "/reset":
+            history.reset()
+            notes.say("(the conversation starts anew)")
+        elif message:
+            try:
+                await _answer(engine, history, str(message), overrides, notes, as_json=options.as_json)
+            except RequestError as error:
+                history.forget_question()
+                complain(error)
+                if options.as_json:
+                    _write(json.dumps({"error": str(error)}) + "\n")
+
+
+async def _answer(
+    engine: "Engine",
+    history: "History",
+    message: str,
+    overrides: dict[str, Any],
+    notes: Notes,
+    *,
+    as_json: bool,
+) -> None:
+    from fiddler.cli.session import ask
+
+    n_dropped = history.ask(message)
+    if n_dropped:
+        notes.say(f"(the context is full: the oldest {n_dropped} messages were dropped)")
+    options = {**overrides, "max_new_tokens": history.n_answer}
+    answer = await ask(engine, history.messages, options, (lambda text: None) if as_json else _write)
+    history.reply(answer.text, kept=bool(answer.text) or not answer.interrupted)
+    if as_json:
+        _write(json.dumps({**answer.as_json(), "dropped_messages": n_dropped}) + "\n")
+    else:
+        _write("\n")
+        notes.say(speed(answer.timing) + (" stopped" if answer.interrupted else ""))
+
+
+def _read() -> str | None:
+    """Return the next message, `None` at the end of input or at ctrl-C.
+
+    Blocks the event loop, which has nothing else to do: the engine has a thread of its own.
+    """
+    with on_sigint(signal.default_int_handler):
+        try:
+            if not sys.stdin.isatty():
+                line = sys.stdin.buffer.readline()
+                return line.decode(errors="replace").strip() if line else None
+            return _prompted()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return None
+
+
+def _prompted() -> str:
+    """Return a line typed at a prompt, with history and editing where the platform has them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # input() uses it once it is imported
+    if sys.stdout.isatty():
+        return input("> ").strip()
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input().strip()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,119 @@
+"""Asking an engine from a terminal. Importing this imports torch and transformers."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from signal import SIGINT, signal
+from time import perf_counter
+from typing import Any, Literal
+
+import anyio
+from anyio import lowlevel
+
+from fiddler.cli.ending import leave_at_once, on_sigint
+from fiddler.config import EngineConfig
+from fiddler.engine.engine import Engine
+from fiddler.models.text import Prompt
+from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
+
+DEFAULT_NEW_TOKENS = 256
+"""Tokens of an answer whose length nobody gave; fewer where the context holds no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion, or what there was of it at a ctrl-C."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | Literal["interrupted"]
+    usage: Usage
+    timing: Timing
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether ctrl-C ended it."""
+        return self.finish_reason == "interrupted"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields every JSON answer has."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": {**asdict(self.usage), "total_tokens": self.usage.total_tokens},
+            "timing": {
+                "first_token_s": self.timing.first_token_s,
+                "total_s": self.timing.total_s,
+                "tokens_per_s": self.timing.tokens_per_s,
+            },
+        }
+
+
+def experts_json(statistics: Statistics) -> dict[str, Any]:
+    """Return where the experts ran, and what was read for them."""
+    return {
+        "visits": statistics.n_expert_rows,
+        "cpu_visits": statistics.n_expert_rows,
+        "loads": statistics.n_expert_loads,
+        "bytes_read": statistics.expert_bytes,
+        "compute_s": statistics.expert_s,
+        "bytes_per_s": statistics.expert_bytes / statistics.expert_s if statistics.expert_s else 0.0,
+    }
+
+
+async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: Callable[[str], None]) -> Answer:
+    """Return the engine's answer, each piece of text given to `emit` as it comes; ctrl-C ends the answer.
+
+    Raises what `Engine.generate_stream` and its stream raise.
+    """
+    n_prompt = engine.count_tokens(prompt)
+    room = max(engine.max_context - n_prompt, 1)
+    options = {"max_new_tokens": min(DEFAULT_NEW_TOKENS, room), **overrides}
+    started = perf_counter()
+    first_s = 0.0
+    tokens: list[Token] = []
+    with interruptible():
+        async with engine.generate_stream(prompt, **options) as stream:
+            async for token in stream:
+                first_s = first_s or perf_counter() - started
+                tokens.append(token)
+                emit(token.text)
+    return Answer(
+        text="".join(token.text for token in tokens),
+        token_ids=tuple(token.id for token in tokens),
+        finish_reason=(tokens[-1].finish_reason if tokens else None) or "interrupted",
+        usage=Usage(n_prompt, len(tokens)),
+        timing=Timing(first_s, perf_counter() - started, len(tokens)),
+    )
+
+
+async def ask_once(
+    model: str | Path,
+    config: EngineConfig,
+    prompt: Prompt,
+    overrides: dict[str, Any],
+    *,
+    emit: Callable[[str], None],
+    opened: Callable[[], None],
+) -> tuple[Answer, Statistics]:
+    """Open an engine, ask, close it; `opened` is called when it is ready. Returns its final statistics as well."""
+    engine = Engine(model, config)
+    async with engine:
+        opened()
+        answer = await ask(engine, prompt, overrides, emit)
+    return answer, engine.statistics()
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Let ctrl-C leave the block, at the block's next await; a second one, if that takes long, ends the process."""
+    loop: Any = lowlevel.current_token().native_token
+
+    def cancel(*_signal: object) -> None:
+        signal(SIGINT, leave_at_once)
+        loop.call_soon_threadsafe(scope.cancel)  # from a signal handler only this wakes a waiting loop
+
+    with anyio.CancelScope() as scope, on_sigint(cancel):
+        yield

@@ -1,0 +1,39 @@
+"""What every test shares: one thread a process, a calibration of its own, and both event loops."""
+
+import os
+
+# Before torch is imported: tiny matrices lose by threads, and subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import PreTrainedModel
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _own_calibration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test measures or reads comes from the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[PreTrainedModel], Path]:
+    """Save a model as a user would find it and return the folder."""
+
+    def save(model: PreTrainedModel, name: str = "model") -> Path:
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save

@@ -1,0 +1,160 @@
+"""The benches run and their reports have the promised shape; no time is asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fiddler
+from bench import kernels, latency
+from bench.report import Spread, table
+from bench.workload import Run, Workload
+from fiddler import EngineConfig
+from fiddler.models.loaded import load
+from tools import synthesize
+
+TINY = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 128,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": TINY | {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2},
+    "mixtral-8x7b": TINY | {"intermediate_size": 48, "num_local_experts": 4},
+}
+MACHINE = {"cpu", "n_cores", "isa", "ram_gib", "torch", "transformers", "fiddler", "threads", "commit", "date"}
+QUICK = ["--set-mib", "1"]
+
+
+def tiny(name: str, folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    config = synthesize.config_of(f"{name}:layers=2", **OVERRIDES[name])
+    return config, synthesize.write(config, folder, **options)
+
+
+@pytest.mark.parametrize("name", synthesize.MODELS)
+def test_a_synthetic_checkpoint_is_what_transformers_expects(name: str, tmp_path: Path) -> None:
+    config, folder = tiny(name, tmp_path / "model", shard_bytes=20_000)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in synthesize.tensors(config))
+
+
+@pytest.mark.parametrize("name", synthesize.MODELS)
+def test_published_shapes(name: str) -> None:
+    config = synthesize.config_of(name)
+    published, n_layers = synthesize.MODELS[name]
+    n_expert_bytes = sum(p.nbytes for p in synthesize.tensors(config) if ".experts." in p.name)
+    assert n_expert_bytes >= 4e9
+    assert config["num_hidden_layers"] == n_layers
+    share = config["vocab_size"] / published["vocab_size"]
+    assert share == pytest.approx(n_layers / published["num_hidden_layers"], rel=0.02)
+
+
+def test_gate_and_up_are_one_matrix_where_the_hub_has_them_back_to_back(tmp_path: Path) -> None:
+    for name, n_up in (("qwen3-30b-a3b", 1), ("mixtral-8x7b", 2)):
+        _, folder = tiny(name, tmp_path / name)
+        loaded = load(folder, EngineConfig())
+        assert {len(loaded.weights(layer, 0).up) for layer in range(2)} == {n_up}
+
+
+def test_a_complete_checkpoint_is_kept_and_another_never_overwritten(tmp_path: Path) -> None:
+    _, folder = tiny("mixtral-8x7b", tmp_path / "model")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    tiny("mixtral-8x7b", folder)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    with pytest.raises(ValueError, match="something else"):
+        tiny("mixtral-8x7b", folder, seed=1)
+
+
+@pytest.mark.parametrize(
+    "spec", ["gpt-4", "mixtral-8x7b:layers=0", "mixtral-8x7b:experts=2", "mixtral-8x7b:layers="]
+)
+def test_an_unknown_spec_is_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match="NAME"):
+        synthesize.config_of(spec)
+
+
+def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "kernels.json"
+    kernels.main(["--shape", "128x64", "--rows", "1,4", "--passes", "2", *QUICK, "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert report["machine"].keys() >= MACHINE
+    assert report["read_ceiling_gbs"] == max(way["high"] for way in report["ways_to_read"].values())
+    assert {(r["kernel"], r["n_rows"]) for r in report["kernels"]} == {
+        ("linear", 1),
+        ("linear", 4),
+        ("rows_last", 1),
+        ("rows_last", 4),
+        ("mv", 1),
+    }
+    assert [e["n_rows"] for e in report["experts"]] == [1, 4]
+    assert "of ceiling" in capsys.readouterr().out
+
+
+def test_latency_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = tiny("qwen3-30b-a3b", tmp_path / "model")
+    report = _latency(folder, tmp_path, "--compare", "eager,no_such", "--concurrency", "1,2")
+    assert report["machine"].keys() >= MACHINE
+    systems = {(s["system"], s["concurrency"]): s for s in report["systems"]}
+    assert systems.keys() == {(name, n) for name in ("fiddler", "eager", "no_such") for n in (1, 2)}
+    assert "no_such" in systems["no_such", 1]["unavailable"]
+    assert systems["eager", 2]["decode_tokens_per_s"]["median"] > 0
+    assert {(p["part"], p["concurrency"]) for p in report["parts"]} == {
+        (part, n)
+        for n in (1, 2)
+        for part in (
+            "experts, kernels alone",
+            "experts, in the lane",
+            "experts, whole call",
+            "attention, router, norms",
+            "output layer",
+        )
+    }
+    assert [o["concurrency"] for o in report["overhead"]] == [1, 2]
+    out = capsys.readouterr().out
+    assert "no_such at 1: did not run" in out
+    assert "2 concurrent requests make" in out
+
+
+@pytest.mark.skipif(not (fiddler.DEMO / "config.json").is_file(), reason="the demo model is not built")
+def test_latency_of_the_demo(tmp_path: Path) -> None:
+    report = _latency(fiddler.DEMO, tmp_path, "--concurrency", "1")
+    assert [s["system"] for s in report["systems"]] == ["fiddler"]
+
+
+def _latency(folder: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
+    file = tmp_path / "latency.json"
+    short = ["--input-tokens", "3", "--output-tokens", "4", "--repeats", "1"]
+    latency.main(["--model", str(folder), *short, *QUICK, *options, "--json", str(file)])
+    report: dict[str, Any] = json.loads(file.read_text())
+    return report
+
+
+def test_prompts_repeat_and_differ_by_seed() -> None:
+    workload = Workload(n_sequences=2, n_input=5, n_output=3, n_vocabulary=100)
+    assert workload.prompts(1) == workload.prompts(1)
+    assert workload.prompts(1) != workload.prompts(2)
+    assert all(0 <= token < 100 for prompt in workload.prompts(1) for token in prompt)
+
+
+def test_rates_count_what_they_say() -> None:
+    run = Run(first_token_s=1.0, decode_s=3.0, n_sequences=2, n_output=4)
+    assert run.tokens_per_s == 2.0
+    assert run.decode_tokens_per_s == 2.0
+    assert Run(None, 3.0, 2, 4).tokens_per_s is None
+
+
+def test_tables_line_up() -> None:
+    assert f"{Spread.of([3.0, 1.0, 2.0]):.1f}" == "2.0 (1.0 to 3.0)"
+    lines = table("Title", ("name", "n"), [("a", "1"), ("long name", "100")]).splitlines()
+    assert lines[1] == "Title"
+    assert lines[-1] == "long name  100"

@@ -1,0 +1,278 @@
+"""An engine's life: streams that run to their end, are left, cancelled, dropped, or outlive their engine."""
+
+import gc
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from fiddler import (
+    Engine,
+    EngineClosedError,
+    EngineConfig,
+    EngineFailedError,
+    GenerationConfig,
+    GenerationError,
+    PromptError,
+    Statistics,
+)
+from fiddler.models import seam
+from tests.support.tiny import save_tiny
+
+pytestmark = pytest.mark.anyio
+
+FOREVER = 400
+"""More tokens than any test waits for."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+async def settled(engine: Engine) -> Statistics:
+    """Wait until nothing is in flight. Raises `TimeoutError` if something stays."""
+    with anyio.fail_after(20):
+        while (now := engine.statistics()).n_running or now.n_waiting or now.kv_bytes:
+            await anyio.sleep(0.005)
+    return now
+
+
+@asynccontextmanager
+async def opened(model: Path, **options: int) -> AsyncIterator[Engine]:
+    async with Engine(model, EngineConfig(**options)) as engine:
+        yield engine
+        await settled(engine)
+
+
+def greedy(n: int) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1)
+
+
+async def test_iterating_gives_every_token_and_the_last_one_says_why_it_ended(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        tokens = [token async for token in engine.generate_stream("Once upon a time", greedy(8))]
+        result = await engine.generate("Once upon a time", greedy(8))
+    assert [t.finish_reason for t in tokens] == [None] * 7 + ["length"]
+    assert [t.usage for t in tokens[:-1]] == [None] * 7
+    assert tokens[-1].usage == result.usage
+    assert result.usage.completion_tokens == 8
+    assert tuple(t.id for t in tokens) == result.token_ids
+    assert "".join(t.text for t in tokens) == result.text
+
+
+async def test_awaiting_a_stream_waits_for_admission_and_returns_it(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        stream = await engine.generate_stream("Hello", greedy(3))
+        assert engine.statistics().n_requests == 1
+        async with stream:
+            assert len([token async for token in stream]) == 3
+        assert [token async for token in stream] == []
+
+
+async def test_text_ids_and_chat_are_one_prompt_in_three_forms(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        tokenizer = engine.tokenizer
+        assert tokenizer is not None
+        messages = [{"role": "user", "content": "Hello"}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        from_chat = await engine.generate(messages, greedy(6))
+        from_ids = await engine.generate(ids, greedy(6))
+    assert from_chat.token_ids == from_ids.token_ids
+
+
+async def test_leaving_the_block_ends_the_request(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        async with engine.generate_stream("Hello", greedy(FOREVER)) as stream:
+            await anext(stream)
+        now = await settled(engine)
+        assert (now.n_cancelled, now.n_finished) == (1, 0)
+
+
+async def test_a_dropped_stream_ends_its_request(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        stream = await engine.generate_stream("Hello", greedy(FOREVER))
+        await anext(stream)
+        del stream
+        gc.collect()
+        assert (await settled(engine)).n_cancelled == 1
+
+
+async def test_cancelling_the_consumer_ends_the_request(tiny: Path) -> None:
+    async def consume(engine: Engine, started: anyio.Event) -> None:
+        async for _ in engine.generate_stream("Hello", greedy(FOREVER)):
+            started.set()
+
+    async with opened(tiny) as engine:
+        started = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume, engine, started)
+            await started.wait()
+            group.cancel_scope.cancel()
+        gc.collect()
+        assert (await settled(engine)).n_cancelled == 1
+
+
+async def test_a_cancelled_wait_loses_no_token(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        whole = await engine.generate("Hello", greedy(12))
+        stream = engine.generate_stream("Hello", greedy(12))
+        got: list[int] = []
+        while not got or len(got) < 12:
+            with anyio.move_on_after(0.0005):
+                got.append((await anext(stream)).id)
+    assert tuple(got) == whole.token_ids
+
+
+async def test_a_slow_consumer_delays_nobody(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        async with engine.generate_stream("Hello", greedy(20)) as slow:
+            await slow
+            quick = await engine.generate("Hello", greedy(20))
+            with anyio.fail_after(20):
+                while engine.statistics().n_finished < 2:
+                    await anyio.sleep(0.005)
+            # Nobody has read from the slow one yet, and all of it is there.
+            assert tuple([t.id async for t in slow]) == quick.token_ids
+
+
+async def test_closing_ends_what_is_in_flight_after_the_tokens_already_made(tiny: Path) -> None:
+    async with Engine(tiny, EngineConfig(max_running=1)) as engine:
+        running = await engine.generate_stream("Hello", greedy(FOREVER))
+        waiting = engine.generate_stream("Hello", greedy(4))
+        first = await anext(running)
+        assert first.finish_reason is None
+    with pytest.raises(EngineClosedError, match="in flight"):
+        async for _ in running:
+            pass
+    with pytest.raises(EngineClosedError, match="in flight"):
+        await waiting
+    with pytest.raises(EngineClosedError, match="not open"):
+        engine.generate_stream("Hello")
+    now = engine.statistics()
+    assert (now.n_running, now.n_waiting, now.kv_bytes, now.n_cancelled) == (0, 0, 0, 2)
+
+
+async def test_requests_beyond_max_running_wait_their_turn(tiny: Path) -> None:
+    async with opened(tiny, max_running=2, chunk_tokens=4) as engine:
+        alone = [(await engine.generate([5 + i, 6, 7], greedy(9))).token_ids for i in range(5)]
+        streams = [engine.generate_stream([5 + i, 6, 7], greedy(9)) for i in range(5)]
+        together = [tuple([t.id async for t in stream]) for stream in streams]
+    assert together == alone
+
+
+async def test_bad_requests_fail_alone(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        good = engine.generate_stream("Hello", greedy(6))
+        with pytest.raises(PromptError, match="empty"):
+            await engine.generate("")
+        with pytest.raises(PromptError, match="vocabulary"):
+            await engine.generate([10**6])
+        with pytest.raises(PromptError, match="max_new_tokens"):
+            await engine.generate("Hello", max_new_tokens=10**6)
+        with pytest.raises(PromptError, match="too long"):
+            await engine.generate([3] * 10**5)
+        with pytest.raises(GenerationError, match="max_new_token\\b"):
+            engine.generate_stream("Hello", max_new_token=3)
+        assert len([t async for t in good]) == 6
+
+
+async def test_a_failing_step_ends_its_requests_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tiny) as engine:
+        before = await engine.generate("Hello", greedy(4))
+
+        def fail(self: seam.Forward, call: seam.ExpertsCall) -> None:
+            raise OSError("the disk is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(seam.Forward, "suspend", fail)
+            with pytest.raises(EngineFailedError, match="disk is gone") as caught:
+                await engine.generate("Hello", greedy(4))
+        assert isinstance(caught.value.__cause__, OSError)
+        assert (await engine.generate("Hello", greedy(4))).token_ids == before.token_ids
+
+
+async def test_eos_and_stop_strings_stop(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        free = await engine.generate("Hello", greedy(60))
+        eos = free.token_ids[5]
+        n = free.token_ids.index(eos) + 1
+        at_eos = await engine.generate("Hello", greedy(60), eos_token_id=eos)
+        assert (at_eos.token_ids, at_eos.finish_reason) == (free.token_ids[:n], "stop")
+        middle = len(free.text) // 2
+        stop = free.text[middle : middle + 2]
+        stopped = await engine.generate("Hello", greedy(60), stop_strings=[stop])
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) < 60
+
+
+async def test_sampling_repeats_with_a_seed_and_differs_between_seeds(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+
+        async def sample(seed: int) -> tuple[int, ...]:
+            result = await engine.generate("Hello", seed=seed, temperature=1.5, max_new_tokens=12)
+            return result.token_ids
+
+        assert await sample(1) == await sample(1)
+        assert len({await sample(seed) for seed in range(4)}) > 1
+
+
+async def test_logprobs_are_given_when_asked_for(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        plain = await engine.generate("Hello", greedy(4))
+        asked = await engine.generate("Hello", greedy(4), logprobs=True)
+    assert plain.logprobs is None
+    assert asked.logprobs is not None
+    assert len(asked.logprobs) == 4
+    assert all(value < 0 for value in asked.logprobs)
+
+
+async def test_a_long_prompt_does_not_stop_a_running_request(tiny: Path) -> None:
+    async with opened(tiny, chunk_tokens=8) as engine:
+        async with engine.generate_stream("Hello", greedy(40)) as running:
+            await anext(running)
+            n_before = engine.statistics().n_new_tokens
+            long = engine.generate_stream([7] * 160, greedy(1))
+            await anext(long)
+            assert engine.statistics().n_new_tokens - n_before >= 160 // 8
+
+
+async def test_opening_a_missing_model_raises_and_leaves_no_thread(tmp_path: Path) -> None:
+    import threading
+
+    from fiddler import CheckpointError
+
+    with pytest.raises(CheckpointError, match="neither"):
+        async with Engine(tmp_path / "nothing"):
+            pass
+    with anyio.fail_after(10):
+        while any(thread.name == "fiddler-engine" for thread in threading.enumerate()):
+            await anyio.sleep(0.01)
+
+
+async def test_statistics_count_what_was_done(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        await engine.generate([4, 5, 6], greedy(5))
+        now = await settled(engine)
+    assert (now.n_requests, now.n_finished, now.n_prompt_tokens, now.n_new_tokens) == (1, 1, 3, 5)
+    assert now.n_steps == 5
+    assert now.n_expert_rows > 0
+    assert now.expert_bytes > 0
+    assert 0 < now.expert_s < now.step_s
+
+
+def test_two_engines_in_threads_of_their_own(tiny: Path) -> None:
+    async def run() -> tuple[int, ...]:
+        async with Engine(tiny) as a, Engine(tiny) as b:
+            one, other = a.generate_stream("Hello", greedy(8)), b.generate_stream("Hello", greedy(8))
+            left = tuple([t.id async for t in one])
+            assert left == tuple([t.id async for t in other])
+            return left
+
+    assert anyio.run(run) == anyio.run(run, backend="trio")
+    time.sleep(0)

@@ -1,0 +1,244 @@
+"""Which matmul runs is decided by what is stored, and what is stored is measured once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddler.config import EngineConfig
+from fiddler.devices import calibrate
+from fiddler.devices.calibrate import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
+from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, bucket, linear, rows_last, shape_key
+
+LARGE = torch.empty(1024, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
+OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
+
+
+class TestBucket:
+    @given(st.integers(1, 100_000))
+    def test_is_the_nearest_calibrated_count_below(self, n_rows: int) -> None:
+        found = bucket(n_rows)
+        assert found in BUCKETS
+        assert found <= n_rows
+        assert not any(found < other <= n_rows for other in BUCKETS)
+
+    @pytest.mark.parametrize("n_rows", BUCKETS)
+    def test_of_a_calibrated_count_is_itself(self, n_rows: int) -> None:
+        assert bucket(n_rows) == n_rows
+
+
+class TestKernels:
+    def test_nothing_calibrated_is_linear(self) -> None:
+        assert {Kernels().name(LARGE, n) for n in (1, 2, 300, 9999)} == {"linear"}
+
+    @given(n_rows=st.integers(1, 2000), chosen=st.sampled_from(BUCKETS))
+    def test_choice_holds_for_its_whole_bucket_and_no_other(self, n_rows: int, chosen: int) -> None:
+        kernels = Kernels({(shape_key(LARGE), chosen): "rows_last"})
+        assert kernels.name(LARGE, n_rows) == ("rows_last" if bucket(n_rows) == chosen else "linear")
+
+    def test_choice_holds_for_its_shape_and_dtype_only(self) -> None:
+        kernels = Kernels({(shape_key(LARGE), 1): "rows_last"})
+        assert kernels.name(LARGE, 1) == "rows_last"
+        assert kernels.name(OTHER, 1) == "linear"
+        assert kernels.name(LARGE.half(), 1) == "linear"
+
+    def test_single_row_is_doubled_for_rows_last_only(self) -> None:
+        weight, row = torch.rand(3, 4), torch.rand(1, 4)
+        kernels = Kernels({(shape_key(weight), 1): "rows_last"})
+        padded = kernels.padded(row, weight)
+        assert padded.shape == (2, 4)
+        assert padded.data_ptr() == row.data_ptr()
+        assert torch.equal(padded[0], padded[1])
+        assert Kernels().padded(row, weight) is row
+
+    def test_several_rows_are_never_padded(self) -> None:
+        weight, rows = torch.rand(3, 4), torch.rand(2, 4)
+        kernels = Kernels({(shape_key(weight), b): "rows_last" for b in BUCKETS})
+        assert kernels.padded(rows, weight) is rows
+
+    def test_padding_does_not_change_the_choice(self) -> None:
+        weight, row = torch.rand(3, 4), torch.rand(1, 4)
+        kernels = Kernels({(shape_key(weight), 1): "rows_last", (shape_key(weight), 2): "linear"})
+        y = kernels.matmul(kernels.padded(row, weight), weight, None, n_rows=1)
+        assert y.t().is_contiguous()
+        assert not y.is_contiguous()
+
+    @pytest.mark.parametrize("bias", [None, torch.rand(3)])
+    def test_both_kernels_multiply(self, bias: torch.Tensor | None) -> None:
+        weight, x = torch.rand(3, 4), torch.rand(5, 4)
+        expected = x @ weight.T + (0 if bias is None else bias)
+        torch.testing.assert_close(linear(x, weight, bias), expected)
+        torch.testing.assert_close(rows_last(x, weight, bias), expected)
+
+
+class Measured:
+    """Stands for the measurement: notes what was asked for, and makes `rows_last` win up to four rows."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[ShapeKey, int]] = []
+
+    def __call__(self, key: ShapeKey, n_rows: int) -> dict[KernelName, float]:
+        self.asked.append((key, n_rows))
+        return {"linear": 1.0, "rows_last": 0.5 if n_rows <= 4 else 1.0}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """A machine with AMX and a measurement that can be counted."""
+    fake = Measured()
+    monkeypatch.setattr(calibrate, "measure", fake)
+    monkeypatch.setattr(calibrate, "amx", lambda: True)
+    return fake
+
+
+def names(kernels: Kernels, matrix: torch.Tensor = LARGE) -> list[KernelName]:
+    return [kernels.name(matrix, rows) for rows in BUCKETS]
+
+
+EXPECTED = ["rows_last" if rows <= 4 else "linear" for rows in BUCKETS]
+
+
+class TestCalibration:
+    def test_measures_each_row_count_of_each_shape_once(self, measured: Measured, tmp_path: Path) -> None:
+        kernels = calibrated_kernels([LARGE, OTHER, LARGE], EngineConfig(calibration_dir=tmp_path))
+        wanted = {(shape_key(m), rows) for m in (LARGE, OTHER) for rows in BUCKETS}
+        assert len(measured.asked) == len(wanted)
+        assert set(measured.asked) == wanted
+        assert names(kernels) == names(kernels, OTHER) == EXPECTED
+
+    def test_is_stored_and_not_measured_again(self, measured: Measured, tmp_path: Path) -> None:
+        config = EngineConfig(calibration_dir=tmp_path / "made" / "when needed")
+        first = calibrated_kernels([LARGE], config)
+        measured.asked.clear()
+        second = calibrated_kernels([LARGE], config)
+        assert measured.asked == []
+        assert dict(second.choice) == dict(first.choice)
+        assert [f.name for f in calibration_file(config).parent.iterdir()] == [calibration_file(config).name]
+
+    def test_stored_choice_wins_over_what_would_be_measured(self, measured: Measured, tmp_path: Path) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibrated_kernels([LARGE], config)
+        file = calibration_file(config)
+        file.write_text(file.read_text().replace('"linear"', '"rows_last"'))
+        assert set(names(calibrated_kernels([LARGE], config))) == {"rows_last"}
+
+    def test_new_shape_is_added_to_the_stored_ones(self, measured: Measured, tmp_path: Path) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibrated_kernels([LARGE], config)
+        measured.asked.clear()
+        calibrated_kernels([OTHER], config)
+        assert {key for key, _ in measured.asked} == {shape_key(OTHER)}
+        measured.asked.clear()
+        assert names(calibrated_kernels([LARGE, OTHER], config)) == EXPECTED
+        assert measured.asked == []
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\xff\xfe",
+            b"[]",
+            b'{"kernels": 3}',
+            b'{"kernels": [{"out": 1024}]}',
+            b'{"kernels": [{"out": 1, "in": 1, "dtype": "nothing", "rows": 1, "kernel": "linear"}]}',
+            b'{"kernels": [{"out": 1, "in": 1, "dtype": "bfloat16", "rows": [1], "kernel": "linear"}]}',
+        ],
+        ids=["empty", "not text", "no object", "no list", "field missing", "no dtype", "rows not a number"],
+    )
+    def test_corrupt_file_is_measured_anew_and_replaced(
+        self, measured: Measured, tmp_path: Path, content: bytes
+    ) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibration_file(config).write_bytes(content)
+        assert names(calibrated_kernels([LARGE], config)) == EXPECTED
+        assert len(json.loads(calibration_file(config).read_text())["kernels"]) == len(BUCKETS)
+
+    def test_unknown_kernel_in_the_file_is_measured_anew(self, measured: Measured, tmp_path: Path) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibrated_kernels([LARGE], config)
+        file = calibration_file(config)
+        file.write_text(file.read_text().replace("rows_last", "of_the_future"))
+        measured.asked.clear()
+        assert names(calibrated_kernels([LARGE], config)) == EXPECTED
+        assert measured.asked
+
+    def test_folder_that_cannot_be_made_costs_only_the_measurement(
+        self, measured: Measured, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("in the way")
+        config = EngineConfig(calibration_dir=tmp_path / "file" / "below")
+        assert names(calibrated_kernels([LARGE], config)) == EXPECTED
+
+    def test_folder_that_cannot_be_written_costs_only_the_measurement(
+        self, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: object, **options: object) -> None:
+            raise PermissionError("read-only")
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        config = EngineConfig(calibration_dir=tmp_path)
+        assert names(calibrated_kernels([LARGE], config)) == EXPECTED
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_other_dtypes_are_never_measured(self, measured: Measured, tmp_path: Path, dtype: torch.dtype) -> None:
+        kernels = calibrated_kernels([LARGE.to(dtype)], EngineConfig(calibration_dir=tmp_path))
+        assert (measured.asked, kernels.choice) == ([], {})
+
+    def test_small_matrices_are_never_measured(self, measured: Measured, tmp_path: Path) -> None:
+        kernels = calibrated_kernels([LARGE[:-1]], EngineConfig(calibration_dir=tmp_path))
+        assert (measured.asked, kernels.choice) == ([], {})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_without_amx_everything_is_linear(
+        self, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibrated_kernels([LARGE], config)  # stored by a machine that shares this folder
+        measured.asked.clear()
+        monkeypatch.setattr(calibrate, "amx", lambda: False)
+        assert set(names(calibrated_kernels([LARGE], config))) == {"linear"}
+        assert measured.asked == []
+
+    def test_option_linear_ignores_the_calibration(self, measured: Measured, tmp_path: Path) -> None:
+        calibrated_kernels([LARGE], EngineConfig(calibration_dir=tmp_path))
+        measured.asked.clear()
+        kernels = calibrated_kernels([LARGE], EngineConfig(calibration_dir=tmp_path, kernels="linear"))
+        assert set(names(kernels)) == {"linear"}
+        assert measured.asked == []
+
+    @pytest.mark.parametrize(
+        ("share", "expected"), [(0.5, "rows_last"), (MARGIN, "linear"), (1.0, "linear"), (2.0, "linear")]
+    )
+    def test_a_near_tie_is_no_reason_to_switch(
+        self, monkeypatch: pytest.MonkeyPatch, share: float, expected: str
+    ) -> None:
+        monkeypatch.setattr(calibrate, "measure", lambda key, n_rows: {"linear": 1.0, "rows_last": share})
+        assert calibrate.best(shape_key(LARGE), 1) == expected
+
+    @pytest.mark.parametrize("n_rows", [1, 2])
+    def test_measuring_times_both_kernels(self, monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
+        monkeypatch.setattr(calibrate, "CACHE_BYTES", 4096)
+        times = calibrate.measure((16, 32, torch.bfloat16), n_rows)
+        assert set(times) == {"linear", "rows_last"}
+        assert all(seconds > 0 for seconds in times.values())
+
+
+class TestCalibrationFile:
+    def test_is_another_for_other_thread_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        files = set()
+        for n_threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+            files.add(calibration_file(config))
+        assert len(files) == 2
+
+    def test_lies_in_the_users_cache_by_default(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert calibration_file(EngineConfig()).parent == tmp_path / "xdg" / "fiddler"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert calibration_file(EngineConfig()).parent == tmp_path / "home" / ".cache" / "fiddler"
