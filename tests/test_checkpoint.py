@@ -223,7 +223,7 @@ class TestTensors:
         save_single(tmp_path, {"strange": torch.ones(2).to(dtype), "plain": torch.ones(2)})
         checkpoint = Checkpoint.open(tmp_path)
         assert checkpoint.tensor("plain").tolist() == [1, 1]
-        with pytest.raises(CheckpointError, match="'strange' has dtype"):
+        with pytest.raises(CheckpointError, match=r"'strange' is (F8_E4M3|I64|BOOL); experts must be one of"):
             checkpoint.tensor("strange")
 
     def test_at_an_odd_byte_is_an_error_of_ours(self, tmp_path: Path) -> None:
@@ -282,10 +282,12 @@ class TestMapped:
         checkpoint = Checkpoint.open(save_single(tmp_path, {"a": torch.rand(5, 3)}))
         assert checkpoint.tensor("a").data_ptr() == checkpoint.tensor("a").data_ptr()
 
-    def test_writing_to_a_view_leaves_the_file_alone(self, tmp_path: Path) -> None:
+    def test_the_mapping_can_not_be_written_through(self, tmp_path: Path) -> None:
+        file = tmp_path / SINGLE
         checkpoint = Checkpoint.open(save_single(tmp_path, {"a": torch.zeros(4)}))
-        checkpoint.tensor("a").fill_(1)
-        assert load_file(tmp_path / SINGLE)["a"].tolist() == [0, 0, 0, 0]
+        checkpoint.tensor("a")
+        modes = {line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line}
+        assert modes == {"r--s"}, "a file larger than memory can only be mapped shared and read-only"
 
     def test_an_unlinked_file_stays_readable(self, tmp_path: Path) -> None:
         a, b = torch.rand(300, 300), torch.rand(300, 300)

@@ -34,7 +34,7 @@ class Text:
         """Return a prompt's token ids. Raises `PromptError` where it is empty or of another kind."""
         if isinstance(prompt, str):
             ids = self._encode_text(prompt, special=True)
-        elif not isinstance(prompt, Sequence):
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise PromptError(f"prompt must be text, token ids or chat messages, not {type(prompt).__name__}")
         elif prompt and isinstance(prompt[0], Mapping):
             ids = self._encode_text(self._chat(prompt), special=False)
@@ -51,7 +51,10 @@ class Text:
             raise PromptError(
                 "this checkpoint has no fast tokenizer (tokenizer.json); give the prompt as token ids"
             )
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except (TypeError, ValueError) as error:  # half a surrogate pair, which JSON can carry
+            raise PromptError(f"the tokenizer refused the text: {error}") from error
 
     def _chat(self, messages: Any) -> str:
         if self.tokenizer is None or not self.tokenizer.chat_template:
@@ -76,7 +79,7 @@ class Decoder:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids[-_CONTEXT:]), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=_context(tokenizer, prompt_ids), skip_special_tokens=True)
         self._stops = tuple(stop_strings)
         self._held = ""
 
@@ -101,6 +104,15 @@ class Decoder:
 
 _CONTEXT = 8
 """Prompt tokens the decoder sees, so that a first token's leading space is right."""
+
+
+def _context(tokenizer: Any, prompt_ids: Sequence[int]) -> list[int]:
+    """Return the prompt's last tokens; of a prompt that ends inside a character only that character's."""
+    ids = list(prompt_ids[-_CONTEXT:])
+    stop = len(ids)
+    while stop and tokenizer.decode(ids[:stop]).endswith("\ufffd"):
+        stop -= 1
+    return ids if stop == len(ids) else ids[stop:]
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

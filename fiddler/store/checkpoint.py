@@ -6,15 +6,17 @@ file; the files are then mapped once each, so that neighbouring tensors can be s
 """
 
 import json
+import mmap
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
 from fiddler.errors import CheckpointError
 
@@ -41,7 +43,7 @@ class Checkpoint:
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
         self.folder = folder
         self.entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
-        self._storages: dict[Path, UntypedStorage] = {}
+        self._mapped: dict[Path, Tensor] = {}
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -82,22 +84,26 @@ class Checkpoint:
     def _view(self, name: str, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
-            raise CheckpointError(
-                f"tensor {name!r} has dtype {entry.dtype}; experts must be one of {', '.join(_DTYPES)}"
-            )
-        storage: Any = self._storages.get(entry.file)
-        if storage is None:
-            storage = UntypedStorage.from_file(str(entry.file), False, entry.file.stat().st_size)
-            self._storages[entry.file] = storage
-        start, rest = divmod(entry.offset, dtype.itemsize)
-        if rest:
-            raise CheckpointError(
-                f"tensor {name!r} starts at an odd byte of {entry.file.name}; save the checkpoint again"
-            )
-        strides = [1] * len(shape)
-        for axis in range(len(shape) - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * shape[axis + 1]
-        return torch.empty(0, dtype=dtype).set_(storage, start, shape, tuple(strides))
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}; experts must be one of {', '.join(_DTYPES)}")
+        if entry.offset % dtype.itemsize:
+            raise CheckpointError(f"tensor {name!r} starts at an odd byte of {entry.file.name}; save it again")
+        if entry.file not in self._mapped:
+            self._mapped[entry.file] = _map(entry.file)
+        data = self._mapped[entry.file][entry.offset : entry.offset + prod(shape) * dtype.itemsize]
+        return data.view(dtype).view(shape)
+
+
+def _map(file: Path) -> Tensor:
+    """Return a file's bytes as a read-only mapping.
+
+    Shared and read-only, so that a file larger than memory can be mapped: a private writable mapping, torch's and
+    safetensors' own, is refused by Linux's overcommit accounting.
+    """
+    with file.open("rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
@@ -139,7 +145,7 @@ def _indexed(folder: Path) -> dict[Path, list[str]]:
 
 def _read_header(file: Path) -> dict[str, Entry]:
     try:
-        with safe_open(str(file), framework="pt"):
+        with safe_open(str(file), framework="np"):
             pass  # validates the header and that the data it describes is all there
         with file.open("rb") as stream:
             n_header = int.from_bytes(stream.read(8), "little")

@@ -3,8 +3,8 @@
     for name in included():
         model = build(name)
 
-A multimodal model is built with its towers and meant to be given text only. `excluded()` says why the others are not
-built. `python -m tests.architectures` prints the table.
+A multimodal model is built with its towers and meant to be given text only. `excluded()` says why the others are
+not built. `python -m tests.architectures` prints the table.
 """
 
 from .catalogue import Architecture, Experts, architectures, excluded, included

@@ -131,6 +131,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    # Its window is over what came after the prompt: an unsplit forward, all prompt, equals no text that has crossed it.
+    "unlimited_ocr": {"sliding_window": 32},
     # Its code takes one expert a token, and needs a window for the sliding layers of published ones.
     "zaya": {
         "num_experts_per_tok": 1,
