@@ -47,7 +47,8 @@ class Facts:
     def as_json(self) -> dict[str, Any]:
         """Return all fields, those of `sizes` beside the others."""
         fields = asdict(self)
-        return {**fields, **fields.pop("sizes"), "machine": fields.pop("machine")}
+        sizes = fields.pop("sizes")
+        return fields | sizes
 
 
 def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
