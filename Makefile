@@ -8,7 +8,7 @@ LOWEST_TRANSFORMERS := 5.17.0
 VENV := .venv
 LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python -m
-PIP_INSTALL := install --quiet --disable-pip-version-check
+PIP_INSTALL := install -qq --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 # A machine without an NVIDIA GPU wants the CPU build, where an index has one: the other brings gigabytes of CUDA.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)

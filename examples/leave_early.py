@@ -11,10 +11,8 @@ async def main() -> None:
             async with engine.generate_stream([{"role": "user", "content": "What is a kluge?"}], seed=1) as stream:
                 async for token in stream:
                     print(token.text, end="", flush=True)
-        print()
-        while engine.statistics().n_running:
-            await trio.sleep(0.01)
-        print("nothing is left running")
+        print("\nleft; the next request runs alone")
+        print((await engine.generate("In the beginning", max_new_tokens=16)).text)
 
 
 trio.run(main)

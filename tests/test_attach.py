@@ -76,7 +76,9 @@ def test_a_loaded_model_is_changed_in_place_and_keeps_its_weights(architecture: 
 def test_a_model_without_the_seam_is_refused(save: Save) -> None:
     dense = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32))
     for model in (dense, save(dense)):
-        with pytest.raises(UnsupportedModelError, match="'gpt2' has no experts behind transformers' experts registry"):
+        with pytest.raises(
+            UnsupportedModelError, match="'gpt2' has no experts behind transformers' experts registry"
+        ):
             fiddler.attach(model)
 
 

@@ -40,9 +40,8 @@ def tensors_of(weights: ExpertWeights) -> list[Tensor]:
 
 
 def is_view_of_file(tensor: Tensor, store: MappedStore) -> bool:
-    files = {entry.file.stat().st_size for entry in store.checkpoint.entries.values()}
     starts = {mapped.data_ptr() for mapped in store.checkpoint._mapped.values()}
-    return tensor.untyped_storage().data_ptr() in starts and tensor.untyped_storage().nbytes() in files
+    return tensor.untyped_storage().data_ptr() in starts
 
 
 class TestLayouts:

@@ -42,7 +42,7 @@ def chat(
     notes = Notes(quiet=conversation.as_json or conversation.quiet)
     with guarded():
         config = engine.config(checkpoint)
-        with notes.working(f"loading {checkpoint.name}") as loaded:
+        with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
             import anyio
 
             from fiddler.cli.history import History

@@ -46,8 +46,8 @@ class Facts:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields, those of `sizes` beside the others."""
-        fields = asdict(self)
-        sizes = fields.pop("sizes")
+        fields: dict[str, Any] = asdict(self)
+        sizes: dict[str, Any] = fields.pop("sizes")
         return fields | sizes
 
 

@@ -43,7 +43,7 @@ def generate(
     with guarded():
         config = engine.config(checkpoint)
         prompt = _prompt(request.prompt, notes, demo=checkpoint.model is None)
-        with notes.working(f"loading {checkpoint.name}") as loaded:
+        with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
             import anyio
 
             from fiddler.cli.session import ask_once, experts_json

@@ -22,12 +22,12 @@ class Notes:
         self._console.print(Text(line, style="dim"), soft_wrap=True)
 
     @contextmanager
-    def working(self, line: str) -> Generator[Callable[[], None]]:
+    def working(self, line: str, *, spin: bool = True) -> Generator[Callable[[], None]]:
         """Show what is being done, until what the context gives is called or the context ends.
 
-        A spinner on a terminal, one plain line elsewhere.
+        A spinner on a terminal, unless `spin` is off because something else draws there; one plain line elsewhere.
         """
-        if not self._console.is_terminal:
+        if not (spin and self._console.is_terminal):
             self.say(f"{line} …")
             yield lambda: None
             return

@@ -49,6 +49,11 @@ class CheckpointOptions:
         return DEMO if self.model is None else self.model
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is a folder; else it may be downloaded, under progress bars of the hub's own."""
+        return Path(self.source).is_dir()
+
+    @property
     def name(self) -> str:
         """What to call the model in messages."""
         return "the built-in demo model" if self.model is None else self.model

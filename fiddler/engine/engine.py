@@ -42,17 +42,19 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._loaded: ServableModel | None = None
         self._open = False
+        self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
-        if self._open or self._loop is not None:
+        if self._thread.ident is not None:
             raise EngineClosedError("an engine is opened once; make a new Engine")
-        Thread(target=self._run, name="fiddler-engine", daemon=True).start()
+        self._thread.start()
         try:
             booted = await self._boot.receive()
         except BaseException:
             self._inbox.push(Close())  # opening was cancelled: the thread ends once loading is done
             raise
         if isinstance(booted, BaseException):
+            self._thread.join()
             raise booted
         self._loaded = booted
         self._open = True
@@ -70,6 +72,8 @@ class Engine:
             self._inbox.push(Close())
             with anyio.CancelScope(shield=True):
                 await self._gone.receive()
+            # Its last steps take no time, but a thread that frees tensors while the interpreter ends aborts it.
+            self._thread.join()
 
     def generate_stream(
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any

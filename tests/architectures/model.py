@@ -36,8 +36,8 @@ def _randomize(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and not name.endswith("bias"):
             parameter.normal_(std=GAIN / math.sqrt(_fan_in(model, name, parameter)))
-        elif not parameter.any() and not name.endswith(("bias", "weight")):
-            # Zero switches it off: a temperature, an attention sink, a query.
+        elif not parameter.any() and not name.endswith(("bias", "weight", "scale")):
+            # Zero switches it off: a temperature, an attention sink, a query. (A scale grows with the position.)
             parameter.normal_(std=GAIN)
         else:
             _disturb(parameter)

@@ -131,7 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
-    # Its window is over what came after the prompt: an unsplit forward, all prompt, equals no text that has crossed it.
+    # Its window is over what follows the prompt: once crossed, no unsplit forward, which is all prompt, equals it.
     "unlimited_ocr": {"sliding_window": 32},
     # Its code takes one expert a token, and needs a window for the sliding layers of published ones.
     "zaya": {

@@ -1,0 +1,338 @@
+"""The commands in this process: what they print, what they refuse, and how they count."""
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from typer.testing import CliRunner, Result
+
+from fiddler import DEMO
+from fiddler.cli import app
+from fiddler.cli.session import interruptible
+from fiddler.store.checkpoint import Checkpoint
+from tests.support.tiny import CONTEXT, N_EXPERTS, N_LAYERS, TOP_K, save_tiny, tiny_tokenizer
+
+PROMPT = "Once upon"
+EXPERT_BYTES = 3 * 64 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run(*args: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def run_json(*args: object, stdin: str = "") -> dict[str, Any]:
+    """What a command printed as its one JSON object."""
+    result = run(*args, "--json", stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    printed: dict[str, Any] = json.loads(result.stdout)
+    return printed
+
+
+def answers(*args: object, stdin: str) -> list[dict[str, Any]]:
+    result = run("chat", *args, "--json", "--greedy", stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def n_prompt_tokens(messages: list[dict[str, str]]) -> int:
+    return len(tiny_tokenizer().apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+
+
+def test_generate_prints_one_object_that_counts_right(tiny: Path) -> None:
+    answer = run_json("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 6, "--greedy")
+
+    assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "timing", "experts"}
+    assert len(answer["token_ids"]) == 6
+    assert answer["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+    assert set(answer["timing"]) == {"first_token_s", "total_s", "tokens_per_s"}
+    assert 0 < answer["timing"]["first_token_s"] <= answer["timing"]["total_s"]
+    experts = answer["experts"]
+    visits = (9 + 5) * N_LAYERS * TOP_K  # the last token is not run
+    assert (experts["visits"], experts["cpu_visits"]) == (visits, visits)
+    assert experts["bytes_read"] == experts["loads"] * EXPERT_BYTES
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr(tiny: Path) -> None:
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 6, "--greedy")
+    shown, quiet, answer = run(*args), run(*args, "--quiet"), run_json(*args)
+
+    assert shown.stdout == quiet.stdout == answer["text"] + "\n"
+    assert quiet.stderr == ""
+    assert "loading" in shown.stderr
+    assert "9 prompt, 6 new" in shown.stderr
+    assert f"CPU 100 % of {answer['experts']['visits']} expert visits" in shown.stderr
+    assert "\x1b" not in shown.output
+
+
+def test_greedy_and_seeded_runs_repeat(tiny: Path) -> None:
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 12)
+    greedy = [run_json(*args, "--greedy")["token_ids"] for _ in range(2)]
+    seeded = [run_json(*args, "--temperature", 2, "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+
+    assert greedy[0] == greedy[1]
+    assert seeded[0] == seeded[1]
+    assert seeded[1] != seeded[2]
+
+
+def test_stop_text_ends_a_completion(tiny: Path) -> None:
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 30, "--greedy")
+    whole = run_json(*args)["text"]
+    stop = whole[5]
+    answer = run_json(*args, "--stop", "never comes", "--stop", stop)
+
+    assert answer["finish_reason"] == "stop"
+    assert answer["text"] == whole[: whole.index(stop)]
+
+
+def test_a_length_nobody_gave_shrinks_to_the_context(tiny: Path) -> None:
+    answer = run_json("generate", "-m", tiny, "-p", PROMPT, "--max-context", 20)
+
+    assert answer["usage"]["completion_tokens"] == 20 - 9
+
+
+def test_ctrl_c_keeps_the_partial_object(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fiddler.cli.generate")  # `fiddler.cli` has the command under this name
+    monkeypatch.setattr(module, "_ignore", lambda text: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+
+    result = run("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 400, "--json")
+    answer = json.loads(result.stdout)
+
+    assert result.exit_code == 130
+    assert answer["finish_reason"] == "interrupted"
+    assert 1 <= answer["usage"]["completion_tokens"] == len(answer["token_ids"]) < 400
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_wakes_a_waiting_loop() -> None:
+    async def wait() -> str:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            await anyio.sleep_forever()
+        return "went on"
+
+    assert anyio.run(wait) == "went on"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--device", "tpu"], 2, "--device"),
+        (["--dtype", "int3"], 2, "--dtype"),
+        (["--temperature", "-1"], 2, "--temperature"),
+        (["--top-p", "1.5"], 2, "--top-p"),
+        (["--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["--max-new-tokens", "many"], 2, "--max-new-tokens"),
+        (["--nonsense"], 2, "--nonsense"),
+        (["--repetition-penalty", "0"], 1, "repetition_penalty"),
+        (["--stop", ""], 1, "stop_strings"),
+        (["--max-context", "100000"], 1, "max_context"),
+        (["--max-new-tokens", "100000"], 1, "max_new_tokens"),
+        (["--prompt", ""], 1, "prompt"),
+        (["--prompt", "\udcff"], 1, "UTF-8"),
+        (["--model", "/nowhere"], 1, "/nowhere"),
+    ],
+)
+def test_mistakes_are_named(tiny: Path, args: list[str], code: int, message: str) -> None:
+    result = run("generate", "-m", tiny, "-p", PROMPT, "--json", *args)
+
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+    if code == 1:
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=259
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    for command in ("inspect", "generate", "chat"):
+        result = run(command, "-m", tmp_path)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith("error: 'qwen3' has no experts")
+
+
+# fp32; attention, norms, routers, embeddings and head of `tiny.py`'s sizes, by hand
+ATTENTION = 64 * (4 * 16 + 2 * 16 + 2 * 16) + 64 * 64
+EMBEDDINGS = 259 * 64
+LAYER = {
+    "qwen3_moe": ATTENTION + 2 * 16 + 2 * 64 + 64 * N_EXPERTS,  # norms of queries and keys are a head wide
+    "mixtral": ATTENTION + 2 * 64 + 64 * N_EXPERTS,
+    "olmoe": ATTENTION + 64 + 32 + 2 * 64 + 64 * N_EXPERTS,  # here they are as wide as all heads
+    "gpt_oss": ATTENTION + 4 * 16 + 2 * 2 * 16 + 64 + 4 + 2 * 64 + 64 * N_EXPERTS + N_EXPERTS,  # biases, sinks
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LAYER))
+def test_inspect_counts_by_hand(kind: str, tmp_path: Path) -> None:
+    facts = run_json("inspect", "-m", save_tiny(tmp_path, kind))
+
+    biases = 2 * 32 + 64 if kind == "gpt_oss" else 0
+    expert = (3 * 64 * 32 + biases) * 4
+    dense = N_LAYERS * LAYER[kind] + 64 + 2 * EMBEDDINGS
+    assert facts["model_type"] == kind
+    assert facts["dtype"] == "float32"
+    assert facts["context"] == CONTEXT
+    assert (facts["layers"], facts["moe_layers"]) == (N_LAYERS, N_LAYERS)
+    assert (facts["experts_per_layer"], facts["top_k"]) == (N_EXPERTS, TOP_K)
+    assert facts["bytes_per_expert"] == expert
+    assert facts["experts"] == {
+        "parameters": N_LAYERS * N_EXPERTS * expert // 4,
+        "bytes": N_LAYERS * N_EXPERTS * expert,
+    }
+    assert facts["dense"] == {"parameters": dense, "bytes": dense * 4}
+    assert facts["total"]["bytes"] == facts["file_bytes"] == dense * 4 + N_LAYERS * N_EXPERTS * expert
+    assert facts["expert_bytes_per_token"] == N_LAYERS * TOP_K * expert
+    assert facts["dense_bytes_per_token"] == (dense - EMBEDDINGS) * 4
+    assert isinstance(facts["packed"], bool)
+
+
+def test_inspect_tells_dense_layers_and_tied_embeddings(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, dtype=torch.bfloat16, mlp_only_layers=[0], tie_word_embeddings=True)
+    facts = run_json("inspect", "-m", folder)
+
+    n_moe = N_LAYERS - 1
+    dense = N_LAYERS * LAYER["qwen3_moe"] - 64 * N_EXPERTS + 3 * 64 * 48 + 64 + EMBEDDINGS
+    assert (facts["layers"], facts["moe_layers"], facts["dtype"]) == (N_LAYERS, n_moe, "bfloat16")
+    assert facts["dense"] == {"parameters": dense, "bytes": dense * 2}
+    assert facts["dense_bytes_per_token"] == dense * 2
+    assert facts["expert_bytes_per_token"] == n_moe * TOP_K * EXPERT_BYTES // 2
+
+
+def test_inspect_reads_no_weight_and_downloads_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Checkpoint, "_view", refuse)
+    assert run("inspect", "-m", tiny).exit_code == 0
+
+    result = run("inspect", "-m", "somebody/something")
+    assert result.exit_code == 1
+    assert "hub cache" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("room", "fits", "text"),
+    [
+        (10**12, "ram", "fits in RAM (1.00 TB available)"),
+        (100_000, "disk", "experts are mapped from disk: 100.00 kB of 589.82 kB can stay in the page cache"),
+        (-1, "no", "does not fit: the dense part needs 288.38 kB of RAM"),
+    ],
+)
+def test_inspect_says_whether_it_fits(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, room: int, fits: str, text: str
+) -> None:
+    dense = run_json("inspect", "-m", tiny)["dense"]["bytes"]
+    monkeypatch.setattr("fiddler.cli.facts.available_bytes", lambda: room if room == 10**12 else dense + room)
+
+    machine = run_json("inspect", "-m", tiny)["machine"]
+    assert machine["fits"] == fits
+    assert machine["cacheable_expert_bytes"] == min(max(room, 0), 589_824)
+    assert text in " ".join(run("inspect", "-m", tiny).stdout.split())
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fiddler.cli import machine
+
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    unlimited = machine.available_bytes()
+    for name, content in (("memory.max", "5000"), ("memory.current", "3000"), ("memory.stat", "anon 9\nfile 70\n")):
+        (tmp_path / name).write_text(content)
+
+    assert machine.available_bytes() == 2070 < unlimited
+
+
+def test_chat_answers_line_by_line_and_remembers(tiny: Path) -> None:
+    first, second = answers("-m", tiny, "--max-new-tokens", 5, stdin="Hello\n\nAnd you?\n")
+
+    history = [{"role": "user", "content": "Hello"}]
+    assert first["usage"] == {
+        "prompt_tokens": n_prompt_tokens(history),
+        "completion_tokens": 5,
+        "total_tokens": n_prompt_tokens(history) + 5,
+    }
+    history += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": "And you?"}]
+    assert second["usage"]["prompt_tokens"] == n_prompt_tokens(history)
+    assert first["dropped_messages"] == second["dropped_messages"] == 0
+
+
+def test_chat_resets_and_exits(tiny: Path) -> None:
+    stdin = "Hello\nHello\n/reset\nHello\n/exit\nHello\n"
+    first, second, third = answers("-m", tiny, "--max-new-tokens", 5, "--system", "Be brief.", stdin=stdin)
+
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    assert third["token_ids"] == first["token_ids"]
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert third["usage"]["prompt_tokens"] == n_prompt_tokens(system)
+
+
+def test_chat_drops_the_oldest_turns_with_a_note(tiny: Path) -> None:
+    args = ("-m", tiny, "--max-context", 120, "--max-new-tokens", 10)
+    stdin = "Tell me a story\n" * 6
+    given = answers(*args, stdin=stdin)
+
+    assert [a["usage"]["completion_tokens"] for a in given] == [10] * 6
+    assert sum(a["dropped_messages"] for a in given) >= 2
+    assert all(a["usage"]["total_tokens"] <= 120 for a in given)
+    shown = run("chat", *args, stdin=stdin)
+    assert "the oldest 2 messages were dropped" in shown.stderr
+    assert shown.exit_code == 0
+
+
+def test_chat_goes_on_after_a_message_it_cannot_answer(tiny: Path) -> None:
+    stdin = f"Hello\n{'x' * CONTEXT}\nHello\n"
+    first, refused, third = answers("-m", tiny, "--max-new-tokens", 5, stdin=stdin)
+
+    assert "too long" in refused["error"]
+    assert set(refused) == {"error"}
+    assert third["usage"]["prompt_tokens"] >= first["usage"]["prompt_tokens"]
+
+
+def test_chat_prints_answers_as_text(tiny: Path) -> None:
+    args = ("-m", tiny, "--max-new-tokens", 5, "--greedy")
+    (answer,) = answers(*args, stdin="Hello\n")
+    shown = run("chat", *args, stdin="Hello\n")
+
+    assert shown.stdout == answer["text"] + "\n"
+    assert "(5 tokens" in shown.stderr
+
+
+def test_chat_needs_a_template(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    result = run("chat", "-m", tmp_path, stdin="Hello\n")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: this checkpoint has no chat template")
+
+
+@pytest.mark.skipif(not (DEMO / "model.safetensors").is_file(), reason="the demo checkpoint is not built")
+def test_without_flags_the_demo_answers() -> None:
+    (answer,) = answers("--max-new-tokens", 6, stdin="Hello\n")
+    shown = run("generate", "--max-new-tokens", 6)
+    facts = run_json("inspect")
+
+    assert answer["text"].strip()
+    assert shown.exit_code == 0
+    assert shown.stdout.strip()
+    assert "prompt: In the beginning" in shown.stderr
+    assert facts["folder"] == str(DEMO)
+    assert facts["total"]["bytes"] == facts["file_bytes"]

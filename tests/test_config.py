@@ -1,0 +1,140 @@
+"""Options are checked where they are given, and errors are what their tree says."""
+
+import re
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fiddler
+from fiddler import errors
+from fiddler.config import DeviceName, DtypeName, EngineConfig, KernelMode, Resolved, resolve
+from fiddler.errors import ConfigError, FiddlerError
+
+COUNTS = ("max_running", "chunk_tokens", "max_context", "threads")
+CHOICES = {"device": DeviceName, "dtype": DtypeName, "kernels": KernelMode}
+
+
+class TestEngineConfig:
+    def test_without_options_is_valid(self) -> None:
+        assert EngineConfig() == EngineConfig.from_mapping({})
+
+    @pytest.mark.parametrize("name", COUNTS)
+    @pytest.mark.parametrize("value", [0, -1, 1.5, "4", True, [1]], ids=repr)
+    def test_counts_must_be_whole_and_positive(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}={re.escape(repr(value))} must be a whole number"):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize("name", COUNTS)
+    def test_one_is_enough(self, name: str) -> None:
+        assert getattr(EngineConfig(**{name: 1}), name) == 1  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", ["max_context", "threads"])
+    def test_some_counts_may_be_left_open(self, name: str) -> None:
+        assert getattr(EngineConfig(**{name: None}), name) is None  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", CHOICES)
+    @pytest.mark.parametrize("value", ["nonsense", "", None, 3, "AUTO"], ids=repr)
+    def test_choices_are_named_with_the_option(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}={value!r} is not one of 'auto', "):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize(("name", "value"), [(n, v) for n, kind in CHOICES.items() for v in get_args(kind)])
+    def test_every_choice_is_admitted(self, name: str, value: Any) -> None:
+        assert getattr(EngineConfig(**{name: value}), name) == value
+
+    def test_unknown_options_are_named_beside_the_known(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"unknown option cache_size, max_runing; known: device, .*max_running"
+        ):
+            EngineConfig.from_mapping({"max_runing": 3, "cache_size": 2, "threads": 1})
+
+    def test_from_mapping_takes_every_field(self) -> None:
+        config = EngineConfig(max_running=3, calibration_dir=Path("x"), dtype="float32", trust_remote_code=True)
+        assert EngineConfig.from_mapping({f.name: getattr(config, f.name) for f in fields(config)}) == config
+
+    def test_from_mapping_checks_values(self) -> None:
+        with pytest.raises(ConfigError, match=r"^max_running=0 "):
+            EngineConfig.from_mapping({"max_running": 0})
+
+    def test_is_frozen(self) -> None:
+        with pytest.raises(FrozenInstanceError):
+            EngineConfig().threads = 2  # type: ignore[misc]
+
+    def test_takes_no_positional_options(self) -> None:
+        with pytest.raises(TypeError):
+            EngineConfig("cpu")  # type: ignore[misc]
+
+    def test_its_errors_are_value_errors_too(self) -> None:
+        with pytest.raises(ValueError, match="max_running"):
+            EngineConfig(max_running=0)
+
+
+class TestResolve:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_auto_is_the_checkpoints_own_dtype(self, dtype: Any) -> None:
+        resolved = resolve(EngineConfig(), checkpoint_dtype=dtype, model_context=64)
+        assert resolved == Resolved(device="cpu", dtype=dtype, max_context=64)
+
+    @pytest.mark.parametrize("checkpoint_dtype", ["bfloat16", "float8_e4m3fn"])
+    def test_a_chosen_dtype_wins(self, checkpoint_dtype: str) -> None:
+        config = EngineConfig(dtype="float32")
+        assert resolve(config, checkpoint_dtype=checkpoint_dtype, model_context=64).dtype == "float32"
+
+    def test_a_dtype_that_cannot_be_computed_with_says_what_to_set(self) -> None:
+        with pytest.raises(ConfigError, match="'float8_e4m3fn' cannot be computed with; set dtype"):
+            resolve(EngineConfig(), checkpoint_dtype="float8_e4m3fn", model_context=64)
+
+    @given(model_context=st.integers(1, 100), asked=st.none() | st.integers(1, 100))
+    def test_context_is_what_was_asked_within_the_models(self, model_context: int, asked: int | None) -> None:
+        config = EngineConfig(max_context=asked)
+        if asked is not None and asked > model_context:
+            with pytest.raises(ConfigError, match=f"max_context={asked} is more than the model's {model_context}"):
+                resolve(config, checkpoint_dtype="float32", model_context=model_context)
+        else:
+            resolved = resolve(config, checkpoint_dtype="float32", model_context=model_context)
+            assert resolved.max_context == (asked or model_context)
+
+    def test_depends_on_its_arguments_alone(self) -> None:
+        first, second = (resolve(EngineConfig(), checkpoint_dtype="float16", model_context=9) for _ in range(2))
+        assert first == second
+
+
+def drawn_tree() -> dict[str, tuple[str, ...]]:
+    """Read the tree in the docstring of `errors`: each class and the names of its bases."""
+    tree: dict[str, tuple[str, ...]] = {}
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^ {4}(?P<branch>[│├└─ ]*)(?P<name>\w+Error)(?: \((?P<also>\w+)\))?(?:  |$)", line)
+        if found is None:
+            continue
+        depth = len(found["branch"]) // 4
+        path = [*path[:depth], found["name"]]
+        parent = path[-2] if depth else "Exception"
+        tree[found["name"]] = (parent, found["also"]) if found["also"] else (parent,)
+    return tree
+
+
+def real_tree() -> dict[str, tuple[str, ...]]:
+    """Return the error classes that are defined, with the names of their bases."""
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and c.__module__ == errors.__name__]
+    return {c.__name__: tuple(base.__name__ for base in c.__bases__) for c in classes}
+
+
+class TestErrors:
+    def test_the_tree_that_is_drawn_is_the_tree_there_is(self) -> None:
+        assert drawn_tree() == real_tree()
+        assert len(drawn_tree()) > 5
+
+    @pytest.mark.parametrize("name", real_tree())
+    def test_every_error_is_exported_and_documented(self, name: str) -> None:
+        assert name in fiddler.__all__
+        assert getattr(fiddler, name) is getattr(errors, name)
+        assert getattr(errors, name).__doc__
+
+    @pytest.mark.parametrize("name", real_tree())
+    def test_the_root_catches_every_error(self, name: str) -> None:
+        assert issubclass(getattr(errors, name), FiddlerError)
