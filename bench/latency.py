@@ -10,6 +10,7 @@ Systems take turns within each repeat, so that whatever else the machine does hi
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,17 +68,25 @@ class Results:
 
 async def measure(settings: Settings) -> dict[str, Any]:
     """Run everything and return the report."""
-    ways = kernels.read_ceiling(settings.set_bytes)
-    model = peers.load(settings.folder) if settings.compare else Unavailable("not asked for")
     results = {n: Results() for n in settings.concurrency}
     async with Engine(settings.folder, settings.config) as engine:
         probe = ours.Probe(engine)
+        ways = await probe.call(lambda: kernels.read_ceiling(settings.set_bytes))
+        model: PreTrainedModel | Unavailable = Unavailable("not asked for")
+        if settings.compare:
+            model = await probe.call(lambda: peers.load(settings.folder))
         loads = {n: _workload(probe, n, settings) for n in settings.concurrency}
         for seed in range(settings.repeats + 1):
             for n, workload in loads.items():
                 await _turn(engine, probe, model, workload, seed, settings.compare, results[n])
-        sizes = limits.sizes(probe.loaded)
-    ways = limits.better(ways, kernels.read_ceiling(settings.set_bytes))
+        return await probe.call(lambda: _report(settings, results, limits.sizes(probe.loaded), ways))
+
+
+def _report(
+    settings: Settings, results: dict[int, Results], sizes: limits.Sizes, before: dict[str, Spread]
+) -> dict[str, Any]:
+    """Measure the limits, again or for the first time, and put everything together."""
+    ways = limits.better(before, kernels.read_ceiling(settings.set_bytes))
     parts = {
         n: limits.parts(sizes, kernels.ceiling(ways), n, r.steps, r.alone_s, settings.set_bytes)
         for n, r in results.items()
@@ -125,11 +134,11 @@ async def _turn(
         outcomes[name] = (
             model
             if isinstance(model, Unavailable)
-            else peers.run(model, name, workload, workload.prompts(seed), run.tokens)
+            else await probe.call(partial(peers.run, model, name, workload, workload.prompts(seed), run.tokens))
         )
     if seed:
         results.steps += steps
-        results.alone_s += ours.alone(probe, steps)
+        results.alone_s += await probe.call(lambda: ours.alone(probe, steps))
         for system, outcome in outcomes.items():
             results.add(system, outcome)
 

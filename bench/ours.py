@@ -1,8 +1,9 @@
 """Fiddler under the stopwatch: an engine whose steps are taken apart from inside."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import anyio
 import torch
@@ -11,12 +12,31 @@ from torch import Tensor, nn
 from bench.workload import Run, Step, Workload
 from fiddler import Engine
 from fiddler.devices.mlp import run_expert
+from fiddler.engine.channel import Channel
 from fiddler.lanes.combine import gather
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models.loaded import ServableModel
 from fiddler.scheduler.routing import route
 
 SEED_STEP = 1000
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Something to be done on the engine's thread, and where its outcome goes."""
+
+    work: Callable[[], Any]
+    outcome: Channel[Any]
+
+    def run(self) -> None:
+        try:
+            with torch.inference_mode(False):
+                self.outcome.push(self.work())
+        except BaseException as error:
+            self.outcome.push(error)
 
 
 class Probe:
@@ -37,7 +57,31 @@ class Probe:
         runner._compute = self._experts(runner._compute)
         runner.run = self._forward(runner.run)
         loop._step = self._step(loop._step)
+        loop._apply = self._apply(loop._apply)
+        self._inbox: Any = engine._inbox
         self._watch_head(self.loaded.model.get_output_embeddings())
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Do something on the engine's thread and return its outcome.
+
+        Everything that is compared runs there: each Python thread that uses OpenMP gets a team of workers of its
+        own, and libgomp lets workers wait actively only while all teams together fit on the cores.
+        """
+        outcome: Channel[Any] = Channel()
+        self._inbox.push(_Job(work, outcome))
+        value = await outcome.receive()
+        if isinstance(value, BaseException):
+            raise value
+        return cast("T", value)
+
+    def _apply(self, inner: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
+        def apply(commands: list[Any]) -> None:
+            inner([command for command in commands if not isinstance(command, _Job)])
+            for command in commands:
+                if isinstance(command, _Job):
+                    command.run()
+
+        return apply
 
     def _step(self, inner: Callable[[], None]) -> Callable[[], None]:
         def step() -> None:

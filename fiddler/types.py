@@ -77,6 +77,8 @@ class Statistics:
     """Requests admitted."""
     n_finished: int
     """Requests that ran to a finish reason."""
+    n_failed: int
+    """Requests ended by a step that failed."""
     n_cancelled: int
     """Requests ended early: left, cancelled, or still in flight when the engine closed."""
     n_running: int

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler.engine.assemble import Span, assemble
@@ -48,6 +48,7 @@ budgets = st.integers(1, 50)
 
 
 @given(several, budgets, st.booleans())
+@settings(deadline=None)
 def test_every_decoding_sequence_goes_with_one_row(running: list[Running], budget: int, chunked: bool) -> None:
     spans = assemble(running, budget, chunked=chunked)
     decoding = [r for r in running if not r.prefilling]
@@ -57,6 +58,7 @@ def test_every_decoding_sequence_goes_with_one_row(running: list[Running], budge
 
 
 @given(several, budgets)
+@settings(deadline=None)
 def test_chunks_together_keep_to_the_budget(running: list[Running], budget: int) -> None:
     spans = [s for s in assemble(running, budget, chunked=True) if s.request.prefilling]
     left = sum(r.n_prompt - r.n_past for r in running if r.prefilling)
@@ -64,6 +66,7 @@ def test_chunks_together_keep_to_the_budget(running: list[Running], budget: int)
 
 
 @given(several, budgets, st.booleans())
+@settings(deadline=None)
 def test_the_first_prompt_always_advances(running: list[Running], budget: int, chunked: bool) -> None:
     prompts = [r for r in running if r.prefilling]
     spans = [s for s in assemble(running, budget, chunked=chunked) if s.request.prefilling]
@@ -73,6 +76,7 @@ def test_the_first_prompt_always_advances(running: list[Running], budget: int, c
 
 
 @given(several, budgets)
+@settings(deadline=None)
 def test_unchunked_prompts_go_whole(running: list[Running], budget: int) -> None:
     spans = [s for s in assemble(running, budget, chunked=False) if s.request.prefilling]
     assert all((s.start, s.stop) == (s.request.n_past, s.request.n_prompt) for s in spans)
@@ -82,6 +86,7 @@ def test_unchunked_prompts_go_whole(running: list[Running], budget: int) -> None
 
 
 @given(several, budgets, st.booleans())
+@settings(deadline=None)
 def test_a_token_is_picked_where_a_prompt_ends(running: list[Running], budget: int, chunked: bool) -> None:
     for span in assemble(running, budget, chunked=chunked):
         assert span.last == (span.stop >= span.request.n_prompt)
@@ -92,6 +97,7 @@ def test_a_token_is_picked_where_a_prompt_ends(running: list[Running], budget: i
     st.integers(1, 20),
     st.booleans(),
 )
+@settings(deadline=None)
 def test_steps_run_every_token_once_in_order_and_finish(waiting: list[Running], budget: int, chunked: bool) -> None:
     everyone, running = list(waiting), []
     n_steps = 0

@@ -17,11 +17,6 @@ WAIT_S = 20
 """Longest wait for what must happen; nothing is concluded from how long it took."""
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def in_thread(work: Callable[[], object]) -> None:
     """Run `work` in another thread, to its end, without the event loop noticing."""
     failed: list[BaseException] = []

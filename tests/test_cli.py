@@ -170,6 +170,14 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("error: 'qwen3' has no experts")
 
 
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    (save_tiny(tmp_path) / "tokenizer.json").write_text("{")
+    result = run("generate", "-m", tmp_path, "-q")
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the tokenizer of")
+
+
 # fp32; attention, norms, routers, embeddings and head of `tiny.py`'s sizes, by hand
 ATTENTION = 64 * (4 * 16 + 2 * 16 + 2 * 16) + 64 * 64
 EMBEDDINGS = 259 * 64

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fiddler
@@ -89,6 +89,7 @@ class TestResolve:
             resolve(EngineConfig(), checkpoint_dtype="float8_e4m3fn", model_context=64)
 
     @given(model_context=st.integers(1, 100), asked=st.none() | st.integers(1, 100))
+    @settings(deadline=None)
     def test_context_is_what_was_asked_within_the_models(self, model_context: int, asked: int | None) -> None:
         config = EngineConfig(max_context=asked)
         if asked is not None and asked > model_context:

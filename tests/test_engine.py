@@ -194,6 +194,8 @@ async def test_a_failing_step_ends_its_requests_only(tiny: Path, monkeypatch: py
                 await engine.generate("Hello", greedy(4))
         assert isinstance(caught.value.__cause__, OSError)
         assert (await engine.generate("Hello", greedy(4))).token_ids == before.token_ids
+        now = await settled(engine)
+    assert (now.n_requests, now.n_finished, now.n_failed) == (3, 2, 1)
 
 
 async def test_eos_and_stop_strings_stop(tiny: Path) -> None:

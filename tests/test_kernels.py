@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler.config import EngineConfig
@@ -19,6 +19,7 @@ OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
 
 class TestBucket:
     @given(st.integers(1, 100_000))
+    @settings(deadline=None)
     def test_is_the_nearest_calibrated_count_below(self, n_rows: int) -> None:
         found = bucket(n_rows)
         assert found in BUCKETS
@@ -35,6 +36,7 @@ class TestKernels:
         assert {Kernels().name(LARGE, n) for n in (1, 2, 300, 9999)} == {"linear"}
 
     @given(n_rows=st.integers(1, 2000), chosen=st.sampled_from(BUCKETS))
+    @settings(deadline=None)
     def test_choice_holds_for_its_whole_bucket_and_no_other(self, n_rows: int, chosen: int) -> None:
         kernels = Kernels({(shape_key(LARGE), chosen): "rows_last"})
         assert kernels.name(LARGE, n_rows) == ("rows_last" if bucket(n_rows) == chosen else "linear")

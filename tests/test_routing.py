@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler.scheduler.routing import LayerWork, Load, route
@@ -34,12 +34,14 @@ def routings(draw: st.DrawFn) -> Routing:
 
 
 @given(routings())
+@settings(deadline=None)
 def test_every_visit_is_there_exactly_once(routing: Routing) -> None:
     kept = [position for position in range(len(routing.experts)) if routing.kept(position)]
     assert sorted(routing.work().order) == kept
 
 
 @given(routings())
+@settings(deadline=None)
 def test_loads_lie_back_to_back_and_cover_the_order(routing: Routing) -> None:
     work = routing.work()
     starts = [load.start for load in work.loads]
@@ -50,6 +52,7 @@ def test_loads_lie_back_to_back_and_cover_the_order(routing: Routing) -> None:
 
 
 @given(routings())
+@settings(deadline=None)
 def test_each_load_holds_the_visits_of_its_expert(routing: Routing) -> None:
     work = routing.work()
     for load in work.loads:
@@ -57,6 +60,7 @@ def test_each_load_holds_the_visits_of_its_expert(routing: Routing) -> None:
 
 
 @given(routings())
+@settings(deadline=None)
 def test_experts_ascend_and_so_do_the_visits_of_each(routing: Routing) -> None:
     work = routing.work()
     experts = [load.expert for load in work.loads]
@@ -67,11 +71,13 @@ def test_experts_ascend_and_so_do_the_visits_of_each(routing: Routing) -> None:
 
 
 @given(routings())
+@settings(deadline=None)
 def test_the_same_routing_makes_the_same_work(routing: Routing) -> None:
     assert routing.work() == routing.work()
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))
+@settings(deadline=None)
 def test_without_weights_every_visit_counts(experts: list[int]) -> None:
     assert route(0, experts, 6) == route(0, experts, 6, [1.0] * len(experts))
 

@@ -169,21 +169,6 @@ class TestDtypes:
         assert weights.nbytes == 2 * (2 * I * H + H * I + 2 * I + H)
 
 
-def test_a_derived_tensor_is_made_once_for_its_layer(tmp_path: Path) -> None:
-    made_for: list[str] = []
-
-    def make() -> Tensor:
-        made_for.append("up")
-        return FUSED
-
-    parts = [ExpertParts((View("up", (Select(e),)),), View("down", (Select(e),))) for e in range(N)]
-    made = store(tmp_path, {"down": DOWN}, *parts, derived={"up": make})
-    assert made_for == []
-    for expert in range(N):
-        assert torch.equal(made.weights(0, expert).up[0], FUSED[expert])
-    assert made_for == ["up"]
-
-
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that transformers saved, and the model transformers loads from it."""
@@ -237,7 +222,6 @@ class TestSavedByTransformers:
     def test_no_weight_is_copied(self, saved: Saved) -> None:
         ours = load(saved.folder, EngineConfig())
         made: Any = ours.weights.__self__  # type: ignore[attr-defined]
-        assert not made.derived
         for layer, n_experts in enumerate(ours.n_experts):
             for expert in range(n_experts):
                 assert all(is_view_of_file(t, made) for t in tensors_of(ours.weights(layer, expert)))

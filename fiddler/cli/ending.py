@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -25,6 +26,8 @@ def guarded() -> Generator[None]:
     process at once: while a model is loaded there is nothing to keep, and a thread inside torch cannot be asked
     to stop.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, whatever the terminal knows
     with on_sigint(leave_at_once):
         try:
             yield

@@ -63,7 +63,7 @@ def generate(
 def _prompt(given: str | None, notes: Notes, *, demo: bool) -> str:
     """Return the prompt: as given, as piped in, or the demonstration. Raises `PromptError` for undecodable text."""
     if given is None:
-        given = _piped()
+        given = _piped(notes)
     if given is None or (demo and not given):
         notes.say(f"prompt: {DEMO_PROMPT}")
         return DEMO_PROMPT
@@ -74,7 +74,7 @@ def _prompt(given: str | None, notes: Notes, *, demo: bool) -> str:
     return given
 
 
-def _piped() -> str | None:
+def _piped(notes: Notes) -> str | None:
     """Return what a pipe or a file holds on stdin; `None` where nothing was piped in."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -82,6 +82,7 @@ def _piped() -> str | None:
         return None
     if not (S_ISFIFO(mode) or S_ISREG(mode) or S_ISSOCK(mode)):
         return None
+    notes.say("prompt: from standard input")  # should nothing ever come, this is why nothing happens
     return sys.stdin.buffer.read().decode(errors="surrogateescape")
 
 

@@ -28,10 +28,10 @@ class Notes:
         A spinner on a terminal, unless `spin` is off because something else draws there; one plain line elsewhere.
         """
         if not (spin and self._console.is_terminal):
-            self.say(f"{line} …")
+            self.say(f"{line} ...")
             yield lambda: None
             return
-        with self._console.status(Text(f"{line} …")) as status:
+        with self._console.status(Text(f"{line} ...")) as status:
             yield status.stop
 
     def summary(self, usage: Usage, timing: Timing, statistics: Statistics) -> None:

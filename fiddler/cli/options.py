@@ -83,7 +83,7 @@ class EngineOptions:
 class SamplingOptions:
     """How tokens are picked; what is left out is as the checkpoint's `generation_config.json` says."""
 
-    max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most.  [default: 256]", min=1)] = None
+    max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most; 256 if left out.", min=1)] = None
     greedy: Annotated[
         bool, _sampling("Always take the likeliest token, whatever the options below say.", "--greedy")
     ] = False

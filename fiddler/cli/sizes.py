@@ -51,12 +51,9 @@ class Sizes:
 def measure(skeleton: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> Sizes:
     """Measure a model by its skeleton on the meta device. Raises `CheckpointError` where experts are missing."""
     modules = seam.find_experts(skeleton)
-    layout, derived = expert_layout(skeleton, modules, checkpoint)
+    layout = expert_layout(skeleton, modules, checkpoint)
     dense, dense_per_token = _dense(skeleton, dtype)
-    if derived:  # no view says how large they are, but what is not dense is an expert
-        each = [_shared(checkpoint, dense, sum(layout.n_experts))] * len(modules)
-    else:
-        each = [_expert(layer[0], checkpoint.entries) for layer in layout.experts]
+    each = [_expert(layer[0], checkpoint.entries) for layer in layout.experts]
     top_k = [_top_k(skeleton, path) for path in modules]
     experts = sum((one * n for one, n in zip(each, layout.n_experts, strict=True)), NOTHING)
     return Sizes(
@@ -95,13 +92,6 @@ def _view(view: View, entry: Entry) -> Amount:
         elif isinstance(step, Every):
             share *= 2
     return Amount(prod(entry.shape) // share, entry.nbytes // share)
-
-
-def _shared(checkpoint: Checkpoint, dense: Amount, n_experts: int) -> Amount:
-    """Return an expert's share of all that is stored and not dense."""
-    entries = checkpoint.entries.values()
-    n_stored, n_bytes = sum(prod(e.shape) for e in entries), sum(e.nbytes for e in entries)
-    return Amount((n_stored - dense.parameters) // n_experts, (n_bytes - dense.bytes) // n_experts)
 
 
 def _top_k(skeleton: PreTrainedModel, path: str) -> int:

@@ -46,6 +46,7 @@ Command = Submit | End | Close
 class _Counters:
     n_requests: int = 0
     n_finished: int = 0
+    n_failed: int = 0
     n_cancelled: int = 0
     n_steps: int = 0
     n_prompt_tokens: int = 0
@@ -173,6 +174,7 @@ class EngineLoop:
         for request in requests:
             if request in self._running:
                 self._running.remove(request)
+                self._counters.n_failed += 1
                 failure = EngineFailedError(f"a step failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 self._outbox.append((request.submission, failure))
@@ -199,6 +201,7 @@ class EngineLoop:
         return Statistics(
             n_requests=counters.n_requests,
             n_finished=counters.n_finished,
+            n_failed=counters.n_failed,
             n_cancelled=counters.n_cancelled,
             n_running=len(self._running),
             n_waiting=len(self._waiting),

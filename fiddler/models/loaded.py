@@ -67,13 +67,13 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         trust_remote_code=options.trust_remote_code,
     )
     experts = seam.find_experts(skeleton)
-    layout, derived = expert_layout(skeleton, experts, checkpoint)
+    layout = expert_layout(skeleton, experts, checkpoint)
     return ServableModel(
         model=skeleton,
         experts=experts,
         formulas=tuple(seam.formula(module) for module in experts.values()),
         n_experts=layout.n_experts,
-        weights=MappedStore(checkpoint, layout, dtype, derived).weights,
+        weights=MappedStore(checkpoint, layout, dtype).weights,
         text=Text.open(folder, trust_remote_code=options.trust_remote_code),
         resolved=resolved,
         packed=packed,

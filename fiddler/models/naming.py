@@ -2,31 +2,25 @@
 
 The only module that touches transformers' private loading code (`core_model_loading`, `conversion_mapping`); the
 exactness suite runs it on the lowest and the highest version that `pyproject.toml` admits. The mapping's operations
-are replayed on views of one expert at a time; an operation that no view can express (none on the common formats)
-makes that parameter a derived tensor: converted whole by transformers, when first used, and kept in memory.
+are replayed on views of one expert at a time, so nothing is copied; views express every operation that any
+architecture's experts need.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.layout import Axis, Every, ExpertParts, Layout, Select, Transpose, View
 
 _MERGING = (loading.MergeModulelist, loading.ErnieFuseAndSplitTextVisionExperts)
 """Operations that make one parameter of a list with a tensor per expert."""
-
-Derived = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +31,14 @@ class Source:
     converter: loading.WeightConverter | None
 
 
-def expert_layout(
-    model: PreTrainedModel, experts: Mapping[str, ExpertsModule], checkpoint: Checkpoint
-) -> tuple[Layout, Derived]:
+def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], checkpoint: Checkpoint) -> Layout:
     """Find the parts of every expert of `experts` (by module path, in layer order).
 
-    Returns the layout and the tensors it names that must be derived. Raises `CheckpointError` where a parameter
-    has no tensors or the wrong number.
+    Raises `CheckpointError` where a parameter has no tensors or the wrong number, `UnsupportedModelError` for a
+    format whose conversion no view can express.
     """
     wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
     sources = _sources(model, wanted, checkpoint.entries)
-    derived: Derived = {}
     layers = []
     for path, module in experts.items():
         views = {}
@@ -55,9 +46,9 @@ def expert_layout(
             parameter = f"{path}.{name}"
             if parameter not in sources:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor for {parameter}")
-            views[name] = _views(parameter, module, sources[parameter], model, checkpoint, derived)
+            views[name] = _views(parameter, module, sources[parameter], checkpoint)
         layers.append(_layer(module, views))
-    return Layout(tuple(layers)), derived
+    return Layout(tuple(layers))
 
 
 def _parameters(module: ExpertsModule) -> tuple[str, ...]:
@@ -94,31 +85,16 @@ def _targets(renamed: str, converter: loading.WeightConverter | None) -> set[str
     return {renamed, *(renamed.replace(first, other) for other in converter.target_patterns[1:])}
 
 
-def _views(
-    parameter: str,
-    module: ExpertsModule,
-    source: Source,
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    derived: Derived,
-) -> list[tuple[View, ...]]:
+def _views(parameter: str, module: ExpertsModule, source: Source, checkpoint: Checkpoint) -> list[tuple[View, ...]]:
     """Return one parameter's views by expert, side by side along its output dimension."""
     shape = module._shapes[parameter.rpartition(".")[2]]
-    try:
-        kept = _share(parameter, source)
-        # An expert's output dimension, once the leading expert dimension is gone.
-        replay = _Replay(kept, shape, checkpoint, out_axis=1 if module.is_transposed else 0)
-        views = [replay.views(expert) for expert in range(shape[0])]
-    except _NoViewError:
-        derived[parameter] = lambda: _convert(parameter, source, model, checkpoint)
-        views = [(View(parameter, (Select(expert),)),) for expert in range(shape[0])]
+    # An expert's output dimension, once the leading expert dimension is gone.
+    out_axis: Axis = 1 if module.is_transposed else 0
+    replay = _Replay(parameter, _share(parameter, source), shape, checkpoint, out_axis)
+    views = [replay.views(expert) for expert in range(shape[0])]
     if module.is_transposed and not parameter.endswith("_bias"):
         views = [tuple(View(v.tensor, (*v.steps, Transpose())) for v in parts) for parts in views]
     return views
-
-
-class _NoViewError(Exception):
-    """An operation of the conversion cannot be expressed by views."""
 
 
 def _share(parameter: str, source: Source) -> Source:
@@ -127,7 +103,7 @@ def _share(parameter: str, source: Source) -> Source:
     if converter is None or len(converter.target_patterns) == 1:
         return source
     if not any(isinstance(op, loading.ErnieFuseAndSplitTextVisionExperts) for op in converter.operations):
-        raise _NoViewError
+        raise UnsupportedModelError(f"{parameter}: {converter} splits experts in a way Fiddler does not know")
     mine = next(i for i, target in enumerate(converter.target_patterns) if target in parameter)
     shares = {}
     for pattern, tensors in source.tensors.items():
@@ -140,6 +116,7 @@ def _share(parameter: str, source: Source) -> Source:
 class _Replay:
     """A conversion's operations on views of one expert at a time; `shape` is the whole parameter's."""
 
+    parameter: str
     source: Source
     shape: tuple[int, ...]
     checkpoint: Checkpoint
@@ -158,7 +135,10 @@ class _Replay:
             elif not merged and len(tensors) == 1 and self._shape(tensors[0])[:1] == self.shape[:1]:
                 parts.append(View(tensors[0], (Select(expert),)))
             else:
-                raise _NoViewError
+                raise CheckpointError(
+                    f"{self.parameter} has {self.shape[0]} experts, the checkpoint {len(tensors)} tensors "
+                    f"({', '.join(tensors[:1]) or 'none'} …); download it again"
+                )
         for op in operations:
             parts = self._step(op, parts)
         return tuple(parts)
@@ -180,27 +160,10 @@ class _Replay:
                 if op.check_dims and all(self._shape(v.tensor) == self.shape for v in parts):
                     return parts
                 return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
-        raise _NoViewError
+        raise UnsupportedModelError(f"{self.parameter}: {type(op).__name__} is not a conversion Fiddler knows")
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         return tuple(self.checkpoint.entries[tensor].shape)
-
-
-def _convert(parameter: str, source: Source, model: PreTrainedModel, checkpoint: Checkpoint) -> Tensor:
-    """Let transformers make the whole parameter from all its tensors."""
-    converter = deepcopy(source.converter)
-    assert converter is not None
-    first = converter.target_patterns[0]
-    name = parameter
-    for other in converter.target_patterns[1:]:
-        name = name.replace(other, first)
-    for pattern, tensors in source.tensors.items():
-        for tensor in tensors:
-            read: Any = partial(checkpoint.tensor, tensor)
-            converter.add_tensor(name, tensor, pattern, read)
-    made = converter.convert(name, model=model, config=model.config)
-    value: Tensor | list[Tensor] = made[parameter]
-    return value[0] if isinstance(value, list) else value
 
 
 def _layer(module: ExpertsModule, views: Mapping[str, list[tuple[View, ...]]]) -> tuple[ExpertParts, ...]:

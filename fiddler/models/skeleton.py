@@ -56,7 +56,8 @@ def text_model(
     if mapped := _mapped(config):
         return mapped
     for name in config.architectures or ():  # some are in no auto mapping, but named by their checkpoints
-        if isinstance(named := getattr(transformers, name, None), type) and _makes_text(named):
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and _makes_text(named) and isinstance(config, getattr(named, "config_class", ())):
             return named, config
     for key in config.sub_configs:
         if mapped := _mapped(getattr(config, key, None)):
@@ -116,6 +117,7 @@ def load_skeleton(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below with their names
             )
     except ModelError:
         raise

@@ -7,7 +7,7 @@ from typing import Any, cast
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fiddler.errors import PromptError
+from fiddler.errors import CheckpointError, PromptError
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -22,12 +22,15 @@ class Text:
 
     @classmethod
     def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Text":
-        """Load the tokenizer of a checkpoint folder, if it has a fast one."""
+        """Load the tokenizer of a checkpoint folder, if it has a fast one. Raises `CheckpointError`."""
         if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
             return cls(None)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # whatever a tokenizer's files or its code make it raise
+            raise CheckpointError(f"the tokenizer of {folder} cannot be read: {error}") from error
         return cls(tokenizer if tokenizer.is_fast else None)
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -1,6 +1,5 @@
 """The experts' weights on the host, as views of the mapped checkpoint."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +15,11 @@ class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
     `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy.
-    `derived` makes tensors that the checkpoint holds only in another form, whole layers at a time.
     """
 
     checkpoint: Checkpoint
     layout: Layout
     dtype: torch.dtype
-    derived: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
-    _made: dict[str, Tensor] = field(default_factory=dict)
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
@@ -45,7 +41,7 @@ class MappedStore:
 
     def _joined(self, views: tuple[View, ...]) -> tuple[Tensor] | None:
         """Gate and up as one matrix where they lie back to back: one multiplication instead of two."""
-        if len(views) != 2 or any(v.steps or v.tensor in self.derived for v in views):
+        if len(views) != 2 or any(v.steps for v in views):
             return None
         tensor = self.checkpoint.joined(views[0].tensor, views[1].tensor)
         return None if tensor is None else (tensor.to(self.dtype),)
@@ -60,18 +56,10 @@ class MappedStore:
         return self._view(view).to(self.dtype)
 
     def _view(self, view: View) -> Tensor:
-        tensor = self._source(view.tensor)
+        tensor = self.checkpoint.tensor(view.tensor)
         for step in view.steps:
             tensor = _apply(tensor, step)
         return tensor
-
-    def _source(self, name: str) -> Tensor:
-        make = self.derived.get(name)
-        if make is None:
-            return self.checkpoint.tensor(name)
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
 
 
 def _apply(tensor: Tensor, step: Step) -> Tensor:

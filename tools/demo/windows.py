@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tools.demo.document import Document
 
-# The Jargon File is small beside the others, so each round reads it twice.
-REPEATS = {"jargon": 2}
+# A round reads the smaller of the domains twice.
+REPEATS = {"jargon": 2, "manual": 2}
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -1,0 +1,129 @@
+"""Opening a model: where it is found, what is refused, and that every refusal says what to change."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fiddler import CheckpointError, ConfigError, EngineConfig, ModelError, UnsupportedModelError
+from fiddler.models.loaded import ServableModel, find_checkpoint, load
+from tests.support.tiny import save_tiny
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def opened(folder: str | Path, **options: Any) -> ServableModel:
+    return load(folder, EngineConfig(**options))
+
+
+def test_a_hub_id_resolves_from_the_local_cache(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--somebody--tiny-moe"
+    revision = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(tiny, repository / "snapshots" / revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert find_checkpoint("somebody/tiny-moe") == repository / "snapshots" / revision
+    assert opened("somebody/tiny-moe").n_experts == opened(tiny).n_experts
+
+
+@pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "./nothing", "a/b/c"])
+def test_what_cannot_be_a_model_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint folder nor a hub id"):
+        find_checkpoint(name)
+
+
+def test_a_folder_without_a_configuration(tiny: Path) -> None:
+    (tiny / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        opened(tiny)
+    (tiny / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        opened(tiny)
+
+
+def test_an_unknown_architecture(tiny: Path) -> None:
+    edit_config(tiny, model_type="mixture_of_wonders")
+    with pytest.raises(UnsupportedModelError, match="does not know 'mixture_of_wonders'"):
+        opened(tiny)
+
+
+def test_a_quantised_checkpoint(tiny: Path) -> None:
+    edit_config(tiny, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(fp8\); use a bf16"):
+        opened(tiny)
+
+
+def test_dense_weights_that_are_missing(tiny: Path) -> None:
+    edit_weights(tiny, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"missing weights: 1, first model\.norm\.weight"):
+        opened(tiny)
+
+
+def test_an_expert_that_is_missing(tiny: Path) -> None:
+    edit_weights(tiny, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts"):
+        opened(tiny)
+
+
+def test_weights_of_another_shape(tiny: Path) -> None:
+    edit_config(tiny, vocab_size=7)
+    with pytest.raises(ModelError, match="embed_tokens"):
+        opened(tiny)
+
+
+CODE = """
+from transformers import PretrainedConfig
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+class Config(PretrainedConfig):
+    model_type = "mine"
+"""
+
+
+def test_code_in_a_checkpoint_runs_only_when_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    (tiny / "code.py").write_text(CODE)
+    edit_config(tiny, model_type="mine", auto_map={"AutoConfig": "code.Config"})
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code=True"):
+        opened(tiny)
+    assert not list(modules.rglob("ran"))
+    with pytest.raises(UnsupportedModelError):
+        opened(tiny, trust_remote_code=True)  # its code runs, and brings no model
+    assert list(modules.rglob("ran"))
+
+
+def test_pickled_weights_are_not_opened(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled weights, which are never opened"):
+        opened(tiny)
+
+
+def test_a_context_longer_than_the_models(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="max_context=100000"):
+        opened(tiny, max_context=100_000)
