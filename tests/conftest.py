@@ -9,10 +9,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import transformers
 from transformers import PreTrainedModel
 
+# Machines that run tests are shared and slow at times; nothing here is about time.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

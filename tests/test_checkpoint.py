@@ -301,7 +301,7 @@ class TestMapped:
         file = tmp_path / SINGLE
         save_sparse(file, n_tensors=4, n_bytes=16 * MIB)
         checkpoint = Checkpoint.open(tmp_path)
-        assert mapped_kib(file) == -1, "opening maps nothing"
+        assert mapped_kib(file) == 0, "opening reads nothing"
         tensors = [checkpoint.tensor(f"t{i}") for i in range(4)]
         assert mapped_kib(file, "Size") >= 64 * 1024
         assert mapped_kib(file) < 1024, "a view reads nothing"

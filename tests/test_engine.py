@@ -198,6 +198,14 @@ async def test_a_failing_step_ends_its_requests_only(tiny: Path, monkeypatch: py
     assert (now.n_requests, now.n_finished, now.n_failed) == (3, 2, 1)
 
 
+async def test_a_token_that_cannot_be_picked_fails_its_request_only(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        good = engine.generate_stream("Hello", greedy(6))
+        with pytest.raises(EngineFailedError, match="no token could be picked"):
+            await engine.generate("Hello", temperature=1e-40)  # overflows float32
+        assert len([t async for t in good]) == 6
+
+
 async def test_eos_and_stop_strings_stop(tiny: Path) -> None:
     async with opened(tiny) as engine:
         free = await engine.generate("Hello", greedy(60))

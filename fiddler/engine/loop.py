@@ -118,6 +118,8 @@ class EngineLoop:
                 request = self._open(submission)
             except FiddlerError as error:
                 self._outbox.append((submission, error))
+            except Exception as error:  # a tokenizer's own failure is one request's, not the engine's
+                self._outbox.append((submission, _failure("the request could not be opened", error)))
             else:
                 self._running.append(request)
                 self._counters.n_requests += 1
@@ -150,7 +152,7 @@ class EngineLoop:
             logits = self._steps.run(spans)
             self._deliver(spans, logits)
         except Exception as error:
-            self._fail([span.request for span in spans], error)
+            self._fail([span.request for span in spans], "a step failed", error)
         self._counters.n_steps += 1
         self._counters.step_s += perf_counter() - started
 
@@ -162,22 +164,24 @@ class EngineLoop:
                 self._counters.n_prompt_tokens += span.n_rows
             request.n_past = span.stop
             if span.last:
-                token = request.accept(next(rows))
+                try:
+                    token = request.accept(next(rows))
+                except Exception as error:  # of one request's options, which concern no other
+                    self._fail([request], "no token could be picked", error)
+                    continue
                 self._counters.n_new_tokens += 1
                 if token.finish_reason is not None:
                     self._running.remove(request)
                     self._counters.n_finished += 1
                 self._outbox.append((request.submission, token))
 
-    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
-        """End the requests of a step that raised; their memory goes with them, the others go on."""
+    def _fail(self, requests: Iterable[Request], what: str, error: Exception) -> None:
+        """End the requests an error concerns; their memory goes with them, the others go on."""
         for request in requests:
             if request in self._running:
                 self._running.remove(request)
                 self._counters.n_failed += 1
-                failure = EngineFailedError(f"a step failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._outbox.append((request.submission, failure))
+                self._outbox.append((request.submission, _failure(what, error)))
 
     def _abandon(self) -> None:
         left = [*(r.submission for r in self._running), *self._waiting]
@@ -215,3 +219,9 @@ class EngineLoop:
             expert_s=lane.busy_s,
             step_s=counters.step_s,
         )
+
+
+def _failure(what: str, error: Exception) -> EngineFailedError:
+    failure = EngineFailedError(f"{what}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

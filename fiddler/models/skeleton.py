@@ -57,7 +57,11 @@ def text_model(
         return mapped
     for name in config.architectures or ():  # some are in no auto mapping, but named by their checkpoints
         named = getattr(transformers, name, None)
-        if isinstance(named, type) and _makes_text(named) and isinstance(config, getattr(named, "config_class", ())):
+        if (
+            isinstance(named, type)
+            and _makes_text(named)
+            and isinstance(config, getattr(named, "config_class", ()))
+        ):
             return named, config
     for key in config.sub_configs:
         if mapped := _mapped(getattr(config, key, None)):

@@ -43,7 +43,8 @@ class Checkpoint:
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
         self.folder = folder
         self.entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
-        self._mapped: dict[Path, Tensor] = {}
+        # Mapped at once: a file replaced later on is then no danger.
+        self._mapped = {file: _map(file) for file in {entry.file for entry in entries.values()}}
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -87,8 +88,6 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}; experts must be one of {', '.join(_DTYPES)}")
         if entry.offset % dtype.itemsize:
             raise CheckpointError(f"tensor {name!r} starts at an odd byte of {entry.file.name}; save it again")
-        if entry.file not in self._mapped:
-            self._mapped[entry.file] = _map(entry.file)
         data = self._mapped[entry.file][entry.offset : entry.offset + prod(shape) * dtype.itemsize]
         return data.view(dtype).view(shape)
 
