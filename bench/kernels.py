@@ -138,7 +138,8 @@ def _expert(hidden: int, intermediate: int) -> ExpertWeights:
 
 
 def _bound(weights: ExpertWeights, x: Tensor, kernels: Kernels) -> Call:
-    return lambda: run_expert(SWIGLU, weights, x, kernels)
+    up, down = (kernels.pick(w, x.shape[0]) for w in (weights.up[0], weights.down))
+    return lambda: run_expert(SWIGLU, weights, x, up, down)
 
 
 def attainable_gbs(

@@ -177,9 +177,12 @@ def _kernels_alone(probe: Probe, layer: int, hidden: Tensor, index: Tensor) -> f
     device, loaded = probe.lane._device, probe.loaded
     work = route(layer, index.flatten().tolist(), loaded.n_experts[layer])
     rows = gather(hidden, work, index.shape[1])
-    jobs = [(loaded.weights(layer, e.expert), rows[e.start : e.stop]) for e in work.loads]
-    formula, kernels = device.formulas[layer], device.kernels
+    jobs = []
+    for load in work.loads:
+        weights = loaded.weights(layer, load.expert)
+        jobs.append((weights, rows[load.start : load.stop], *device.matmuls(layer, load.n_rows, weights)))
+    formula = device.formulas[layer]
     started = perf_counter()
-    for weights, x in jobs:
-        run_expert(formula, weights, x, kernels)
+    for job in jobs:
+        run_expert(formula, *job)
     return perf_counter() - started

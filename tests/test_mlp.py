@@ -118,6 +118,11 @@ def reference(flags: Flags, weights: ExpertWeights, x: Tensor) -> Tensor:
     return norm(y) if flags.post_norm else y
 
 
+def run(flags: "Flags", weights: ExpertWeights, x: Tensor, kernels: Kernels) -> Tensor:
+    up, down = (kernels.pick(w, x.shape[0]) for w in (weights.up[0], weights.down))
+    return run_expert(formula(flags), weights, x, up, down)
+
+
 def rows_last_for(*matrices: Tensor) -> Kernels:
     return Kernels({(shape_key(m), rows): "rows_last" for m in matrices for rows in BUCKETS})
 
@@ -136,7 +141,7 @@ def test_equals_the_reference(flags: Flags, kernel: str, dtype: torch.dtype, n_r
     weights = random_weights(flags, dtype)
     kernels = rows_last_for(*weights.up, weights.down) if kernel == "rows_last" else Kernels()
     x = torch.randn(n_rows, H).to(dtype)
-    y = run_expert(formula(flags), weights, x, kernels)
+    y = run(flags, weights, x, kernels)
     assert y.shape == (n_rows, H)
     assert_near(y, reference(flags, weights, x), dtype)
 
@@ -149,7 +154,7 @@ def test_each_matrix_has_its_own_kernel(chosen: str, n_rows: int, split: bool) -
     weights = random_weights(flags, torch.float32)
     kernels = rows_last_for(*(weights.up if chosen == "up" else (weights.down,)))
     x = torch.randn(n_rows, H)
-    y = run_expert(formula(flags), weights, x, kernels)
+    y = run(flags, weights, x, kernels)
     assert y.shape == (n_rows, H)
     assert_near(y, reference(flags, weights, x), torch.float32)
 
@@ -158,7 +163,7 @@ def test_the_rows_are_left_as_they_were() -> None:
     flags = Flags("silu", "silu", split=False, bias=True, post_norm=True, transposed=False)
     x = torch.randn(3, H)
     before = x.clone()
-    run_expert(formula(flags), random_weights(flags, torch.float32), x, Kernels())
+    run(flags, random_weights(flags, torch.float32), x, Kernels())
     assert torch.equal(x, before)
 
 
@@ -189,7 +194,7 @@ class TestNoCopies:
         kernels = rows_last_for(*weights.up, weights.down) if kernel == "rows_last" else Kernels()
         with torch.inference_mode(), Allocations() as made:
             for n_rows in (1, 5):
-                run_expert(formula(flags), weights, torch.empty(n_rows, H, dtype=torch.bfloat16), kernels)
+                run(flags, weights, torch.empty(n_rows, H, dtype=torch.bfloat16), kernels)
         assert len(made.sizes) > 4
         assert max(made.sizes) < min(m.nbytes for m in (*weights.up, weights.down))
 

@@ -1,8 +1,8 @@
 """Which kernel is fastest on this machine, measured once per weight shape and row count, and stored.
 
-Weights of a decoding step come from memory, not from a cache, so each measurement walks over copies of the matrix
-that together exceed the caches. Results are stored per instruction set, thread count and torch version: the choice
-is then a pure function of what is stored, and stays the same from run to run.
+Weights of a decoding step come from memory, not from a cache, so measurements walk over copies of the matrix that
+together exceed the caches. Results are stored per instruction set, thread count and torch version: the choice is
+then a pure function of what is stored, and stays the same from run to run.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,37 +17,30 @@ import torch
 from torch import Tensor
 
 from fiddler.config import EngineConfig
-from fiddler.devices.kernels import (
-    BUCKETS,
-    KERNELS,
-    KernelName,
-    Kernels,
-    ShapeKey,
-    linear,
-    rows_last,
-    shape_key,
-)
+from fiddler.devices.kernels import BUCKETS, KERNELS, KernelName, Kernels, ShapeKey, shape_key
 
 MIN_BYTES = 1 << 20
 """Matrices below this are not measured: dispatch decides there, and `linear` has the least."""
-CACHE_BYTES = 256 << 20
-"""Copies of a matrix together hold at least this much, so that none is found in a cache."""
-MAX_COPIES_BYTES = 1 << 30
+SET_BYTES = 768 << 20
+"""Copies of a matrix together hold at least this much: more than the 300 MB caches of large servers."""
 REPEATS = 7
+BUDGET_S = 0.3
+"""Time for one shape and row count; large matrices are repeated less, at least twice."""
 MARGIN = 0.97
-"""`rows_last` must take less than this share of `linear`'s time to be chosen: a tie is no reason to switch."""
+"""A kernel must take less than this share of `linear`'s time to be chosen: a tie is no reason to switch."""
 
 
 def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kernels:
     """Return the kernel choice for weights shaped like `matrices` `[out, in]`, measuring what is not stored yet."""
-    if config.kernels == "linear" or not amx():
+    if config.kernels == "linear":
         return Kernels()
     file = calibration_file(config)
     choice = _read(file)
     shapes = {shape_key(m) for m in matrices if m.nbytes >= MIN_BYTES and m.dtype == torch.bfloat16}
-    missing = [key for key in sorted(shapes, key=str) if (key, 1) not in choice]
+    missing = [key for key in sorted(shapes, key=str) if any((key, rows) not in choice for rows in BUCKETS)]
     for key in missing:
-        choice.update({(key, rows): best(key, rows) for rows in BUCKETS})
+        times = measure(key)
+        choice.update({(key, rows): fastest(times[rows]) for rows in BUCKETS})
     if missing:
         _write(file, choice)
     return Kernels(choice)
@@ -64,39 +56,55 @@ def calibration_file(config: EngineConfig) -> Path:
     folder = config.calibration_dir
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    isa = "amx" if amx() else torch.backends.cpu.get_cpu_capability().lower()
     version = torch.__version__.partition("+")[0]
-    return folder / f"kernels-{platform.machine()}-amx-{torch.get_num_threads()}threads-torch{version}.json"
+    return folder / f"kernels-{platform.machine()}-{isa}-{torch.get_num_threads()}threads-torch{version}.json"
 
 
-def best(key: ShapeKey, n_rows: int) -> KernelName:
-    """Measure the kernels on one shape and row count; returns the fastest."""
-    times = measure(key, n_rows)
-    return "rows_last" if times["rows_last"] < MARGIN * times["linear"] else "linear"
+def fastest(times: dict[KernelName, float]) -> KernelName:
+    """Return the kernel to take, given each one's seconds."""
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < MARGIN * times["linear"] else "linear"
 
 
-def measure(key: ShapeKey, n_rows: int) -> dict[KernelName, float]:
-    """Return the median seconds of each kernel, interleaved so that drift hits all alike."""
+def candidates(n_rows: int) -> tuple[KernelName, ...]:
+    """Return the kernels worth measuring for a row count on this machine."""
+    names: list[KernelName] = ["linear"]
+    if amx():
+        names.append("rows_last")
+    if n_rows == 1:
+        names.append("vector")
+    return tuple(names)
+
+
+def measure(key: ShapeKey) -> dict[int, dict[KernelName, float]]:
+    """Return the least seconds of each kernel by row count, interleaved so that drift hits all alike.
+
+    The least, for noise only ever adds.
+    """
     out, columns, dtype = key
-    n_copies = max(2, min(CACHE_BYTES, MAX_COPIES_BYTES) // (out * columns * dtype.itemsize) + 1)
+    n_copies = max(2, SET_BYTES // (out * columns * dtype.itemsize) + 1)
     copies = [torch.full((out, columns), 0.01, dtype=dtype) for _ in range(n_copies)]
-    x = torch.full((n_rows, columns), 0.5, dtype=dtype)
-    times: dict[KernelName, list[float]] = {name: [] for name in KERNELS}
     with torch.inference_mode():
-        for repeat in range(REPEATS + 1):
-            for name in KERNELS:
-                seconds = _time(name, x, copies[repeat % n_copies])
-                if repeat:
-                    times[name].append(seconds)
-                copies.append(copies.pop(0))
-    return {name: median(values) for name, values in times.items()}
+        return {rows: _measure_rows(copies, rows) for rows in BUCKETS}
 
 
-def _time(name: KernelName, x: Tensor, weight: Tensor) -> float:
-    kernel = rows_last if name == "rows_last" else linear
-    rows = x.expand(2, -1) if name == "rows_last" and x.shape[0] == 1 else x
-    started = perf_counter()
-    kernel(rows, weight, None)
-    return perf_counter() - started
+def _measure_rows(copies: list[Tensor], n_rows: int) -> dict[KernelName, float]:
+    names = candidates(n_rows)
+    if len(names) == 1:
+        return {"linear": 0.0}
+    x = torch.full((n_rows, copies[0].shape[1]), 0.5, dtype=copies[0].dtype)
+    times: dict[KernelName, list[float]] = {name: [] for name in names}
+    began = perf_counter()
+    for repeat in range(REPEATS + 1):
+        for name in names:
+            started = perf_counter()
+            KERNELS[name](x, copies[0], None)
+            times[name].append(perf_counter() - started)
+            copies.append(copies.pop(0))
+        if repeat >= 2 and perf_counter() - began > BUDGET_S:
+            break
+    return {name: min(values[1:]) for name, values in times.items()}  # the first one warms up
 
 
 def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
@@ -113,13 +121,7 @@ def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
 
 def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
     entries = [
-        {
-            "out": out,
-            "in": columns,
-            "dtype": str(dtype).removeprefix("torch."),
-            "rows": rows,
-            "kernel": kernel,
-        }
+        {"out": out, "in": columns, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "kernel": kernel}
         for ((out, columns, dtype), rows), kernel in choice.items()
     ]
     try:

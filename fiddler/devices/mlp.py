@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor
 
-from fiddler.devices.base import ExpertFormula
-from fiddler.devices.kernels import Kernels
+from fiddler.devices.base import ExpertFormula, Matmul
 from fiddler.types import ExpertWeights
 
 
-def run_expert(formula: ExpertFormula, weights: ExpertWeights, x: Tensor, kernels: Kernels) -> Tensor:
-    """Return the expert's output `[n, H]` for rows `x` `[n, H]`, before the routing weight."""
-    n_rows = x.shape[0]
-    x = kernels.padded(x, weights.up[0])
+def run_expert(formula: ExpertFormula, weights: ExpertWeights, x: Tensor, up: Matmul, down: Matmul) -> Tensor:
+    """Return the expert's output `[n, H]` for rows `x` `[n, H]`, before the routing weight.
+
+    `up` and `down` are the matmuls for the two kinds of matrices.
+    """
     biases: tuple[Tensor | None, ...] = weights.up_bias or (None,) * len(weights.up)
-    ups = [kernels.matmul(x, w, b, n_rows) for w, b in zip(weights.up, biases, strict=True)]
-    y = kernels.matmul(_gate(formula, ups), weights.down, weights.down_bias, n_rows)
-    if formula.post_norm is not None:
-        y = formula.post_norm(y)
-    return y[:n_rows]
+    ups = [up(x, w, b) for w, b in zip(weights.up, biases, strict=True)]
+    y = down(_gate(formula, ups), weights.down, weights.down_bias)
+    return y if formula.post_norm is None else formula.post_norm(y)
 
 
 def _gate(formula: ExpertFormula, ups: list[Tensor]) -> Tensor:

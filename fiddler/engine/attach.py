@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig
-from fiddler.engine.setup import compute_lane
+from fiddler.engine.setup import choose_kernels, compute_lane
 from fiddler.models import seam
 from fiddler.models.loaded import adopt, load
 
@@ -20,5 +20,5 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
     """
     options = config if config is not None else EngineConfig()
     loaded = adopt(model) if isinstance(model, PreTrainedModel) else load(model, options, packed=False)
-    seam.bind(loaded.experts, compute_lane(loaded, options).run)
+    seam.bind(loaded.experts, compute_lane(loaded, choose_kernels(loaded, options)).run)
     return loaded.model

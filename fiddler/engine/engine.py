@@ -15,10 +15,10 @@ from fiddler.config import EngineConfig
 from fiddler.engine.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
-from fiddler.engine.setup import compute_lane
+from fiddler.engine.setup import choose_kernels, compute_lane
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.errors import EngineClosedError
-from fiddler.models import seam
+from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.sampling import read_options
 from fiddler.models.text import Prompt
@@ -146,7 +146,9 @@ class Engine:
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
             loaded = load(self._model, self.config)
-            lane = compute_lane(loaded, self.config)
+            kernels = choose_kernels(loaded, self.config)
+            dense.accelerate(loaded.model, kernels)
+            lane = compute_lane(loaded, kernels)
             seam.bind(loaded.experts, lane.run)
             self._loop = EngineLoop(
                 loaded,

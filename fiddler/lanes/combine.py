@@ -10,7 +10,7 @@ def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
     """Return the rows `[n, H]` of `hidden` `[T, H]` in the work's order, one per visit."""
     if hidden.shape[0] == 1:
         return hidden.expand(len(work.order), -1)
-    return hidden[torch.tensor([p // top_k for p in work.order], dtype=torch.long)]
+    return hidden.index_select(0, torch.tensor([p // top_k for p in work.order], dtype=torch.long))
 
 
 def combine(outputs: Tensor, work: LayerWork, weights: Tensor) -> Tensor:
@@ -20,11 +20,12 @@ def combine(outputs: Tensor, work: LayerWork, weights: Tensor) -> Tensor:
     and with it every bit of the result, depends on the routing alone.
     """
     n_tokens, top_k = weights.shape
-    order = torch.tensor(work.order, dtype=torch.long)
-    if len(work.order) == n_tokens * top_k:
-        visits = torch.empty_like(outputs)
-    else:
-        visits = outputs.new_zeros(n_tokens * top_k, outputs.shape[-1])
-    visits[order] = outputs
+    dropped = len(work.order)
+    rows = [dropped] * (n_tokens * top_k)
+    for row, position in enumerate(work.order):
+        rows[position] = row
+    if dropped < len(rows):
+        outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
+    visits = outputs.index_select(0, torch.tensor(rows, dtype=torch.long))
     weighted = visits.view(n_tokens, top_k, -1) * weights[..., None]  # [T, K, H]
     return weighted.sum(dim=1).to(outputs.dtype)
