@@ -85,7 +85,8 @@ class EngineLoop:
         with torch.inference_mode():
             while not self._closing:
                 if not self._running and not self._waiting:
-                    self._apply([await self._inbox.receive()])
+                    command = await self._inbox.receive()
+                    self._apply([command])
                 self._apply(self._inbox.drain())
                 self._admit()
                 self._publish()
