@@ -223,6 +223,12 @@ def _folder(options: argparse.Namespace) -> Path:
     return synthesize.write(synthesize.config_of(spec), options.cache / spec.replace(":", "-"))
 
 
+def _set_bytes(folder: Path) -> int:
+    """Return how much to read to find a limit: a model that fits in the cache is read from there."""
+    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return min(kernels.SET_BYTES, max(n_bytes, 16 << 20))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
@@ -240,19 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--kernels", choices=("auto", "linear"), default="auto")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--set-mib", type=int, default=kernels.SET_BYTES >> 20, help="MiB read to find a limit")
+    parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 768)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    folder = _folder(options)
     settings = Settings(
-        folder=_folder(options),
+        folder=folder,
         n_input=options.input_tokens,
         n_output=options.output_tokens,
         repeats=options.repeats,
         concurrency=tuple(int(n) for n in options.concurrency.split(",")),
         compare=tuple(name for name in options.compare.split(",") if name),
-        set_bytes=options.set_mib << 20,
+        set_bytes=options.set_mib << 20 if options.set_mib else _set_bytes(folder),
         config=EngineConfig(
             threads=options.threads, kernels=options.kernels, calibration_dir=options.calibration_dir
         ),

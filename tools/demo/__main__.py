@@ -16,6 +16,11 @@ DEFAULT_CACHE = Path.home() / ".cache" / "fiddler-demo"
 # A long file adds nothing to the counts of the tokenizer but its share of them.
 TOKENIZER_CHARACTERS = 60_000
 
+BUSY_MACHINE = (
+    "On a machine that does other work, set OMP_WAIT_POLICY=PASSIVE: a thread that spins at a barrier takes the "
+    "core that the thread it waits for could use."
+)
+
 
 def main() -> None:
     """Fetch the text, train, measure and write the checkpoint."""
@@ -39,8 +44,8 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=main.__doc__)
-    parser.add_argument("--minutes", type=float, default=40, help="training time (default: 40)")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=main.__doc__, epilog=BUSY_MACHINE)
+    parser.add_argument("--minutes", type=float, default=60, help="training time (default: 60)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
         "--cache",

@@ -60,7 +60,8 @@ The largest shares in each layer (expert number: share):
 |---|{rule}
 {usage_rows}
 
-`report.json` has all numbers. Made by `python -m tools.demo`, in the sources of Fiddler.
+`report.json` has all numbers. Made by `python -m tools.demo`, in the sources of Fiddler. The learning rate follows
+the clock and a run may be interrupted and continued, so another run gives a model like this one, not the same.
 """
 # The end of the notice is part of what the licence wants kept.
 DISCLAIMER = (

@@ -48,6 +48,10 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=256,
+        # Greedy, so small a model falls into loops.
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
     )
     stored.save_pretrained(folder)
     # The weights are written readable by their owner only, which would not survive being installed.
