@@ -60,7 +60,7 @@ QWEN3 = _COMMON | {
     "rope_theta": 1_000_000.0,
     "vocab_size": 151_936,
 }
-"""https://huggingface.co/Qwen/Qwen3-30B-A3B/blob/main/config.json"""
+"""The `config.json` of Qwen/Qwen3-30B-A3B on the hub."""
 MIXTRAL = _COMMON | {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -77,7 +77,7 @@ MIXTRAL = _COMMON | {
     "rope_theta": 1_000_000.0,
     "vocab_size": 32_000,
 }
-"""https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/blob/main/config.json"""
+"""The `config.json` of mistralai/Mixtral-8x7B-v0.1 on the hub."""
 MODELS: dict[str, tuple[dict[str, Any], int]] = {"qwen3-30b-a3b": (QWEN3, 4), "mixtral-8x7b": (MIXTRAL, 2)}
 """By name: the published configuration, and how many layers hold at least 4 GB of experts."""
 

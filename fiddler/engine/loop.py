@@ -81,19 +81,25 @@ class EngineLoop:
         """The state after the latest step; replaced whole, so any thread may read it."""
 
     async def serve(self) -> None:
-        """Run until a `Close`; requests still in flight then end with `EngineClosedError`."""
-        with torch.inference_mode():
-            while not self._closing:
-                if not self._running and not self._waiting:
-                    command = await self._inbox.receive()
-                    self._apply([command])
-                self._apply(self._inbox.drain())
-                self._admit()
-                self._publish()
-                if self._running and not self._closing:
-                    self._step()
-                self._publish()
-        self._abandon()
+        """Run until a `Close`; however it ends, requests still in flight then end with `EngineClosedError`."""
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    await self._turn()
+        finally:
+            self._abandon()
+            self._publish()
+
+    async def _turn(self) -> None:
+        """Take what came in, waiting for it if there is nothing else to do, and run one step."""
+        if not self._running and not self._waiting:
+            command = await self._inbox.receive()
+            self._apply([command])
+        self._apply(self._inbox.drain())
+        self._admit()
+        self._publish()
+        if self._running and not self._closing:
+            self._step()
         self._publish()
 
     def _apply(self, commands: Iterable[Command]) -> None:
