@@ -4,7 +4,7 @@ import asyncio
 
 from fiddler import DEMO, Engine
 
-PROMPTS = ["In the beginning", "def main(", "A hacker is", "To install a package"]
+PROMPTS = ["And it came to pass", "def main(", "A hacker is", "To install a package"]
 
 
 async def main() -> None:

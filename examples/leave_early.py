@@ -12,7 +12,7 @@ async def main() -> None:
                 async for token in stream:
                     print(token.text, end="", flush=True)
         print("\nleft; the next request runs alone")
-        print((await engine.generate("In the beginning", max_new_tokens=16)).text)
+        print((await engine.generate("And it came to pass", max_new_tokens=16)).text)
 
 
 trio.run(main)

@@ -341,6 +341,6 @@ def test_without_flags_the_demo_answers() -> None:
     assert answer["text"].strip()
     assert shown.exit_code == 0
     assert shown.stdout.strip()
-    assert "prompt: In the beginning" in shown.stderr
+    assert "prompt: And it came to pass" in shown.stderr
     assert facts["folder"] == str(DEMO)
     assert facts["total"]["bytes"] == facts["file_bytes"]

@@ -15,7 +15,7 @@ from fiddler.cli.notes import Notes
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
 from fiddler.errors import PromptError
 
-DEMO_PROMPT = "In the beginning"
+DEMO_PROMPT = "And it came to pass"
 
 
 @dataclass(frozen=True, kw_only=True)
