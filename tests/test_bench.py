@@ -125,7 +125,6 @@ def test_latency_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "2 concurrent requests make" in out
 
 
-@pytest.mark.skipif(not (fiddler.DEMO / "config.json").is_file(), reason="the demo model is not built")
 def test_latency_of_the_demo(tmp_path: Path) -> None:
     report = _latency(fiddler.DEMO, tmp_path, "--concurrency", "1")
     assert [s["system"] for s in report["systems"]] == ["fiddler"]
