@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import torch
 
 from fiddler import (
     CheckpointError,
@@ -280,3 +281,11 @@ def test_two_engines_in_threads_of_their_own(tiny: Path) -> None:
             return left
 
     assert anyio.run(run) == anyio.run(run, backend="trio")
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), (3, 3)])
+async def test_threads_are_chosen_and_restored(tiny: Path, threads: int | None, expected: int) -> None:
+    before = torch.get_num_threads()
+    async with Engine(tiny, EngineConfig(threads=threads)):
+        assert torch.get_num_threads() == expected  # tiny experts are not shared between threads
+    assert torch.get_num_threads() == before

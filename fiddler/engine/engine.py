@@ -15,7 +15,7 @@ from fiddler.config import EngineConfig
 from fiddler.engine.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
-from fiddler.engine.setup import choose_kernels, compute_lane
+from fiddler.engine.setup import choose_kernels, choose_threads, compute_lane
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.errors import EngineClosedError
 from fiddler.models import dense, seam
@@ -142,10 +142,10 @@ class Engine:
 
     def _run(self) -> None:
         """Be the engine's thread."""
+        n_threads = torch.get_num_threads()
         try:
-            if self.config.threads is not None:
-                torch.set_num_threads(self.config.threads)
             loaded = load(self._model, self.config)
+            choose_threads(loaded, self.config)
             kernels = choose_kernels(loaded, self.config)
             dense.accelerate(loaded.model, kernels)
             lane = compute_lane(loaded, kernels)
@@ -165,5 +165,6 @@ class Engine:
         try:
             anyio.run(self._loop.serve, backend_options={"use_uvloop": uvloop})
         finally:
+            torch.set_num_threads(n_threads)
             self._loaded = None
             self._gone.push(None)

@@ -1,7 +1,9 @@
 """Puts the parts together: a loaded model, a device, its calibrated kernels, a lane."""
 
+import torch
+
 from fiddler.config import EngineConfig
-from fiddler.devices.calibrate import calibrated_kernels
+from fiddler.devices.calibrate import MIN_BYTES, calibrated_kernels
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
 from fiddler.lanes.compute import ComputeLane
@@ -14,6 +16,18 @@ def choose_kernels(loaded: LoadedModel, config: EngineConfig) -> Kernels:
     samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
     experts = [matrix for sample in samples for matrix in (*sample.up, sample.down)]
     return calibrated_kernels([*experts, *dense.matrices(loaded.model)], config)
+
+
+def choose_threads(loaded: LoadedModel, config: EngineConfig) -> None:
+    """Set torch's threads as `config` says, or to one for a model of tiny experts.
+
+    Waking a second thread costs more than a small matmul, and where another program has that thread's core, every
+    one of them waits for it.
+    """
+    sample = loaded.weights(0, 0)
+    tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
+    if config.threads is not None or tiny:
+        torch.set_num_threads(config.threads or 1)
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
