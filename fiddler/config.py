@@ -34,8 +34,8 @@ class EngineConfig:
     max_context: int | None = None
     """Longest prompt plus completion, in tokens; `None` is the model's own limit."""
     threads: int | None = None
-    """CPU threads; `None` is torch's choice, or one where experts are too small to be shared. Process-wide, as
-    torch's setting is; restored when the engine closes."""
+    """CPU threads of the engine; `None` is what torch has in the caller's thread, or one where experts are too
+    small to be shared."""
     kernels: KernelMode = "auto"
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""

@@ -5,8 +5,10 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from fiddler import (
     PromptError,
     Statistics,
 )
+from fiddler.lanes.compute import ComputeLane
 from fiddler.models import seam
 from tests.support.tiny import save_tiny
 
@@ -284,8 +287,20 @@ def test_two_engines_in_threads_of_their_own(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 1), (3, 3)])
-async def test_threads_are_chosen_and_restored(tiny: Path, threads: int | None, expected: int) -> None:
+async def test_threads_are_the_engines_own(
+    tiny: Path, threads: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    run = ComputeLane.run
+
+    def noting(self: ComputeLane, *call: Any) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return run(self, *call)
+
+    monkeypatch.setattr(ComputeLane, "run", noting)
     before = torch.get_num_threads()
-    async with Engine(tiny, EngineConfig(threads=threads)):
-        assert torch.get_num_threads() == expected  # tiny experts are not shared between threads
-    assert torch.get_num_threads() == before
+    async with opened(tiny, **({} if threads is None else {"threads": threads})) as engine:
+        await engine.generate("Hello", greedy(2))
+        assert torch.get_num_threads() == before
+    assert seen == {expected}  # tiny experts are not shared between threads
+    assert await anyio.to_thread.run_sync(torch.get_num_threads) == before

@@ -42,6 +42,7 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._loaded: ServableModel | None = None
         self._open = False
+        self._n_threads = torch.get_num_threads()  # of the caller's thread: each has its own setting
         self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -142,10 +143,9 @@ class Engine:
 
     def _run(self) -> None:
         """Be the engine's thread."""
-        n_threads = torch.get_num_threads()
         try:
             loaded = load(self._model, self.config)
-            choose_threads(loaded, self.config)
+            choose_threads(loaded, self.config, self._n_threads)
             kernels = choose_kernels(loaded, self.config)
             dense.accelerate(loaded.model, kernels)
             lane = compute_lane(loaded, kernels)
@@ -165,6 +165,6 @@ class Engine:
         try:
             anyio.run(self._loop.serve, backend_options={"use_uvloop": uvloop})
         finally:
-            torch.set_num_threads(n_threads)
+            torch.set_num_threads(self._n_threads)  # threads made from now on take the latest setting
             self._loaded = None
             self._gone.push(None)

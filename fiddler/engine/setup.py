@@ -18,16 +18,15 @@ def choose_kernels(loaded: LoadedModel, config: EngineConfig) -> Kernels:
     return calibrated_kernels([*experts, *dense.matrices(loaded.model)], config)
 
 
-def choose_threads(loaded: LoadedModel, config: EngineConfig) -> None:
-    """Set torch's threads as `config` says, or to one for a model of tiny experts.
+def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> None:
+    """Set this thread's torch threads as `config` says, or to one for a model of tiny experts, or to `default`.
 
     Waking a second thread costs more than a small matmul, and where another program has that thread's core, every
     one of them waits for it.
     """
     sample = loaded.weights(0, 0)
     tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
-    if config.threads is not None or tiny:
-        torch.set_num_threads(config.threads or 1)
+    torch.set_num_threads(config.threads or (1 if tiny else default))
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
