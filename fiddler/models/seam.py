@@ -4,8 +4,7 @@ Inside a `Forward` greenlet it hands an `ExpertsCall` to whoever drives the forw
 in any other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
 """
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,18 +97,6 @@ def bind(experts: Mapping[str, ExpertsModule], compute: Compute) -> None:
     """Give each experts module its layer number and what computes it outside a `Forward`."""
     for layer, module in enumerate(experts.values()):
         module._fiddler = (layer, compute)
-
-
-@contextmanager
-def replaced(experts: Mapping[str, ExpertsModule], compute: Compute) -> Generator[None]:
-    """Let `compute` stand for every layer's experts while the context lasts (for measurements)."""
-    saved = [module._fiddler for module in experts.values()]
-    bind(experts, compute)
-    try:
-        yield
-    finally:
-        for module, binding in zip(experts.values(), saved, strict=True):
-            module._fiddler = binding
 
 
 def formula(module: ExpertsModule) -> ExpertFormula:
