@@ -1,0 +1,113 @@
+"""Three lanes as queues of work in seconds: how long what is queued will take, bandwidth shared.
+
+The simulated machine runs on this, and the scheduler keeps one beside the real lanes to know their backlogs.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fiddler.cost.model import Contention
+
+LaneName = Literal["cpu", "gpu", "link"]
+LANES: tuple[LaneName, ...] = ("cpu", "gpu", "link")
+
+
+@dataclass(slots=True)
+class Queued:
+    """A job in a lane, with the seconds it still takes while its lane has the machine to itself."""
+
+    job: int
+    left_s: float
+    urgent: bool = True
+    """Demand, which goes before what is not; a started job is never overtaken."""
+    started: bool = False
+
+
+@dataclass(slots=True)
+class Lanes:
+    """The queues; the first of each runs. Where CPU and link are both busy each is slowed by its factor."""
+
+    contention: Contention = Contention()
+    queues: dict[LaneName, deque[Queued]] = field(default_factory=lambda: {lane: deque() for lane in LANES})
+
+    def put(self, lane: LaneName, job: int, seconds: float, *, urgent: bool = True) -> None:
+        """Queue a job: an urgent one before those that are not and have not started."""
+        queue = self.queues[lane]
+        place = len(queue)
+        while urgent and place > 0 and not (queue[place - 1].urgent or queue[place - 1].started):
+            place -= 1
+        queue.insert(place, Queued(job, seconds, urgent))
+        queue[0].started = True
+
+    def remove(self, lane: LaneName, job: int) -> None:
+        """Take a job out, done or not; nothing happens if it is not there."""
+        queue = self.queues[lane]
+        for i, queued in enumerate(queue):
+            if queued.job == job:
+                del queue[i]
+                break
+        if queue:
+            queue[0].started = True
+
+    def next_s(self) -> float | None:
+        """Return the seconds until the next job is done, if none is added; `None` if none runs."""
+        ends = [self._left(lane) * factor for lane, factor in self._factors().items() if self.queues[lane]]
+        return min(ends, default=None)
+
+    def advance(self, seconds: float) -> list[tuple[LaneName, int]]:
+        """Let time pass, no further than `next_s`; return the jobs done, taken out of their lanes."""
+        done: list[tuple[LaneName, int]] = []
+        for lane, factor in self._factors().items():
+            queue = self.queues[lane]
+            if queue:
+                head = queue[0]
+                if head.left_s * factor <= seconds:
+                    done.append((lane, queue.popleft().job))
+                    if queue:
+                        queue[0].started = True
+                else:
+                    head.left_s -= seconds / factor
+        return done
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass beside real lanes: a job whose time is up stays, with nothing left, until it is removed."""
+        while seconds > 0.0:
+            busy = [lane for lane, factor in self._factors().items() if self._left(lane) * factor > 0.0]
+            if not busy:
+                return
+            factors = self._factors()
+            step = min(seconds, *(self._left(lane) * factors[lane] for lane in busy))
+            for lane in busy:
+                head = self.queues[lane][0]
+                head.left_s = max(0.0, head.left_s - step / factors[lane])
+            seconds -= step
+
+    def backlog_s(self, lane: LaneName) -> float:
+        """Return the seconds of work queued in a lane, as it takes alone."""
+        return sum(queued.left_s for queued in self.queues[lane])
+
+    def ahead_s(self, job: int) -> float:
+        """Return the link's seconds, as it takes alone, until a queued copy has landed; 0.0 if it is not queued."""
+        ahead = 0.0
+        for queued in self.queues["link"]:
+            ahead += queued.left_s
+            if queued.job == job:
+                return ahead
+        return 0.0
+
+    def demand_s(self) -> float:
+        """Return the link's seconds before a demand copy queued now could start, as it takes alone."""
+        return sum(queued.left_s for queued in self.queues["link"] if queued.urgent or queued.started)
+
+    def _left(self, lane: LaneName) -> float:
+        queue = self.queues[lane]
+        return queue[0].left_s if queue else 0.0
+
+    def _factors(self) -> dict[LaneName, float]:
+        both = bool(self.queues["cpu"]) and bool(self.queues["link"])
+        return {
+            "cpu": self.contention.cpu if both else 1.0,
+            "gpu": 1.0,
+            "link": self.contention.link if both else 1.0,
+        }

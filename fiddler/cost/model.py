@@ -1,0 +1,115 @@
+"""The calibrated cost model: what one expert takes on the CPU, on the GPU, and to be copied in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fiddler.cost.curve import Curve
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCosts:
+    """One expert's costs; experts of one shape share them. Seconds, with nothing else running."""
+
+    cpu: Curve
+    gpu: Curve
+    copy_s: float
+    """One block over the link."""
+    nbytes: int
+    """Bytes of the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """What the CPU lane and the link take from each other: they read the same host memory.
+
+    Factors of at least 1 on the seconds either takes alone, for as long as both are busy.
+    """
+
+    cpu: float = 1.0
+    link: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Activations to the CPU and back, for a layer with any expert there: `fixed_s + row_s · rows`."""
+
+    fixed_s: float = 0.0
+    row_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The part of the model that is not experts, per layer: attention, norms, router, shared experts.
+
+    `rows` is the seconds of a layer's dense part by rows of a wave; `context_s` is added per token of context that
+    the wave's sequences attend to, all of them together; `head_s` is the output head, by rows, at a step's end.
+    """
+
+    rows: Curve
+    context_s: float = 0.0
+    head: Curve = Curve(((1.0, 0.0),))
+
+    def layer_s(self, n_rows: int, n_context: int) -> float:
+        """Return the seconds of one layer's dense part."""
+        return self.rows(n_rows) + self.context_s * n_context
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Everything the plan knows about time. `experts` is by layer."""
+
+    experts: tuple[ExpertCosts, ...]
+    contention: Contention = Contention()
+    moves: Moves = Moves()
+    dense: Dense = Dense(Curve(((1.0, 0.0),)))
+    host_s: float = 0.0
+    """The host's own work per layer of a wave: launches and the scheduler."""
+
+    def cpu_s(self, layer: int, rows: Sequence[int]) -> float:
+        """Return the CPU lane's seconds for experts with `rows` rows each, activation moves included."""
+        cpu, moves = self.experts[layer].cpu, self.moves
+        return moves.fixed_s + sum(cpu(n) + moves.row_s * n for n in rows) if rows else 0.0
+
+    def gpu_s(self, layer: int, rows: Sequence[int]) -> float:
+        """Return the GPU lane's seconds for experts with `rows` rows each."""
+        gpu = self.experts[layer].gpu
+        return sum(gpu(n) for n in rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a JSON value that `from_json` reads back."""
+        shapes = list(dict.fromkeys(self.experts))
+        return {
+            "shapes": [
+                {"cpu": e.cpu.points, "gpu": e.gpu.points, "copy_s": e.copy_s, "nbytes": e.nbytes} for e in shapes
+            ],
+            "layers": [shapes.index(e) for e in self.experts],
+            "contention": {"cpu": self.contention.cpu, "link": self.contention.link},
+            "moves": {"fixed_s": self.moves.fixed_s, "row_s": self.moves.row_s},
+            "dense": {
+                "rows": self.dense.rows.points,
+                "context_s": self.dense.context_s,
+                "head": self.dense.head.points,
+            },
+            "host_s": self.host_s,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Read what `as_json` gave. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        shapes = [
+            ExpertCosts(_curve(s["cpu"]), _curve(s["gpu"]), float(s["copy_s"]), int(s["nbytes"]))
+            for s in value["shapes"]
+        ]
+        dense = value["dense"]
+        return cls(
+            experts=tuple(shapes[i] for i in value["layers"]),
+            contention=Contention(**value["contention"]),
+            moves=Moves(**value["moves"]),
+            dense=Dense(_curve(dense["rows"]), float(dense["context_s"]), _curve(dense["head"])),
+            host_s=float(value["host_s"]),
+        )
+
+
+def _curve(points: Sequence[Sequence[float]]) -> Curve:
+    return Curve(tuple((float(n), float(s)) for n, s in points))
