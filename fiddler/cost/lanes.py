@@ -18,10 +18,19 @@ class Queued:
     """A job in a lane, with the seconds it still takes while its lane has the machine to itself."""
 
     job: int
+    work_s: float
     left_s: float
     urgent: bool = True
     """Demand, which goes before what is not; a started job is never overtaken."""
     started: bool = False
+    ran_s: float = 0.0
+    """Time in which `work_s - left_s` of it was done."""
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer than alone it took so far, for what it shared the machine with."""
+        done_s = self.work_s - self.left_s
+        return self.ran_s / done_s if done_s > 0.0 else 1.0
 
 
 @dataclass(slots=True)
@@ -37,18 +46,18 @@ class Lanes:
         place = len(queue)
         while urgent and place > 0 and not (queue[place - 1].urgent or queue[place - 1].started):
             place -= 1
-        queue.insert(place, Queued(job, seconds, urgent))
+        queue.insert(place, Queued(job, seconds, seconds, urgent))
         queue[0].started = True
 
-    def remove(self, lane: LaneName, job: int) -> None:
-        """Take a job out, done or not; nothing happens if it is not there."""
+    def remove(self, lane: LaneName, job: int) -> Queued | None:
+        """Take a job out, done or not, and return it; `None` if it is not there."""
         queue = self.queues[lane]
-        for i, queued in enumerate(queue):
-            if queued.job == job:
-                del queue[i]
-                break
+        found = next((queued for queued in queue if queued.job == job), None)
+        if found is not None:
+            queue.remove(found)
         if queue:
             queue[0].started = True
+        return found
 
     def next_s(self) -> float | None:
         """Return the seconds until the next job is done, if none is added; `None` if none runs."""
@@ -68,6 +77,7 @@ class Lanes:
                         queue[0].started = True
                 else:
                     head.left_s -= seconds / factor
+                    head.ran_s += seconds
         return done
 
     def pass_by(self, seconds: float) -> None:
@@ -81,6 +91,7 @@ class Lanes:
             for lane in busy:
                 head = self.queues[lane][0]
                 head.left_s = max(0.0, head.left_s - step / factors[lane])
+                head.ran_s += step
             seconds -= step
 
     def backlog_s(self, lane: LaneName) -> float:

@@ -1,0 +1,47 @@
+"""Keeps the cost model true while it is used: what lanes report against what was predicted."""
+
+from dataclasses import replace
+
+from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import CostModel, ExpertCosts
+
+WEIGHT = 0.05
+"""Of one report: some twenty reports decide, so one interrupted job changes little."""
+TOLERANCE = 0.05
+"""The model is made anew where a factor has moved by more: a plan sees no difference below."""
+LIMITS = 0.2, 5.0
+"""Beyond these a report is a machine that slept, not a cost."""
+
+
+class Correction:
+    """Owner of the cost model in use: the calibrated one with a factor a lane."""
+
+    def __init__(self, calibrated: CostModel) -> None:
+        self._calibrated = calibrated
+        self._factors: dict[LaneName, float] = {"cpu": 1.0, "gpu": 1.0, "link": 1.0}
+        self._applied = dict(self._factors)
+        self.costs = calibrated
+        """The model to plan with."""
+
+    @property
+    def factors(self) -> dict[LaneName, float]:
+        """How much longer than calibrated each lane takes of late."""
+        return dict(self._factors)
+
+    def report(self, lane: LaneName, predicted_s: float, took_s: float) -> None:
+        """Take note of an expert job or a copy, its prediction made by `costs` and including what it shared."""
+        if predicted_s <= 0.0:
+            return
+        ratio = min(max(took_s / predicted_s, LIMITS[0]), LIMITS[1])
+        self._factors[lane] += WEIGHT * (ratio * self._applied[lane] - self._factors[lane])
+        if abs(self._factors[lane] / self._applied[lane] - 1.0) > TOLERANCE:
+            self._applied = dict(self._factors)
+            self.costs = replace(self._calibrated, experts=self._corrected())
+
+    def _corrected(self) -> tuple[ExpertCosts, ...]:
+        cpu, gpu, link = (self._applied[lane] for lane in ("cpu", "gpu", "link"))
+        made: dict[ExpertCosts, ExpertCosts] = {
+            e: ExpertCosts(e.cpu.scaled(cpu), e.gpu.scaled(gpu), e.copy_s * link, e.nbytes)
+            for e in set(self._calibrated.experts)
+        }
+        return tuple(made[e] for e in self._calibrated.experts)

@@ -1,0 +1,123 @@
+"""What the scheduler is told, and what it asks for. Times it is given are seconds on one clock.
+
+    LayerReady ──► RunExperts, CopyExpert … ──► JobDone … ──► LayerDone
+    DenseQueued ─► RunDense ───────────────────► JobDone ────► DenseDone
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fiddler.cost.lanes import LaneName
+from fiddler.scheduler.routing import LayerWork, Load
+
+Failures = Mapping[int, Exception]
+"""What went wrong, by expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReady:
+    """A wave's forward waits for the experts of a layer."""
+
+    wave: int
+    work: LayerWork
+    n_tokens: int
+    scores: Sequence[float] | None = None
+    """Router probability by expert, summed over the tokens, where a policy wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseQueued:
+    """A wave goes on to its next layer's dense part, on a machine whose clock does not run by itself."""
+
+    wave: int
+    n_rows: int
+    n_context: int
+    """Tokens of past, over all sequences."""
+    head: bool = False
+    """Whether it is the output head, after the last layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """A lane is through with a job, for good or ill."""
+
+    job: int
+    took_s: float
+    failures: Failures = field(default_factory=dict)
+    """Experts that did not run or, of a copy, the one that did not land; the job's others did."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneDied:
+    """A lane will do nothing any more; what it had queued is not done."""
+
+    lane: LaneName
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class WaveDropped:
+    """Nobody waits for a wave any more."""
+
+    wave: int
+
+
+Event = LayerReady | DenseQueued | JobDone | LaneDied | WaveDropped
+
+
+@dataclass(frozen=True, slots=True)
+class RunExperts:
+    """Run loads of a wave's layer, from slots on the GPU or from their blocks on the CPU."""
+
+    job: int
+    lane: LaneName
+    wave: int
+    layer: int
+    loads: tuple[Load, ...]
+    slots: tuple[int, ...]
+    """As many as loads on the GPU; none on the CPU."""
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CopyExpert:
+    """Copy an expert's block into a slot."""
+
+    job: int
+    layer: int
+    expert: int
+    slot: int
+    urgent: bool
+    """A layer waits for it: it goes before copies that nobody waits for."""
+    predicted_s: float
+    lane: LaneName = "link"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDense:
+    """Let a wave's dense part take its time on the GPU."""
+
+    job: int
+    wave: int
+    predicted_s: float
+    lane: LaneName = "gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """A layer's experts have run; those in `failures` have not, and nothing else will run them."""
+
+    wave: int
+    layer: int
+    failures: Failures
+
+
+@dataclass(frozen=True, slots=True)
+class DenseDone:
+    """A wave's dense part is through."""
+
+    wave: int
+
+
+Job = RunExperts | CopyExpert | RunDense
+Command = Job | LayerDone | DenseDone

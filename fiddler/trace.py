@@ -1,0 +1,96 @@
+"""What a run did and when: spans of the lanes, and every decision with its predicted and measured time.
+
+A `Trace` is given to what records into it; without one nothing is recorded and nothing is paid.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One job of a lane. Times are seconds on the machine's clock."""
+
+    lane: str
+    name: str
+    wave: int | None
+    layer: int | None
+    start_s: float
+    end_s: float
+    predicted_s: float
+    """What it takes with the machine to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where one layer's loads of one wave ran, as planned."""
+
+    at_s: float
+    wave: int
+    layer: int
+    n_rows: int
+    n_cpu: int
+    n_gpu: int
+    n_fetch: int
+    predicted_s: float
+    measured_s: float
+
+
+@dataclass(slots=True)
+class Trace:
+    """The record of a run, at most `limit` spans and as many decisions: the earliest are kept."""
+
+    limit: int = 1_000_000
+    spans: list[Span] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+
+    def span(self, span: Span) -> None:
+        """Record a job."""
+        if len(self.spans) < self.limit:
+            self.spans.append(span)
+
+    def decision(self, decision: Decision) -> None:
+        """Record a plan, once its layer is done."""
+        if len(self.decisions) < self.limit:
+            self.decisions.append(decision)
+
+    def chrome(self) -> dict[str, Any]:
+        """Return the run in the Trace Event Format, which Perfetto and Chrome's tracing page open.
+
+        Source: "Trace Event Format", Google, 2016; times in microseconds.
+        """
+        lanes = list(dict.fromkeys(span.lane for span in self.spans))
+        return {"displayTimeUnit": "ms", "traceEvents": [*_names(lanes), *self._events(lanes)]}
+
+    def _events(self, lanes: list[str]) -> Iterator[dict[str, Any]]:
+        for span in self.spans:
+            arguments = {"wave": span.wave, "layer": span.layer, "predicted_us": span.predicted_s * 1e6}
+            yield {
+                "name": span.name,
+                "cat": span.lane,
+                "ph": "X",
+                "pid": 1,
+                "tid": lanes.index(span.lane) + 1,
+                "ts": span.start_s * 1e6,
+                "dur": (span.end_s - span.start_s) * 1e6,
+                "args": arguments,
+            }
+        for decision in self.decisions:
+            yield {
+                "name": f"plan of layer {decision.layer}",
+                "cat": "plan",
+                "ph": "i",
+                "s": "p",
+                "pid": 1,
+                "tid": 0,
+                "ts": decision.at_s * 1e6,
+                "args": asdict(decision),
+            }
+
+
+def _names(lanes: list[str]) -> Iterator[dict[str, Any]]:
+    """Name the rows of the picture."""
+    yield {"name": "process_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": "fiddler"}}
+    for i, lane in enumerate(lanes, 1):
+        yield {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": lane}}
