@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.workload import Run, Step, Workload
 from fiddler import Engine
 from fiddler.devices.mlp import run_expert
-from fiddler.engine.channel import Channel
+from fiddler.lanes.channel import Channel
 from fiddler.lanes.combine import gather
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models.loaded import ServableModel

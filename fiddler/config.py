@@ -7,12 +7,23 @@ from typing import Any, Literal, Self, get_args
 
 from fiddler.errors import ConfigError
 
-DeviceName = Literal["auto", "cpu"]
+DeviceKind = Literal["cpu", "sim"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KernelMode = Literal["auto", "linear"]
+StoreMode = Literal["auto", "mapped", "packed"]
+WaveMode = Literal["auto", "one", "two"]
+PolicyName = Literal["aged-lfu", "lfu", "lru", "lfru", "hybrimoe", "static"]
+PlannerName = Literal["auto", "all-cpu", "all-fetch"]
 
-_CHOICES = {"device": DeviceName, "dtype": DtypeName, "kernels": KernelMode}
-_AT_LEAST_ONE = ("max_running", "chunk_tokens", "max_context", "threads")
+_CHOICES = {
+    "dtype": DtypeName,
+    "kernels": KernelMode,
+    "store": StoreMode,
+    "waves": WaveMode,
+    "policy": PolicyName,
+    "planner": PlannerName,
+}
+_AT_LEAST = {"max_running": 1, "chunk_tokens": 1, "max_context": 1, "threads": 1, "slots": 0, "defer": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +33,10 @@ class EngineConfig:
     Raises `ConfigError` for an impossible value; `from_mapping` also for an unknown name.
     """
 
-    device: DeviceName = "auto"
-    """Where the dense part runs. `"auto"` is the CPU."""
+    device: str = "auto"
+    """What experts run on beside the host's CPU: `"cpu"` is nothing else; `"sim"` a simulated accelerator in wall
+    time, a second arena in RAM behind a slow link; `"sim:MACHINE"` one of the machines of `fiddler simulate`, in
+    virtual time. `"auto"` is `"cpu"`."""
     dtype: DtypeName = "auto"
     """Compute type; `"auto"` is the checkpoint's own. Another type than the checkpoint's converts each expert
     once, when first used, and keeps it in memory."""
@@ -39,6 +52,29 @@ class EngineConfig:
     kernels: KernelMode = "auto"
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""
+    store: StoreMode = "auto"
+    """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned block
+    of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
+    slots: int | None = None
+    """Experts the accelerator holds; `None` is a quarter of all, or what its memory has room for."""
+    policy: PolicyName = "aged-lfu"
+    """Which expert gives way in a full cache."""
+    half_life: float = 32.0
+    """Tokens after which a visit counts half, for `aged-lfu`."""
+    promote: bool = True
+    """Whether hot experts are copied in while the link is idle."""
+    planner: PlannerName = "auto"
+    """How a layer's experts are divided: by predicted time; `"all-cpu"` runs every miss on the CPU, `"all-fetch"`
+    copies in as many as it may."""
+    waves: WaveMode = "auto"
+    """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay."""
+    defer: int = 0
+    """Of each token, experts of least weight whose results join one layer late. Lossy: changes the output. For
+    models with at least 6 experts a token."""
+    warm_start: Path | None = None
+    """File the cache's scores are read from at the start and written to at the end."""
+    trace: bool = False
+    """Whether to record every job and decision, for `Engine.trace()`."""
     calibration_dir: Path | None = None
     """Where calibrations are stored; `None` is `$XDG_CACHE_HOME/fiddler` or `~/.cache/fiddler`."""
     trust_remote_code: bool = False
@@ -50,10 +86,15 @@ class EngineConfig:
             if value not in get_args(choices):
                 allowed = ", ".join(repr(c) for c in get_args(choices))
                 raise ConfigError(f"{name}={value!r} is not one of {allowed}")
-        for name in _AT_LEAST_ONE:
+        for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+        if not self.half_life > 0:
+            raise ConfigError(f"half_life={self.half_life!r} must be a number of tokens above 0")
+        kind, _, machine = self.device.partition(":")
+        if kind not in ("auto", *get_args(DeviceKind)) or (":" in self.device and not (kind == "sim" and machine)):
+            raise ConfigError(f"device={self.device!r} is not one of 'auto', 'cpu', 'sim', 'sim:MACHINE'")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
@@ -69,9 +110,12 @@ class EngineConfig:
 class Resolved:
     """An `EngineConfig` in which nothing is left to be chosen."""
 
-    device: Literal["cpu"]
+    device: DeviceKind
+    machine: str | None
+    """Of a simulated device in virtual time, the machine's name."""
     dtype: Literal["float32", "bfloat16", "float16"]
     max_context: int
+    store: Literal["mapped", "packed"]
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) -> Resolved:
@@ -88,4 +132,9 @@ def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) 
     context = config.max_context or model_context
     if context > model_context:
         raise ConfigError(f"max_context={context} is more than the model's {model_context}")
-    return Resolved(device="cpu", dtype=dtype, max_context=context)
+    kind, _, machine = config.device.partition(":")
+    device: DeviceKind = "sim" if kind == "sim" else "cpu"
+    if device == "sim" and config.store == "mapped":
+        raise ConfigError("store='mapped' has no blocks to copy in; leave store='auto' with device='sim'")
+    packed = device == "sim" or config.store == "packed"
+    return Resolved(device, machine or None, dtype, context, "packed" if packed else "mapped")

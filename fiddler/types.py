@@ -70,6 +70,17 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneStatistics:
+    """What a lane has done: loads with their rows and the bytes of weights they read, or copies."""
+
+    n_rows: int
+    n_loads: int
+    n_bytes: int
+    busy_s: float
+    """Seconds of the wall clock it worked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What an engine has done since it was opened, and what it holds now."""
 
@@ -91,16 +102,48 @@ class Statistics:
     n_new_tokens: int
     kv_bytes: int
     """Bytes of key/value memory the running requests hold."""
-    n_expert_rows: int
-    """Visits of a token to an expert, over all layers."""
-    n_expert_loads: int
-    """Experts run, over all layers and steps; each read its weights once."""
-    expert_bytes: int
-    """Bytes of expert weights read."""
-    expert_s: float
-    """Seconds spent in expert compute."""
+    cpu: LaneStatistics
+    """Experts run on the CPU."""
+    gpu: LaneStatistics
+    """Experts run from the accelerator's slots."""
+    link: LaneStatistics
+    """Experts copied into slots."""
+    n_slots: int
+    """Experts the accelerator can hold."""
+    n_slots_used: int
+    """Experts it holds, or has on their way in."""
+    n_hits: int
+    """Loads that found their expert in a slot or on its way into one, and ran there."""
+    n_fetches: int
+    """Copies a layer waited for."""
+    n_promotions: int
+    """Copies made while the link was idle."""
+    n_fallbacks: int
+    """Copies and loads that failed on the accelerator and went to the CPU."""
+    prediction_error: float
+    """Median of `|predicted / measured - 1|` of the latest layers' makespans; 0.0 where nothing is predicted."""
     step_s: float
-    """Seconds spent in steps, expert compute included."""
+    """Seconds spent in steps, on the machine's clock: virtual ones on a simulated machine."""
+
+    @property
+    def n_expert_rows(self) -> int:
+        """Visits of a token to an expert, over all layers."""
+        return self.cpu.n_rows + self.gpu.n_rows
+
+    @property
+    def n_expert_loads(self) -> int:
+        """Experts run, over all layers and steps; each read its weights once."""
+        return self.cpu.n_loads + self.gpu.n_loads
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of expert weights read to compute."""
+        return self.cpu.n_bytes + self.gpu.n_bytes
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds of expert compute, over both lanes."""
+        return self.cpu.busy_s + self.gpu.busy_s
 
 
 @dataclass(frozen=True, slots=True)

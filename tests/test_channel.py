@@ -10,7 +10,7 @@ import pytest
 from anyio import lowlevel
 from anyio.abc import TaskStatus
 
-from fiddler.engine.channel import Channel
+from fiddler.lanes.channel import Channel
 
 pytestmark = pytest.mark.anyio
 WAIT_S = 20

@@ -66,7 +66,7 @@ class TestImports:
         assert imported_by(f"import {', '.join(PLAIN)}") == set()
 
     def test_what_is_imported_would_be_seen(self) -> None:
-        assert imported_by("import fiddler.engine.channel") == {"anyio"}
+        assert imported_by("import fiddler.lanes.channel") == {"anyio"}
 
 
 def documented_values(module: Any) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from fiddler import DEMO
-from fiddler.config import DeviceName, DtypeName, EngineConfig, KernelMode
+from fiddler.config import DtypeName, EngineConfig, KernelMode, PolicyName, WaveMode
 
 
 def _choice(kind: Any, text: str) -> Any:
@@ -63,7 +63,16 @@ class CheckpointOptions:
 class EngineOptions:
     """How the engine runs; the names are those of `EngineConfig`."""
 
-    device: Annotated[str, _choice(DeviceName, "Where the dense part runs.")] = "auto"
+    device: Annotated[
+        str, _engine("cpu; sim, a simulated accelerator in wall time; or sim:MACHINE, in virtual time.")
+    ] = "auto"
+    slots: Annotated[int | None, _engine("Experts the accelerator holds; a quarter if left out.", min=0)] = None
+    policy: Annotated[str, _choice(PolicyName, "Which expert gives way in a full cache.")] = "aged-lfu"
+    waves: Annotated[str, _choice(WaveMode, "Whether a step is one wave or two.")] = "auto"
+    defer: Annotated[int, _engine("Experts per token that join one layer late; lossy.", min=0)] = 0
+    warm_start: Annotated[
+        Path | None, _engine("File for the cache's scores, read at the start, kept at the end.")
+    ] = None
     dtype: Annotated[str, _choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
     kernels: Annotated[
         str, _choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")

@@ -1,4 +1,4 @@
-"""The CPU: every expert runs where its weights lie, in the mapped checkpoint."""
+"""The CPU: experts run where their weights lie on the host."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,14 +26,15 @@ class CpuDevice:
 
     def run(self, layer: int, loads: tuple[Load, ...], rows: Tensor) -> Tensor:
         """Run the loads of a layer on `rows` `[n, H]`, grouped by expert; returns `[n, H]` in the same order."""
-        formula = self.formulas[layer]
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for load in loads:
-            weights = self.weights(layer, load.expert)
-            up, down = self.matmuls(layer, load.n_rows, weights)
-            x = rows[load.start : load.stop]
-            out[load.start : load.stop] = run_expert(formula, weights, x, up, down)
+            out[load.start : load.stop] = self.expert(layer, load, self.weights(layer, load.expert), rows)
         return out
+
+    def expert(self, layer: int, load: Load, weights: ExpertWeights, rows: Tensor) -> Tensor:
+        """Return one load's output `[n_rows, H]` with these `weights`, wherever they are."""
+        up, down = self.matmuls(layer, load.n_rows, weights)
+        return run_expert(self.formulas[layer], weights, rows[load.start : load.stop], up, down)
 
     def matmuls(self, layer: int, n_rows: int, weights: ExpertWeights) -> tuple[Matmul, Matmul]:
         """Return the kernels for up and down, looked up once per layer and row count: experts share a shape."""

@@ -1,6 +1,6 @@
 """Which rows travel in the next step: every decoding sequence, and prompt chunks beside them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Ordered
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -8,8 +8,12 @@ from typing import Generic, Protocol, TypeVar
 class Sequence(Protocol):
     """What assembling needs to know of a request."""
 
-    prompt_ids: list[int]
     n_past: int
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        ...
 
     @property
     def prefilling(self) -> bool:
@@ -52,8 +56,31 @@ def assemble(running: Iterable[S], chunk_tokens: int, *, chunked: bool) -> list[
     for request in prompts:
         if room <= 0:
             break
-        n_prompt = len(request.prompt_ids)
-        stop = min(n_prompt, request.n_past + room) if chunked else n_prompt
-        spans.append(Span(request, request.n_past, stop, last=stop == n_prompt))
+        stop = min(request.n_prompt, request.n_past + room) if chunked else request.n_prompt
+        spans.append(Span(request, request.n_past, stop, last=stop == request.n_prompt))
         room -= stop - request.n_past
     return spans
+
+
+def halves(spans: Ordered[Span[S]], *, cut: bool) -> list[list[Span[S]]]:
+    """Return the spans as two waves with about as many rows each, or as one where there is nothing to halve.
+
+    With `cut` the span in the middle is cut in two, the first part ending the first wave; its later rows attend
+    to the earlier ones, so the second wave must not overtake the first.
+    """
+    half = sum(span.n_rows for span in spans) // 2
+    first: list[Span[S]] = []
+    second: list[Span[S]] = []
+    for span in spans:
+        room = half - sum(s.n_rows for s in first)
+        if second or room <= 0:
+            second.append(span)
+        elif span.n_rows <= room:
+            first.append(span)
+        elif cut:
+            middle = span.start + room
+            first.append(Span(span.request, span.start, middle, last=False))
+            second.append(Span(span.request, middle, span.stop, span.last))
+        else:
+            second.append(span)
+    return [part for part in (first, second) if part]

@@ -12,16 +12,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.config import EngineConfig
-from fiddler.engine.channel import Channel
+from fiddler.lanes.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
+from fiddler.engine.rig import assemble_rig
 from fiddler.engine.setup import choose_kernels, choose_threads, compute_lane
 from fiddler.engine.stream import Item, TokenStream
-from fiddler.errors import EngineClosedError
+from fiddler.errors import ConfigError, EngineClosedError
 from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.sampling import read_options
 from fiddler.models.text import Prompt
+from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing, Token
 
 
@@ -141,6 +143,13 @@ class Engine:
             raise EngineClosedError("the engine was not opened")
         return self._loop.statistics
 
+    def trace(self) -> Trace:
+        """Return the record of the run so far. Raises `ConfigError` unless `EngineConfig.trace` is on."""
+        recorded = self._loop.trace if self._loop is not None else None
+        if recorded is None:
+            raise ConfigError("nothing is recorded; set trace=True in EngineConfig")
+        return recorded
+
     def _run(self) -> None:
         """Be the engine's thread."""
         try:
@@ -148,11 +157,11 @@ class Engine:
             choose_threads(loaded, self.config, self._n_threads)
             kernels = choose_kernels(loaded, self.config)
             dense.accelerate(loaded.model, kernels)
-            lane = compute_lane(loaded, kernels)
-            seam.bind(loaded.experts, lane.run)
+            seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
+            rig = assemble_rig(loaded, kernels, self.config)
             self._loop = EngineLoop(
                 loaded,
-                lane,
+                rig,
                 self._inbox,
                 max_running=self.config.max_running,
                 chunk_tokens=self.config.chunk_tokens,

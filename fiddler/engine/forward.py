@@ -1,27 +1,41 @@
-"""One step of the model over some spans, as greenlet coroutines whose experts are computed by the lane."""
+"""One step of the model over some spans: which forwards it takes, and what comes of them."""
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from fiddler.engine.assemble import Span
+from fiddler.engine.assemble import Span, halves
 from fiddler.engine.request import Request
+from fiddler.engine.runner import Runner
+from fiddler.engine.wave import Experts, ModelWave
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.models.loaded import ServableModel
-from fiddler.models.seam import Compute, ExpertsCall, Forward
+from fiddler.models.seam import Forward
+from fiddler.scheduler.waves import Waves
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step gave one span: logits `[V]` of its last row where a token is picked, or an error."""
+
+    logits: Tensor | None = None
+    error: Exception | None = None
 
 
 class StepRunner:
     """Runs steps of one model; knows how its rows travel."""
 
-    def __init__(self, loaded: ServableModel, compute: Compute) -> None:
+    def __init__(self, loaded: ServableModel, runner: Runner, experts: Experts, waves: Waves) -> None:
         self._model = loaded.model
         self._packed = loaded.packed
-        self._compute = compute
+        self._runner = runner
+        self._experts = experts
+        self._waves = waves
         self._directness = Directness()
         self._keeps_rows = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
@@ -29,19 +43,34 @@ class StepRunner:
         """Return an empty past for one sequence; `None` where the model makes a cache of its own kind."""
         return SequenceKV() if self._packed else None
 
-    def run(self, spans: Sequence[Span[Request]]) -> list[Tensor]:
-        """Run the spans' rows and return the logits `[V]` of every `last` row, in the spans' order."""
-        forwards = [self._wave(spans)] if self._packed else [self._single(span) for span in spans]
-        try:
-            return [row for logits in self._drive(forwards) for row in logits]
-        finally:
-            for forward in forwards:
-                forward.close()
+    async def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+        """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
+        n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
+        two = self._waves.choose(n_rows, n_context) == 2
+        parts = halves(spans, cut=self._packed) if two else [list(spans)]
+        waves = [self._wave(part) for part in parts]
+        started_s = self._runner.lanes.now_s()
+        cut = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
+        await self._runner.run(waves, in_order=cut)
+        self._waves.took(len(waves), self._runner.lanes.now_s() - started_s)
+        outcomes: dict[int, Outcome] = {}
+        for part, wave in zip(parts, waves, strict=True):
+            for span, outcome in zip(part, self._outcomes(part, wave), strict=True):
+                earlier = outcomes.get(id(span.request))
+                if earlier is None or earlier.error is None:
+                    outcomes[id(span.request)] = outcome
+        return [outcomes[id(span.request)] for span in spans]
 
-    def _wave(self, spans: Sequence[Span[Request]]) -> Forward:
-        """All spans as one packed forward."""
+    def _wave(self, spans: Sequence[Span[Request]]) -> ModelWave:
+        forwards = [self._packed_forward(spans)] if self._packed else [self._single(span) for span in spans]
+        n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
+        return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context)
+
+    def _packed_forward(self, spans: Sequence[Span[Request]]) -> Forward:
+        """All spans as one forward."""
         pasts = [cast("SequenceKV", span.request.past) for span in spans]
-        cache = WaveCache(pasts, [span.n_rows for span in spans], self._directness)
+        n_seen = max(span.start for span in spans)
+        cache = WaveCache(pasts, [span.n_rows for span in spans], self._directness, n_seen)
         call = self._call(spans, cache)
         forward = Forward(lambda: call()[0])
         forward.wave = cache
@@ -63,7 +92,7 @@ class StepRunner:
         positions = [p for s in spans for p in range(s.start, s.stop)]
         ends = torch.tensor([s.n_rows for s in spans]).cumsum(0) - 1
         keep = ends[torch.tensor([s.last for s in spans])]
-        extra = {"logits_to_keep": keep} if self._keeps_rows else {}
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
 
         def call() -> tuple[Tensor, Cache]:
             output = self._model(
@@ -78,21 +107,21 @@ class StepRunner:
 
         return call
 
-    def _drive(self, forwards: list[Forward]) -> list[Tensor]:
-        """Run forwards side by side to their ends; those waiting at one layer share its experts."""
-        results = [forward.send() for forward in forwards]
-        while waiting := [i for i, forward in enumerate(forwards) if not forward.dead]:
-            layer = min(results[i].layer for i in waiting)
-            meeting = [i for i in waiting if results[i].layer == layer]
-            outputs = self._experts([results[i] for i in meeting])
-            for i, output in zip(meeting, outputs, strict=True):
-                results[i] = forwards[i].send(output)
-        return results
+    def _outcomes(self, spans: Sequence[Span[Request]], wave: ModelWave) -> list[Outcome]:
+        """Give each span of a wave its logits, its own experts' failure, or what ended the wave."""
+        if wave.error is not None:
+            return [Outcome(error=wave.error) for _ in spans]
+        rows = iter([row for logits in wave.results for row in logits])
+        outcomes = [Outcome(next(rows) if span.last else None) for span in spans]
+        for (forward, row), error in wave.failed.items():
+            outcomes[self._span_of(spans, forward, row)].error = error
+        return outcomes
 
-    def _experts(self, calls: list[ExpertsCall]) -> Sequence[Tensor]:
-        if len(calls) == 1:
-            return [self._compute(*calls[0])]
-        layer = calls[0].layer
-        joined = (torch.cat([getattr(c, name) for c in calls]) for name in ("hidden", "index", "weights"))
-        outputs: Sequence[Tensor] = self._compute(layer, *joined).split([c.hidden.shape[0] for c in calls])
-        return outputs
+    def _span_of(self, spans: Sequence[Span[Request]], forward: int, row: int) -> int:
+        if not self._packed:
+            return forward
+        for i, span in enumerate(spans):
+            if row < span.n_rows:
+                return i
+            row -= span.n_rows
+        raise IndexError(f"the wave has no row {row}")

@@ -3,18 +3,17 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from fiddler.engine.assemble import Span, assemble
-from fiddler.engine.channel import Channel
-from fiddler.engine.forward import StepRunner
+from fiddler.lanes.channel import Channel
+from fiddler.engine.forward import Outcome
+from fiddler.engine.rig import Rig
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.stream import Admitted, Item
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
-from fiddler.lanes.compute import ComputeLane
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
 from fiddler.types import Statistics
@@ -60,18 +59,19 @@ class EngineLoop:
     def __init__(
         self,
         loaded: ServableModel,
-        lane: ComputeLane,
+        rig: Rig,
         inbox: Channel[Command],
         *,
         max_running: int,
         chunk_tokens: int,
     ) -> None:
         self._loaded = loaded
-        self._lane = lane
+        self._rig = rig
         self._inbox = inbox
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
-        self._steps = StepRunner(loaded, lane.run)
+        self._steps = rig.steps
+        self.trace = rig.trace
         self._waiting: deque[Submission] = deque()
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
@@ -89,6 +89,7 @@ class EngineLoop:
         finally:
             self._abandon()
             self._publish()
+            await self._rig.aclose()
 
     async def _turn(self) -> None:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
@@ -99,7 +100,7 @@ class EngineLoop:
         self._admit()
         self._publish()
         if self._running and not self._closing:
-            self._step()
+            await self._step()
         self._publish()
 
     def _apply(self, commands: Iterable[Command]) -> None:
@@ -152,35 +153,40 @@ class EngineLoop:
         if max(prompt_ids) >= n_vocabulary:
             raise PromptError(f"token id {max(prompt_ids)} is outside the vocabulary of {n_vocabulary}")
 
-    def _step(self) -> None:
-        started = perf_counter()
+    async def _step(self) -> None:
+        now_s = self._rig.lanes.now_s
+        started_s = now_s()
         spans = assemble(self._running, self._chunk_tokens, chunked=self._loaded.packed)
         try:
-            logits = self._steps.run(spans)
-            self._deliver(spans, logits)
+            outcomes = await self._steps.run(spans)
         except Exception as error:
             self._fail([span.request for span in spans], "a step failed", error)
+        else:
+            for span, outcome in zip(spans, outcomes, strict=True):
+                self._deliver(span, outcome)
         self._counters.n_steps += 1
-        self._counters.step_s += perf_counter() - started
+        self._counters.step_s += now_s() - started_s
 
-    def _deliver(self, spans: list[Span[Request]], logits: list[torch.Tensor]) -> None:
-        rows = iter(logits)
-        for span in spans:
-            request = span.request
-            if request.prefilling:
-                self._counters.n_prompt_tokens += span.n_rows
-            request.n_past = span.stop
-            if span.last:
-                try:
-                    token = request.accept(next(rows))
-                except Exception as error:  # of one request's options, which concern no other
-                    self._fail([request], "no token could be picked", error)
-                    continue
-                self._counters.n_new_tokens += 1
-                if token.finish_reason is not None:
-                    self._running.remove(request)
-                    self._counters.n_finished += 1
-                self._outbox.append((request.submission, token))
+    def _deliver(self, span: Span[Request], outcome: Outcome) -> None:
+        request = span.request
+        if outcome.error is not None:
+            self._fail([request], "a step failed", outcome.error)
+            return
+        if request.prefilling:
+            self._counters.n_prompt_tokens += span.n_rows
+        request.n_past = span.stop
+        if outcome.logits is None:
+            return
+        try:
+            token = request.accept(outcome.logits)
+        except Exception as error:  # of one request's options, which concern no other
+            self._fail([request], "no token could be picked", error)
+            return
+        self._counters.n_new_tokens += 1
+        if token.finish_reason is not None:
+            self._running.remove(request)
+            self._counters.n_finished += 1
+        self._outbox.append((request.submission, token))
 
     def _fail(self, requests: Iterable[Request], what: str, error: Exception) -> None:
         """End the requests an error concerns; their memory goes with them, the others go on."""
@@ -208,7 +214,8 @@ class EngineLoop:
         self._outbox.clear()
 
     def _snapshot(self) -> Statistics:
-        counters, lane = self._counters, self._lane.counters
+        counters, rig = self._counters, self._rig
+        decided = rig.scheduler.counters
         return Statistics(
             n_requests=counters.n_requests,
             n_finished=counters.n_finished,
@@ -220,10 +227,14 @@ class EngineLoop:
             n_prompt_tokens=counters.n_prompt_tokens,
             n_new_tokens=counters.n_new_tokens,
             kv_bytes=sum(past_bytes(request.past) for request in self._running),
-            n_expert_rows=lane.n_rows,
-            n_expert_loads=lane.n_loads,
-            expert_bytes=lane.n_bytes,
-            expert_s=lane.busy_s,
+            **{lane: counted.snapshot() for lane, counted in rig.work.counters.items()},
+            n_slots=rig.scheduler.cache.n_slots,
+            n_slots_used=rig.scheduler.cache.n_slots - rig.scheduler.cache.n_free,
+            n_hits=decided.n_hits,
+            n_fetches=decided.n_fetches,
+            n_promotions=decided.n_promotions,
+            n_fallbacks=decided.n_fallbacks,
+            prediction_error=decided.median_error(),
             step_s=counters.step_s,
         )
 

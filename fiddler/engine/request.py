@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from fiddler.engine.channel import Channel
+from fiddler.lanes.channel import Channel
 from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
 from fiddler.models.kv import SequenceKV
@@ -42,9 +42,14 @@ class Request:
     """Token ids made so far."""
 
     @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+    @property
     def prefilling(self) -> bool:
         """Whether part of the prompt has not been run yet."""
-        return self.n_past < len(self.prompt_ids)
+        return self.n_past < self.n_prompt
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Return the ids of the sequence, prompt and made tokens together, from `start` to `stop`."""

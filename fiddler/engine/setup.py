@@ -30,5 +30,5 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
-    """Return the lane that runs a model's experts."""
+    """Return what runs a model's experts for a forward that nobody drives."""
     return ComputeLane(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)

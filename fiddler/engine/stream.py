@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from fiddler.engine.channel import Channel
+from fiddler.lanes.channel import Channel
 from fiddler.types import Token
 
 

@@ -1,5 +1,7 @@
 """Rows out to the experts and their results back, independent of who finished first."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,16 +15,18 @@ def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
     return hidden.index_select(0, torch.tensor([p // top_k for p in work.order], dtype=torch.long))
 
 
-def combine(outputs: Tensor, work: LayerWork, weights: Tensor) -> Tensor:
+def combine(outputs: Tensor, order: Sequence[int], weights: Tensor) -> Tensor:
     """Return the weighted sum `[T, H]` of expert `outputs` `[n, H]`, over `weights` `[T, K]`, in routing order.
+
+    `order` is the position in the flattened routing of each output.
 
     Every visit has a row of its own in one `[T·K, H]` buffer, zero where it was dropped, so the sum's order,
     and with it every bit of the result, depends on the routing alone.
     """
     n_tokens, top_k = weights.shape
-    dropped = len(work.order)
+    dropped = len(order)
     rows = [dropped] * (n_tokens * top_k)
-    for row, position in enumerate(work.order):
+    for row, position in enumerate(order):
         rows[position] = row
     if dropped < len(rows):
         outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])

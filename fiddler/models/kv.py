@@ -92,10 +92,12 @@ class Directness:
 class WaveCache(Cache):
     """The cache of one packed step: rows of all sequences side by side, each appended to its owner.
 
-    `lengths` are the rows of each sequence in this step.
+    `lengths` are the rows of each sequence in this step, `n_seen` the longest past before it.
     """
 
-    def __init__(self, sequences: Sequence[SequenceKV], lengths: Sequence[int], directness: Directness) -> None:
+    def __init__(
+        self, sequences: Sequence[SequenceKV], lengths: Sequence[int], directness: Directness, n_seen: int
+    ) -> None:
         super().__init__(layers=[])
         self.sequences = sequences
         self.lengths = list(lengths)
@@ -104,7 +106,7 @@ class WaveCache(Cache):
         self._returned: dict[
             int, tuple[int, Tensor, Tensor]
         ] = {}  # by id of the keys, held so that ids stay theirs
-        self._seen_tokens = max((s.layer(0).length for s in sequences), default=0)
+        self._n_seen = n_seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -144,4 +146,4 @@ class WaveCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the longest past at the start of the step."""
-        return self._seen_tokens
+        return self._n_seen

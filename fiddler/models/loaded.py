@@ -17,6 +17,7 @@ from fiddler.models.skeleton import load_skeleton, read_config
 from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
+from fiddler.store.packed import PackedStore
 from fiddler.types import ExpertWeights
 
 
@@ -39,6 +40,9 @@ class LoadedModel:
 class ServableModel(LoadedModel):
     """A model loaded from a checkpoint, with all the engine needs."""
 
+    store: MappedStore | PackedStore
+    top_k: int
+    """Experts a token visits in a layer."""
     text: Text
     resolved: Resolved
     packed: bool
@@ -46,7 +50,7 @@ class ServableModel(LoadedModel):
 
 
 def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
-    """Load a checkpoint folder or hub id; opening reads no expert.
+    """Load a checkpoint folder or hub id; opening reads no expert, unless the store is packed.
 
     `packed=False` keeps transformers' own attention and cache, for use under plain transformers. Raises
     `ModelError`, and `ConfigError` for options the model cannot meet.
@@ -68,12 +72,16 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     )
     experts = seam.find_experts(skeleton)
     layout = expert_layout(skeleton, experts, checkpoint)
+    make_store = PackedStore if resolved.store == "packed" else MappedStore
+    store = make_store(checkpoint, layout, dtype)
     return ServableModel(
         model=skeleton,
         experts=experts,
         formulas=tuple(seam.formula(module) for module in experts.values()),
         n_experts=layout.n_experts,
-        weights=MappedStore(checkpoint, layout, dtype).weights,
+        weights=store.weights,
+        store=store,
+        top_k=experts_per_token(config),
         text=Text.open(folder, trust_remote_code=options.trust_remote_code),
         resolved=resolved,
         packed=packed,
@@ -137,6 +145,14 @@ def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     most = max(sizes, key=sizes.__getitem__, default="F32")
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Return how many experts a token visits in a layer; 1 where the configuration does not say."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+    found = (getattr(text, name, None) for name in names)
+    return next((max(k) if isinstance(k, list) else int(k) for k in found if k), 1)
 
 
 def model_context(config: PretrainedConfig) -> int:

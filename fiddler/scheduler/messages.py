@@ -1,7 +1,7 @@
 """What the scheduler is told, and what it asks for. Times it is given are seconds on one clock.
 
-    LayerReady ──► RunExperts, CopyExpert … ──► JobDone … ──► LayerDone
-    DenseQueued ─► RunDense ───────────────────► JobDone ────► DenseDone
+LayerReady ──► RunExperts, CopyExpert … ──► JobDone … ──► LayerDone
+DenseQueued ─► RunDense ───────────────────► JobDone ────► DenseDone
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ class LayerReady:
     wave: int
     work: LayerWork
     n_tokens: int
+    top_k: int
     scores: Sequence[float] | None = None
     """Router probability by expert, summed over the tokens, where a policy wants it."""
 
@@ -110,6 +111,8 @@ class LayerDone:
     wave: int
     layer: int
     failures: Failures
+    late_failures: Failures
+    """Of the deferred loads of the layer before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ class LayerWork:
     layer: int
     loads: tuple[Load, ...]
     order: tuple[int, ...]
+    deferred: tuple[Load, ...] = ()
+    """Loads whose results join one layer later, in the same `order`."""
 
 
 def route(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[float] | None = None) -> LayerWork:
@@ -48,3 +50,28 @@ def route(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[
         order += rows[expert]
         loads.append(Load(expert, start, len(order)))
     return LayerWork(layer, tuple(loads), tuple(order))
+
+
+def defer(work: LayerWork, weights: Sequence[float], top_k: int, n_deferred: int) -> LayerWork:
+    """Return the work with each token's `n_deferred` visits of least weight as deferred loads, after the others.
+
+    The choice depends on the routing alone, so results do not depend on where experts run. Source of the idea:
+    "expert deferral", KTransformers, SOSP 2025.
+    """
+    late: set[int] = set()
+    n_tokens = len(weights) // top_k
+    visits = set(work.order)
+    for token in range(n_tokens):
+        mine = [p for p in range(token * top_k, (token + 1) * top_k) if p in visits]
+        late.update(sorted(mine, key=lambda p: (weights[p], -p))[: max(0, min(n_deferred, len(mine) - 1))])
+    order: list[int] = []
+    parts: list[tuple[Load, ...]] = []
+    for wanted in (False, True):
+        loads: list[Load] = []
+        for load in work.loads:
+            rows = [p for p in work.order[load.start : load.stop] if (p in late) is wanted]
+            if rows:
+                loads.append(Load(load.expert, len(order), len(order) + len(rows)))
+                order += rows
+        parts.append(tuple(loads))
+    return LayerWork(work.layer, parts[0], tuple(order), parts[1])

@@ -44,7 +44,8 @@ class Checkpoint:
         self.folder = folder
         self.entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
         # Mapped at once: a file replaced later on is then no danger.
-        self._mapped = {file: _map(file) for file in {entry.file for entry in entries.values()}}
+        self._mappings = {file: _map(file) for file in {entry.file for entry in entries.values()}}
+        self._mapped = {file: _bytes(mapping) for file, mapping in self._mappings.items()}
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -82,6 +83,17 @@ class Checkpoint:
             return None
         return self._view(first, a, (a.shape[0] + b.shape[0], *a.shape[1:]))
 
+    def release(self, name: str) -> None:
+        """Give back the memory that a tensor's pages take; who reads it again gets it from the file again.
+
+        Raises `KeyError` for a tensor that is not in the checkpoint.
+        """
+        entry = self.entries[name]
+        # Outward to whole pages, into the neighbours: nothing is lost, since the mapping is read-only.
+        start = entry.offset - entry.offset % mmap.PAGESIZE
+        length = entry.offset + entry.nbytes - start
+        self._mappings[entry.file].madvise(mmap.MADV_DONTNEED, start, length)
+
     def _view(self, name: str, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
@@ -92,14 +104,18 @@ class Checkpoint:
         return data.view(dtype).view(shape)
 
 
-def _map(file: Path) -> Tensor:
-    """Return a file's bytes as a read-only mapping.
+def _map(file: Path) -> mmap.mmap:
+    """Return a read-only mapping of a file.
 
     Shared and read-only, so that a file larger than memory can be mapped: a private writable mapping, torch's and
     safetensors' own, is refused by Linux's overcommit accounting.
     """
     with file.open("rb") as stream:
-        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _bytes(mapping: mmap.mmap) -> Tensor:
+    """Return a mapping's bytes; the tensor keeps it open."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         return torch.frombuffer(mapping, dtype=torch.uint8)

@@ -1,0 +1,268 @@
+"""The expert cache: which experts hold a slot, who is let in, and who gives way."""
+
+from collections.abc import Mapping, Sequence
+
+from fiddler.cache.keys import Key, Rows
+from fiddler.cache.room import Room
+from fiddler.cache.saved import counts, part, text
+from fiddler.cache.slots import Reservation, Slots
+from fiddler.cache.standings import Place, Standings
+from fiddler.cache.worth import Policy
+
+__all__ = ["ExpertCache", "Reservation"]
+
+
+class ExpertCache:
+    """Slots, and the policy that says which experts deserve them.
+
+    An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
+    a step's hits before asking for room. `hysteresis` keeps near-equals from evicting each other by turns: a demand
+    evicts a victim worth up to (1 + hysteresis) times the newcomer, a promotion must be worth more than that many
+    times its victim. For `floor` see `Room`.
+
+    The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
+    number, then to the higher layer (so unknown experts fill the layers evenly).
+    """
+
+    def __init__(
+        self,
+        n_slots: int,
+        n_experts: tuple[int, ...],
+        policy: Policy,
+        *,
+        floor: int = 0,
+        hysteresis: float = 0.25,
+    ) -> None:
+        if policy.history.n_experts != n_experts:
+            raise ValueError(f"the policy knows layers of {policy.history.n_experts} experts, not {n_experts}")
+        if n_slots < 0 or floor < 0 or not hysteresis >= 0:
+            raise ValueError("n_slots, floor and hysteresis are not negative")
+        self.policy = policy
+        self.history = policy.history
+        self._margin = 1 + hysteresis
+        self._slots = Slots(n_slots)
+        self._room = Room(n_slots, len(n_experts), per_layer=policy.per_layer, floor=floor)
+        self._keys = [[(layer, expert) for expert in range(n)] for layer, n in enumerate(n_experts)]
+        self._rank_anew()
+
+    def _rank_anew(self) -> None:
+        n_layers = len(self._keys)
+        self._worst = Standings(n_layers, self._as_victim, self._lowest, self._room.spares)
+        self._best = Standings(n_layers, self._as_newcomer, self._highest)
+        for layer, keys in enumerate(self._keys):
+            self._worst.touch(layer, keys)
+            self._best.touch(layer, keys)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots altogether."""
+        return self._slots.n_slots
+
+    @property
+    def n_free(self) -> int:
+        """Slots that hold nothing."""
+        return self._slots.n_free
+
+    @property
+    def n_ready(self) -> int:
+        """Slots whose expert can be used."""
+        return self._slots.n_ready
+
+    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
+        """Learn from one layer of one step: (expert, n_rows) of the `n_tokens` tokens that passed it.
+
+        `scores`, where known: the router's probability of each of the layer's experts, summed over the tokens.
+        ValueError where no token passed.
+        """
+        self.history.observe(layer, rows, n_tokens)
+        self.policy.observe(layer, rows, n_tokens, scores)
+        if self.policy.steady:
+            self._worst.touch(layer)
+            self._best.touch(layer, [(layer, expert) for expert, _ in rows])
+        else:
+            self._worst.touch(layer, self._room.layer(layer))
+            self._best.touch(layer, self._keys[layer])
+
+    def score(self, key: Key) -> float:
+        """What the policy says the expert is worth now."""
+        return self.policy.score(key)
+
+    def slot(self, key: Key) -> int | None:
+        """The READY slot of an expert."""
+        return self._slots.slot(key)
+
+    def loading(self, key: Key) -> Reservation | None:
+        """The copy under way for an expert."""
+        return self._slots.loading(key)
+
+    def admissible(self, keys: Sequence[Key]) -> int:
+        """How many of these absent experts, in order, `reserve` would let in one after the other.
+
+        ValueError where one is not absent, or comes twice.
+        """
+        moves: list[tuple[Key, Key | None]] = []
+        try:
+            for key in keys:
+                if not self._may_enter(key):
+                    break
+                victim = None
+                if not self._room.vacant(key[0]) and (victim := self._gives_way(key)) is None:
+                    break
+                self._replace(victim, key)
+                moves.append((key, victim))
+        finally:
+            for key, victim in reversed(moves):
+                self._replace(key, victim)
+        return len(moves)
+
+    def reserve(self, key: Key, *, promotion: bool = False) -> Reservation | None:
+        """A slot for an absent expert: a free one, or the worst expert's; None where the newcomer is refused.
+
+        ValueError where the expert is not absent.
+        """
+        if not self._may_enter(key):
+            return None
+        victim = None
+        if not self._room.vacant(key[0]) and (victim := self._gives_way(key, promotion=promotion)) is None:
+            return None
+        self._replace(victim, key)
+        if victim is not None:
+            self._best.touch(victim[0], (victim,))
+        return self._slots.begin(key, victim)
+
+    def landed(self, reservation: Reservation) -> None:
+        """LOADING → READY; ValueError for a stale reservation."""
+        self._slots.landed(reservation)
+        self._worst.touch(reservation.key[0], (reservation.key,))
+
+    def failed(self, reservation: Reservation) -> None:
+        """LOADING → absent, its slot free; ValueError for a stale reservation."""
+        self._slots.failed(reservation)
+        self._replace(reservation.key, None)
+        self._best.touch(reservation.key[0], (reservation.key,))
+
+    def lease(self, key: Key) -> int:
+        """Pin a READY expert while it is used, and say in which slot it is; ValueError where it is not READY."""
+        return self._slots.lease(key)
+
+    def release(self, key: Key) -> None:
+        """End one lease; ValueError where there is none."""
+        self._slots.release(key)
+        self._worst.touch(key[0], (key,))
+
+    def promotion(self) -> Key | None:
+        """The absent expert most worth copying in while the link is idle: `reserve(key, promotion=True)` takes it.
+
+        None where even the best does not beat its victim, or is worth nothing.
+        """
+        if not self.policy.per_layer:
+            best = self._best.first()
+            return best if best is not None and self._promotable(best) else None
+        firsts = [self._best.first_of(layer) for layer in range(len(self._keys))]
+        keys = [key for key in firsts if key is not None and self._promotable(key)]
+        return min(keys, key=self._highest, default=None)
+
+    def fill(self, keys: Sequence[Key]) -> list[Reservation]:
+        """Reserve for a warm start, in order, whatever is absent and finds a free slot."""
+        reservations = []
+        for key in keys:
+            if key not in self._room and self._may_enter(key) and self._room.vacant(key[0]):
+                self._replace(None, key)
+                reservations.append(self._slots.begin(key))
+        return reservations
+
+    def best(self, n: int) -> list[Key]:
+        """The `n` experts of highest worth that may be resident together, best first."""
+        chosen: list[Key] = []
+        left = [self._room.quota(layer) for layer in range(len(self._keys))]
+        for key in sorted((key for keys in self._keys for key in keys), key=self._highest):
+            if len(chosen) < n and left[key[0]] and self.policy.admits(key, self.n_slots):
+                left[key[0]] -= 1
+                chosen.append(key)
+        return chosen
+
+    def state(self) -> dict[str, object]:
+        """What was learned, JSON-able; not which experts are resident."""
+        return {
+            "policy": self.policy.name,
+            "n_experts": [list(self.history.n_experts)],
+            "history": self.history.state(),
+            "worth": self.policy.state(),
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from what another run learned; ValueError for another policy's or another model's state."""
+        n_layers = len(self._keys)
+        saved = text(state, "policy"), counts(state, "n_experts", [n_layers])
+        if saved != (self.policy.name, [list(self.history.n_experts)]):
+            raise ValueError(f"the saved state is of {saved}, not of this policy and model")
+        before = self.history.state()
+        try:
+            self.history.restore(part(state, "history"))
+            self.policy.restore(part(state, "worth"))
+        except ValueError:
+            self.history.restore(before)
+            raise
+        self._rank_anew()
+
+    def check(self) -> None:
+        """AssertionError where the books do not agree, or the standings are not what a full search finds."""
+        self._slots.check()
+        self._room.check(self._slots.held())
+        self._worst.check(self._keys)
+        self._best.check(self._keys)
+
+    def _may_enter(self, key: Key) -> bool:
+        if key in self._room:
+            raise ValueError(f"expert {key} has a slot already")
+        return self.policy.admits(key, self.n_slots)
+
+    def _replace(self, leaving: Key | None, entering: Key | None) -> None:
+        # with its arguments swapped it undoes itself: `admissible` tries on the room what `reserve` does for good
+        if leaving is not None:
+            self._room.leave(leaving)
+        if entering is not None:
+            opens = not self._room.spares(entering[0])
+            self._room.enter(entering)
+            if opens or self._slots.idle(entering):
+                self._worst.touch(entering[0], (entering,))
+
+    def _victim(self, newcomer: Key) -> Key | None:
+        """The worst expert that may give way: of its own layer always, of others while they spare a slot."""
+        layer = newcomer[0]
+        if self.policy.per_layer:
+            return self._worst.first_of(layer)
+        worst = self._worst.first()
+        if self._room.spares(layer):
+            return worst
+        firsts = [key for key in (self._worst.first_of(layer), worst) if key is not None]
+        return min(firsts, key=self._lowest, default=None)
+
+    def _gives_way(self, newcomer: Key, *, promotion: bool = False) -> Key | None:
+        victim = self._victim(newcomer)
+        if victim is None:
+            return None
+        new, old = self.policy.score(newcomer), self.policy.score(victim)
+        refused = new <= self._margin * old if promotion else old > self._margin * new
+        return None if refused else victim
+
+    def _promotable(self, key: Key) -> bool:
+        return self._room.vacant(key[0]) or self._gives_way(key, promotion=True) is not None
+
+    def _as_victim(self, key: Key) -> Place | None:
+        if key not in self._room or not self._slots.idle(key):
+            return None
+        return self.policy.rank(key), self.history.last_visit(key), -key[1], -key[0]
+
+    def _as_newcomer(self, key: Key) -> Place | None:
+        if key in self._room or not self.policy.admits(key, self.n_slots) or self.policy.score(key) <= 0:
+            return None
+        return -self.policy.rank(key), -self.history.last_visit(key), key[1], key[0]
+
+    def _lowest(self, key: Key) -> Place:
+        worth = self.policy.rank(key) - self.policy.level(key[0])
+        return worth, self.history.last_visit(key), -key[1], -key[0]
+
+    def _highest(self, key: Key) -> Place:
+        worth = self.policy.level(key[0]) - self.policy.rank(key)
+        return worth, -self.history.last_visit(key), key[1], key[0]

@@ -1,0 +1,111 @@
+"""The slots of the GPU's expert memory: FREE → LOADING → READY, a generation each, and leases that pin."""
+
+from dataclasses import dataclass
+
+from fiddler.cache.keys import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A slot promised to an expert whose copy is to be made or under way; `victim` had it before."""
+
+    key: Key
+    slot: int
+    generation: int
+    victim: Key | None
+
+
+class Slots:
+    """Every slot is in exactly one of `_free`, `_loading` and `_ready`. Misuse is a ValueError."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots = n_slots
+        self._free = list(range(n_slots - 1, -1, -1))
+        self._loading: dict[Key, Reservation] = {}
+        self._ready: dict[Key, int] = {}
+        self._generations = [0] * n_slots
+        self._leases: dict[Key, int] = {}
+
+    @property
+    def n_free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    @property
+    def n_ready(self) -> int:
+        """Slots whose expert can be used."""
+        return len(self._ready)
+
+    def slot(self, key: Key) -> int | None:
+        """The READY slot of an expert."""
+        return self._ready.get(key)
+
+    def loading(self, key: Key) -> Reservation | None:
+        """The copy under way for an expert."""
+        return self._loading.get(key)
+
+    def idle(self, key: Key) -> bool:
+        """Whether the expert is READY and nobody leases it."""
+        return key in self._ready and key not in self._leases
+
+    def begin(self, key: Key, victim: Key | None = None) -> Reservation:
+        """FREE → LOADING, out of an idle `victim`'s slot where one is named; its generation goes up."""
+        if key in self._loading or key in self._ready:
+            raise ValueError(f"expert {key} has a slot already")
+        if victim is not None:
+            if not self.idle(victim):
+                raise ValueError(f"expert {victim} cannot be evicted: not ready, or leased")
+            self._free.append(self._ready.pop(victim))
+        if not self._free:
+            raise ValueError("no slot is free")
+        slot = self._free.pop()
+        self._generations[slot] += 1
+        reservation = Reservation(key, slot, self._generations[slot], victim)
+        self._loading[key] = reservation
+        return reservation
+
+    def landed(self, reservation: Reservation) -> None:
+        """LOADING → READY; ValueError for a reservation that is not the slot's present one."""
+        self._end(reservation)
+        self._ready[reservation.key] = reservation.slot
+
+    def failed(self, reservation: Reservation) -> None:
+        """LOADING → FREE; ValueError for a reservation that is not the slot's present one."""
+        self._end(reservation)
+        self._free.append(reservation.slot)
+
+    def _end(self, reservation: Reservation) -> None:
+        if self._loading.get(reservation.key) != reservation:
+            raise ValueError(f"{reservation} is stale: its copy has ended already")
+        del self._loading[reservation.key]
+
+    def lease(self, key: Key) -> int:
+        """Pin a READY expert, once more, and say where it is; ValueError where it is not READY."""
+        if key not in self._ready:
+            raise ValueError(f"expert {key} is not ready")
+        self._leases[key] = self._leases.get(key, 0) + 1
+        return self._ready[key]
+
+    def release(self, key: Key) -> None:
+        """End one lease; ValueError where there is none."""
+        if key not in self._leases:
+            raise ValueError(f"expert {key} is not leased")
+        self._leases[key] -= 1
+        if not self._leases[key]:
+            del self._leases[key]
+
+    def held(self) -> set[Key]:
+        """The experts that have a slot, LOADING or READY."""
+        return self._loading.keys() | self._ready.keys()
+
+    def check(self) -> None:
+        """AssertionError where the books do not agree."""
+        loading = [reservation.slot for reservation in self._loading.values()]
+        places = sorted([*self._free, *loading, *self._ready.values()])
+        assert places == list(range(self.n_slots)), "a slot is lost, or in two states"
+        assert not self._loading.keys() & self._ready.keys(), "an expert is in two slots"
+        assert self._leases.keys() <= self._ready.keys(), "a lease on an expert that is not ready"
+        assert all(n > 0 for n in self._leases.values())
+        for key, reservation in self._loading.items():
+            assert reservation.key == key
+            assert reservation.generation == self._generations[reservation.slot], "a copy from another generation"

@@ -1,0 +1,51 @@
+"""What a policy is: it says what an expert is worth, and nothing about slots."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from fiddler.cache.history import History
+from fiddler.cache.keys import Key, Rows
+
+
+class Policy(Protocol):
+    """Numbers for an expert, valid whether it is resident or absent; higher stays.
+
+    `rank` orders the experts of one layer, `rank - level` those of all layers, and `score` is their worth: never
+    negative, in the same order, with ratios that mean something. `level` and the rank of an untouched expert
+    change through visits to their own layer only; in a `steady` policy such a rank never changes, and a touch never
+    lowers one.
+    """
+
+    name: ClassVar[str]
+    per_layer: ClassVar[bool] = False
+    """True: slots are divided equally over the layers. False: one pool for all."""
+    steady: ClassVar[bool] = True
+    history: History
+
+    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
+        """Learn from one visit that `history` has recorded already; most policies need no more than that."""
+        return
+
+    def rank(self, key: Key) -> float:
+        """The expert's place within its layer."""
+        ...
+
+    def level(self, layer: int) -> float:
+        """How much higher the layer's ranks are than their worth beside other layers."""
+        return 0.0
+
+    def score(self, key: Key) -> float:
+        """What the expert is worth now; 0 for one that there is no reason to copy in."""
+        return self.rank(key)
+
+    def admits(self, key: Key, n_slots: int) -> bool:
+        """Whether the expert may hold one of `n_slots` slots at all."""
+        return True
+
+    def state(self) -> dict[str, object]:
+        """What the policy knows beyond the history, JSON-able."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a saved state, after the history did; ValueError where it does not fit."""
+        return

@@ -1,0 +1,178 @@
+"""What a machine can do, figure by figure with its source, and the cost model of a model shape on it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from fiddler.cost import profile
+from fiddler.cost.curve import Curve
+from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.cost.shape import DENSE_BYTES, ModelShape
+from fiddler.errors import ConfigError
+
+FOLDER = Path(__file__).parent.parent / "machines"
+RESERVE_BYTES = 2**30
+"""GPU memory that is nobody's slot: the CUDA context, activations, workspaces. Assumed, not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A CPU, a GPU and the link between them: what each sustains alone, in SI units.
+
+    Raises `ConfigError` for a figure that is not finite, a rate or size not above 0, a time below 0, or a factor
+    below 1.
+    """
+
+    name: str
+    description: str
+    cpu_read_bytes_per_s: float
+    """Expert weights that the CPU's kernels read from host memory."""
+    cpu_flop_per_s: float
+    """Operations of the CPU's matrix products, on bf16 or fp16 weights."""
+    link_bytes_per_s: float
+    """Pinned host memory to the GPU; activations take the same link, either way."""
+    cpu_slowdown_beside_link: float
+    """Factor on the CPU's seconds while the link is busy too: both read the same host memory."""
+    link_slowdown_beside_cpu: float
+    """Factor on the link's seconds while the CPU is busy too."""
+    gpu_read_bytes_per_s: float
+    """Weights that the GPU's kernels read from its own memory."""
+    gpu_flop_per_s: float
+    """Operations of the GPU's matrix products, dense, bf16 or fp16."""
+    gpu_bytes: float
+    host_bytes: float
+    gpu_expert_launch_s: float
+    """What an expert on the GPU takes on top of its bytes or operations: its kernel launches."""
+    cpu_expert_dispatch_s: float
+    """What an expert on the CPU takes on top: operator dispatch, waking the threads."""
+    dense_launch_s: float
+    """What a layer's dense part takes on top: its launches, as one CUDA graph or one by one (the source says)."""
+    host_layer_s: float
+    """The host's own work per layer: routing read back, plan, hand-offs to the lanes."""
+    move_fixed_s: float
+    """Activations to the CPU and back, per layer, whatever their size."""
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each figure comes from, by its name."""
+
+    def __post_init__(self) -> None:
+        for name in FIGURES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r} must be a finite number")
+            if "slowdown" in name:
+                if value < 1.0:
+                    raise ConfigError(f"{name}={value!r} must be at least 1")
+            elif value < 0.0 or (
+                value == 0.0 and not name.endswith(("launch_s", "dispatch_s", "layer_s", "fixed_s"))
+            ):
+                raise ConfigError(f"{name}={value!r} must be above 0")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Self:
+        """Read a shipped machine by its name, or a file of the same form.
+
+        Each figure is `{"value": number, "source": text}`. Raises `ConfigError` that names the file and the key for
+        an unknown or missing key, a figure without a source, or one that is impossible.
+        """
+        path = profile.find(FOLDER, name_or_path)
+        content = profile.read(path, {"description", *FIGURES})
+        description = profile.text(content.pop("description"), f"{path}: description")
+        figures = {
+            name: profile.keyed(figure, f"{path}: {name}", {"value", "source"}) for name, figure in content.items()
+        }
+        sources = {name: profile.text(f["source"], f"{path}: {name}: source") for name, f in figures.items()}
+        values = {name: f["value"] for name, f in figures.items()}
+        try:
+            return cls(name=path.stem, description=description, sources=MappingProxyType(sources), **values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+FIGURES = frozenset(f.name for f in fields(Machine)) - {"name", "description", "sources"}
+"""The names of a machine's figures."""
+
+
+def machines() -> list[str]:
+    """Return the names of the machines that ship with Fiddler."""
+    return profile.names(FOLDER)
+
+
+def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
+    """Return what a shape takes on a machine. Nothing is measured: every curve is a roofline of the figures.
+
+    An expert with n rows takes `fixed + max(bytes / read rate, n · operations / operation rate)` seconds on either
+    side, and bytes / link rate to be copied. Not modelled: ramps of small products, dequantisation, the attention's
+    operations on a long context, and windows that bound its reads (its seconds are the bytes of keys and values).
+    """
+    nbytes, flops = shape.expert_bytes, shape.expert_flops_per_row
+    expert = ExpertCosts(
+        cpu=Curve.roofline(
+            machine.cpu_expert_dispatch_s, nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
+        ),
+        gpu=Curve.roofline(
+            machine.gpu_expert_launch_s, nbytes / machine.gpu_read_bytes_per_s, flops / machine.gpu_flop_per_s
+        ),
+        copy_s=nbytes / machine.link_bytes_per_s,
+        nbytes=nbytes,
+    )
+    there_and_back = 2 * shape.hidden * DENSE_BYTES
+    return CostModel(
+        experts=(expert,) * shape.n_layers,
+        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
+        moves=Moves(machine.move_fixed_s, there_and_back / machine.link_bytes_per_s),
+        dense=_dense(shape, machine),
+        host_s=machine.host_layer_s,
+    )
+
+
+def n_slots(
+    shape: ModelShape,
+    machine: Machine,
+    *,
+    share: float | None = None,
+    vram_bytes: float | None = None,
+    context: int = 8192,
+) -> int:
+    """Return how many experts the GPU holds: a share of all of them, or as many as fit.
+
+    A `share` between 0 and 1 is taken at its word, whether it fits or not, so that machines can be compared at
+    equal shares. Without one, as many as fit in `vram_bytes` (the machine's, unless given) beside the dense
+    weights, keys and values for `context` tokens in all, and `RESERVE_BYTES`. Raises `ConfigError` for both, for a
+    share outside 0 to 1, or where not even the dense part fits.
+    """
+    if share is not None:
+        if vram_bytes is not None or not 0.0 <= share <= 1.0:
+            raise ConfigError(f"share={share!r} must be between 0 and 1, and without vram_bytes")
+        return round(share * shape.total_experts)
+    total = machine.gpu_bytes if vram_bytes is None else vram_bytes
+    layers = shape.n_layers + shape.n_dense_layers
+    left = total - shape.resident_bytes - context * layers * shape.kv_bytes_per_token - RESERVE_BYTES
+    if left < 0.0:
+        raise ConfigError(
+            f"{shape.name} needs {(total - left) / 1e9:.1f} GB of GPU memory before its first expert, "
+            f"{total / 1e9:.1f} GB are there"
+        )
+    return min(int(left // shape.expert_bytes), shape.total_experts)
+
+
+def _dense(shape: ModelShape, machine: Machine) -> Dense:
+    # A cost model knows only layers with experts: each bears its share of those without, and a step's sum is right.
+    plain = shape.n_dense_layers / shape.n_layers
+    weights = shape.dense_weights + plain * shape.plain_weights
+    return Dense(
+        rows=Curve.roofline(
+            (1.0 + plain) * machine.dense_launch_s,
+            weights * DENSE_BYTES / machine.gpu_read_bytes_per_s,
+            2.0 * weights / machine.gpu_flop_per_s,
+        ),
+        context_s=(1.0 + plain) * shape.kv_bytes_per_token / machine.gpu_read_bytes_per_s,
+        # Norm, head and sampling are launched like a layer.
+        head=Curve.roofline(
+            machine.dense_launch_s,
+            shape.head_bytes / machine.gpu_read_bytes_per_s,
+            2.0 * shape.vocab * shape.hidden / machine.gpu_flop_per_s,
+        ),
+    )

@@ -1,0 +1,83 @@
+"""A device's memory for experts: equal slots in one allocation, each holding one block at a time."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fiddler.types import ExpertWeights
+
+ALIGNMENT = 64
+"""Bytes: blocks keep in a slot the alignment they have on the host."""
+
+
+class Views(Protocol):
+    """How the weights lie in a block; compared by identity."""
+
+    def views(self, block: Tensor) -> ExpertWeights:
+        """Return the weights in a block, without copying."""
+
+
+class Arena:
+    """`n_slots` slots of `slot_bytes` each, uint8.
+
+    It knows neither what a slot holds nor who reads it: whoever writes a slot has made sure that nobody does.
+    Raises `ValueError` for slots that would not be aligned.
+    """
+
+    def __init__(self, n_slots: int, slot_bytes: int) -> None:
+        if slot_bytes % ALIGNMENT:
+            raise ValueError(f"slots of {slot_bytes} bytes are not aligned to {ALIGNMENT}")
+        with torch.inference_mode(False):  # or a thread that is not in inference mode could not write
+            self._slots = torch.empty(n_slots, slot_bytes, dtype=torch.uint8)  # torch aligns to 64 bytes
+        # The last layout only: another one means that another block has been written over those views.
+        self._views: list[tuple[Views, ExpertWeights] | None] = [None] * n_slots
+
+    @property
+    def n_slots(self) -> int:
+        """Slots, whatever they hold."""
+        return self._slots.shape[0]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest block that fits."""
+        return self._slots.shape[1]
+
+    def write(self, slot: int, block: Tensor) -> None:
+        """Copy a block, uint8 of at most `slot_bytes`, into a slot.
+
+        Raises `IndexError` for a slot that does not exist and `ValueError` for a block that is too large.
+        """
+        to = self._slot(slot)
+        if block.numel() > self.slot_bytes:
+            raise ValueError(f"a block of {block.numel()} bytes does not fit a slot of {self.slot_bytes}")
+        to[: block.numel()].copy_(block)
+
+    def views(self, slot: int, layout: Views) -> ExpertWeights:
+        """Return the weights in a slot, kept as long as it is asked for with the same layout.
+
+        They are views: what is written to the slot later shows in them. Raises `IndexError` for a slot that does
+        not exist.
+        """
+        found = self._views[slot] if 0 <= slot < self.n_slots else None
+        if found is None or found[0] is not layout:
+            found = self._views[slot] = layout, layout.views(self._slot(slot))
+        return found[1]
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless slots are aligned and every view kept lies within its own slot."""
+        assert self._slots.data_ptr() % ALIGNMENT == 0 == self.slot_bytes % ALIGNMENT
+        for slot, kept in enumerate(self._views):
+            start = self._slots.data_ptr() + slot * self.slot_bytes
+            for part in () if kept is None else _tensors(kept[1]):
+                assert start <= part.data_ptr() <= start + self.slot_bytes - part.nbytes, f"slot {slot}"
+
+    def _slot(self, slot: int) -> Tensor:
+        if not 0 <= slot < self.n_slots:
+            raise IndexError(f"slot {slot} of {self.n_slots}")
+        return self._slots[slot]
+
+
+def _tensors(weights: ExpertWeights) -> tuple[Tensor, ...]:
+    down_bias = () if weights.down_bias is None else (weights.down_bias,)
+    return (*weights.up, weights.down, *weights.up_bias, *down_bias)

@@ -1,0 +1,116 @@
+"""Where a model's cost model comes from: a machine's figures, or this machine's clock."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fiddler.config import EngineConfig
+from fiddler.cost.curve import Curve
+from fiddler.cost.machine import Machine
+from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.devices.calibrate import calibration_file
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.measure import Bench, Measured
+from fiddler.models.loaded import LoadedModel
+from fiddler.types import ExpertWeights
+
+FREE = Curve(((1.0, 0.0),))
+
+
+def no_costs(n_layers: int) -> CostModel:
+    """Return a model that knows nothing: for a machine where there is nothing to choose."""
+    return CostModel(experts=(ExpertCosts(FREE, FREE, 0.0, 0),) * n_layers)
+
+
+def costs_on(machine: Machine, loaded: LoadedModel) -> CostModel:
+    """Return what a loaded model takes on a described machine: rooflines of its bytes and operations."""
+    experts = tuple(_expert_on(machine, loaded.weights(layer, 0)) for layer in range(len(loaded.n_experts)))
+    embeddings: Any = loaded.model.get_input_embeddings()
+    head: Any = loaded.model.get_output_embeddings() or embeddings
+    ends = {id(embeddings.weight), id(head.weight)}
+    per_layer = sum(p.nbytes for p in loaded.model.parameters() if id(p) not in ends) / len(experts)
+    row_bytes = embeddings.weight.shape[1] * embeddings.weight.itemsize
+    return CostModel(
+        experts=experts,
+        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
+        moves=Moves(machine.move_fixed_s, 2 * row_bytes / machine.link_bytes_per_s),
+        dense=Dense(rows=_dense_on(machine, per_layer), head=_dense_on(machine, head.weight.nbytes)),
+        host_s=machine.host_layer_s,
+    )
+
+
+def _dense_on(machine: Machine, nbytes: float) -> Curve:
+    # Two operations a weight and row; dense weights are counted as 16-bit ones, whatever they are here.
+    read_s, row_s = nbytes / machine.gpu_read_bytes_per_s, nbytes / machine.gpu_flop_per_s
+    return Curve.roofline(machine.dense_launch_s, read_s, row_s)
+
+
+def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
+    flops = 2.0 * sum(matrix.numel() for matrix in (*weights.up, weights.down))
+    nbytes = weights.nbytes
+    return ExpertCosts(
+        cpu=Curve.roofline(
+            machine.cpu_expert_dispatch_s, nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
+        ),
+        gpu=Curve.roofline(
+            machine.gpu_expert_launch_s, nbytes / machine.gpu_read_bytes_per_s, flops / machine.gpu_flop_per_s
+        ),
+        copy_s=nbytes / machine.link_bytes_per_s,
+        nbytes=nbytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A cost model measured here, with how far it is off at row counts it was not fitted to."""
+
+    costs: CostModel
+    residuals: tuple[tuple[str, float], ...]
+    """(curve, median relative error)."""
+    file: Path
+    fresh: bool
+    """Whether it was measured now; else it was read from the file."""
+
+
+def calibrate(bench: Bench, loaded: LoadedModel, config: EngineConfig, *, anew: bool = False) -> Calibration:
+    """Return this machine's costs for a model's experts: from the stored file, or measured and stored.
+
+    Layers whose experts have the same shape are measured once.
+    """
+    shapes = [_shape(bench.host, layer) for layer in range(len(loaded.n_experts))]
+    file = _file(shapes, bench, config)
+    stored = None if anew else _read(file)
+    if stored is not None:
+        return Calibration(*stored, file, fresh=False)
+    by_shape: dict[str, Measured] = {}
+    for layer, shape in enumerate(shapes):
+        if shape not in by_shape:
+            by_shape[shape] = bench.measure([i for i, s in enumerate(shapes) if s == shape][:4] or [layer])
+    first = next(iter(by_shape.values()))
+    costs = CostModel(experts=tuple(by_shape[s].costs for s in shapes), contention=first.contention)
+    residuals = tuple(pair for measured in by_shape.values() for pair in measured.residuals)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"costs": costs.as_json(), "residuals": residuals}, indent=1))
+    return Calibration(costs, residuals, file, fresh=True)
+
+
+def _read(file: Path) -> tuple[CostModel, tuple[tuple[str, float], ...]] | None:
+    """Read a stored calibration; one that is missing or damaged is measured again."""
+    try:
+        value = json.loads(file.read_text())
+        return CostModel.from_json(value["costs"]), tuple((str(n), float(e)) for n, e in value["residuals"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shape(host: CpuDevice, layer: int) -> str:
+    weights = host.weights(layer, 0)
+    return ", ".join(f"{tuple(m.shape)} {m.dtype}" for m in (*weights.up, weights.down))
+
+
+def _file(shapes: list[str], bench: Bench, config: EngineConfig) -> Path:
+    key = hashlib.sha256("; ".join([*shapes, bench.device_name]).encode()).hexdigest()[:12]
+    kernels = calibration_file(config)
+    return kernels.with_name(kernels.name.replace("kernels-", f"costs-{key}-"))

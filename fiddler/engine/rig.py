@@ -1,0 +1,136 @@
+"""Puts the parts together: what a model's experts run on, who decides, and how its steps are driven."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fiddler.cache.cache import ExpertCache
+from fiddler.cache.policy import make_policy
+from fiddler.config import EngineConfig, Resolved
+from fiddler.cost.machine import Machine
+from fiddler.cost.model import CostModel
+from fiddler.devices.arena import Arena
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.kernels import Kernels
+from fiddler.devices.measure import Bench
+from fiddler.devices.sim import SimDevice
+from fiddler.engine import warm
+from fiddler.engine.costing import calibrate, costs_on, no_costs
+from fiddler.engine.forward import StepRunner
+from fiddler.engine.runner import Runner
+from fiddler.engine.wave import Experts
+from fiddler.errors import ConfigError
+from fiddler.lanes.experts import ExpertWork
+from fiddler.lanes.inline import InlineLanes
+from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.threads import ThreadLanes
+from fiddler.lanes.virtual import VirtualLanes
+from fiddler.models.loaded import ServableModel
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.planners import planner
+from fiddler.scheduler.waves import Waves
+from fiddler.store.packed import PackedStore
+from fiddler.trace import Trace
+
+SHARE = 0.25
+"""Of all experts, how many a simulated accelerator holds unless told."""
+DEFER_FROM = 6
+"""Experts a token from which on deferring one is sound. Source: KTransformers, SOSP 2025."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """One engine's machine; it lives as long as the engine."""
+
+    scheduler: Scheduler
+    lanes: LaneSet
+    work: ExpertWork
+    runner: Runner
+    steps: StepRunner
+    trace: Trace | None
+    config: EngineConfig
+
+    async def aclose(self) -> None:
+        """Let the lanes finish, end them, and save what the cache has learnt."""
+        await self.runner.settle()
+        await self.lanes.aclose()
+        warm.save(self.scheduler.cache, self.config.warm_start)
+
+
+def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) -> Rig:
+    """Build a model's machine as `config` says. Raises `ConfigError`."""
+    resolved = loaded.resolved
+    host = CpuDevice(loaded.weights, loaded.formulas, kernels)
+    accelerator = _accelerator(loaded, config) if resolved.device == "sim" else None
+    work = ExpertWork(host, accelerator)
+    costs = _costs(loaded, host, accelerator, config)
+    trace = Trace() if config.trace else None
+    n_slots = accelerator.arena.n_slots if accelerator is not None else 0
+    scheduler = Scheduler(
+        _cache(loaded, n_slots, config),
+        costs,
+        planner=planner(config.planner),
+        promote=config.promote,
+        trace=trace,
+    )
+    lanes = _lanes(resolved, work, costs, trace)
+    runner = Runner(scheduler, lanes)
+    experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
+    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler))
+    return Rig(scheduler, lanes, work, runner, steps, trace, config)
+
+
+def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
+    store = loaded.store
+    assert isinstance(store, PackedStore)
+    total = sum(loaded.n_experts)
+    n_slots = min(total, round(total * SHARE) if config.slots is None else config.slots)
+    arena = Arena(n_slots, store.block_bytes)
+    if loaded.resolved.machine is not None:  # its clock says what a copy takes
+        return SimDevice(arena, store.block, store.layout, link_bytes_per_s=None)
+    return SimDevice(arena, store.block, store.layout)
+
+
+def _costs(
+    loaded: ServableModel, host: CpuDevice, accelerator: SimDevice | None, config: EngineConfig
+) -> CostModel:
+    if loaded.resolved.machine is not None:
+        return costs_on(Machine.load(loaded.resolved.machine), loaded)
+    if accelerator is None or not accelerator.arena.n_slots:
+        return no_costs(len(loaded.n_experts))
+    return calibrate(Bench(host, loaded.n_experts, accelerator), loaded, config).costs
+
+
+def _cache(loaded: ServableModel, n_slots: int, config: EngineConfig) -> ExpertCache:
+    policy = make_policy(config.policy, loaded.n_experts, half_life=config.half_life, top_k=loaded.top_k)
+    cache = ExpertCache(n_slots, loaded.n_experts, policy)
+    warm.restore(cache, config.warm_start)
+    return cache
+
+
+def _lanes(resolved: Resolved, work: ExpertWork, costs: CostModel, trace: Trace | None) -> LaneSet:
+    if resolved.machine is not None:
+        return VirtualLanes(costs, work, trace)
+    if resolved.device == "sim":
+        return ThreadLanes(work, working=partial(_torch_worker, torch.get_num_threads()), trace=trace)
+    return InlineLanes(work, trace)
+
+
+@contextmanager
+def _torch_worker(n_threads: int) -> Generator[None]:
+    """Be a lane's worker: modes and thread counts are each thread's own in torch."""
+    torch.set_num_threads(n_threads)
+    with torch.inference_mode():
+        yield
+
+
+def _deferred(loaded: ServableModel, config: EngineConfig) -> int:
+    if config.defer and loaded.top_k < DEFER_FROM:
+        raise ConfigError(
+            f"defer={config.defer} needs a model with at least {DEFER_FROM} experts a token; "
+            f"this one has {loaded.top_k}: set defer=0"
+        )
+    return config.defer

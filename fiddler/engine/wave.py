@@ -1,0 +1,140 @@
+"""A wave of a real model: forwards that meet at each layer's experts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fiddler.lanes.combine import combine, gather
+from fiddler.lanes.experts import ExpertWork
+from fiddler.models.seam import ExpertsCall, Forward
+from fiddler.scheduler.messages import Failures, LayerDone, LayerReady
+from fiddler.scheduler.routing import LayerWork, defer, route
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a model's experts are asked for: the same for all its waves."""
+
+    work: ExpertWork
+    n_experts: tuple[int, ...]
+    """By layer."""
+    n_deferred: int = 0
+    """Visits of least weight per token that join one layer late."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer whose experts were asked for."""
+
+    call: ExpertsCall
+    routed: LayerWork
+    meeting: tuple[int, ...]
+    """Which forwards wait at it."""
+    n_rows: list[int]
+    """Rows of each of them."""
+
+    @property
+    def n_now(self) -> int:
+        """Rows that join in this layer; the deferred follow."""
+        return self.routed.loads[-1].stop if self.routed.loads else 0
+
+
+class ModelWave:
+    """One packed forward, or one forward per sequence where a model cannot pack them.
+
+    Forwards that wait at one layer share its experts.
+    """
+
+    def __init__(self, forwards: Sequence[Forward], experts: Experts, *, n_rows: int, n_context: int) -> None:
+        self.n_rows = n_rows
+        self.n_context = n_context
+        self.results: list[Any] = [None] * len(forwards)
+        """What each forward returned, once the wave has ended; its latest call before."""
+        self.error: Exception | None = None
+        """What ended the wave early."""
+        self.failed: dict[tuple[int, int], Exception] = {}
+        """(forward, row) whose experts failed."""
+        self._forwards = forwards
+        self._experts = experts
+        self._wave = -1
+        self._now: _Layer | None = None
+        self._before: _Layer | None = None  # its deferred visits are not in yet
+        self._outputs: Sequence[Tensor | None] = [None] * len(forwards)
+
+    def advance(self, wave: int) -> LayerReady | None:
+        """Run forwards to their next experts call and take in the rows of those at the lowest layer."""
+        meeting = self._now.meeting if self._now is not None else tuple(range(len(self._forwards)))
+        for i, output in zip(meeting, self._outputs, strict=True):
+            self.results[i] = self._forwards[i].send(output)
+        waiting = [i for i, forward in enumerate(self._forwards) if not forward.dead]
+        if not waiting:
+            return None
+        layer = min(self.results[i].layer for i in waiting)
+        meeting = tuple(i for i in waiting if self.results[i].layer == layer)
+        calls = [self.results[i] for i in meeting]
+        call = _joined(calls)
+        self._wave = wave
+        self._before = self._now
+        self._now = now = _Layer(call, self._route(call), meeting, [c.hidden.shape[0] for c in calls])
+        self._experts.work.open(wave, layer, gather(call.hidden, now.routed, call.index.shape[1]))
+        return LayerReady(wave, now.routed, call.hidden.shape[0], call.index.shape[1])
+
+    def _route(self, call: ExpertsCall) -> LayerWork:
+        n_experts = self._experts.n_experts
+        weights = call.weights.flatten().tolist()
+        routed = route(call.layer, call.index.flatten().tolist(), n_experts[call.layer], weights)
+        if self._experts.n_deferred and call.layer + 1 < len(n_experts):
+            return defer(routed, weights, call.index.shape[1], self._experts.n_deferred)
+        return routed
+
+    def take(self, done: LayerDone) -> None:
+        """Combine a layer's results and the deferred ones of the layer before; failed rows count as zero."""
+        now, before = self._now, self._before
+        assert now is not None
+        total = self._combined(now, done.failures, deferred=False)
+        if before is not None:
+            if before.routed.deferred:
+                total = total + self._combined(before, done.late_failures, deferred=True)
+            self._experts.work.let_go(self._wave, before.routed.layer)
+        self._outputs = total.split(now.n_rows) if len(now.meeting) > 1 else [total]
+
+    def _combined(self, layer: _Layer, failures: Failures, *, deferred: bool) -> Tensor:
+        routed, call = layer.routed, layer.call
+        loads = routed.deferred if deferred else routed.loads
+        if not loads:
+            return call.hidden.new_zeros(call.hidden.shape)
+        failed = [load for load in loads if load.expert in failures]
+        for load in failed:
+            for position in routed.order[load.start : load.stop]:
+                self.failed[self._row(layer, position // call.index.shape[1])] = failures[load.expert]
+        part = slice(layer.n_now, None) if deferred else slice(0, layer.n_now)
+        outputs = self._experts.work.results(self._wave, routed.layer, failed)
+        return combine(outputs[part], routed.order[part], call.weights)
+
+    def _row(self, layer: _Layer, token: int) -> tuple[int, int]:
+        """Return the forward, and its row, that a token of a joined call belongs to."""
+        for i, n_rows in zip(layer.meeting, layer.n_rows, strict=True):
+            if token < n_rows:
+                return i, token
+            token -= n_rows
+        raise IndexError(f"the layer has no row {token}")
+
+    def end(self, error: Exception | None) -> None:
+        """Unwind what did not end by itself and let go of all rows."""
+        self.error = error
+        for layer in (self._now, self._before):
+            if layer is not None:
+                self._experts.work.let_go(self._wave, layer.routed.layer)
+        for forward in self._forwards:
+            forward.close()
+
+
+def _joined(calls: Sequence[ExpertsCall]) -> ExpertsCall:
+    """Return calls of one layer as one, their rows one after the other."""
+    if len(calls) == 1:
+        return calls[0]
+    hidden, index, weights = (torch.cat([getattr(c, name) for c in calls]) for name in ExpertsCall._fields[1:])
+    return ExpertsCall(calls[0].layer, hidden, index, weights)

@@ -1,0 +1,124 @@
+"""The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fiddler.cost.lanes import LANES, LaneName
+from fiddler.devices.cpu import CpuDevice
+from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
+from fiddler.scheduler.routing import Load
+from fiddler.types import ExpertWeights, LaneStatistics
+
+
+class Accelerator(Protocol):
+    """A memory of slots beside the host's."""
+
+    def copy(self, layer: int, expert: int, slot: int) -> None:
+        """Copy an expert's block into a slot."""
+        ...
+
+    def weights(self, layer: int, slot: int) -> ExpertWeights:
+        """Return what lies in a slot as an expert of `layer`."""
+        ...
+
+
+@dataclass(slots=True)
+class LaneCounters:
+    """What one lane has done; its worker is the only writer."""
+
+    n_rows: int = 0
+    n_loads: int = 0
+    n_bytes: int = 0
+    busy_s: float = 0.0
+
+    def snapshot(self) -> LaneStatistics:
+        """Return the state now."""
+        return LaneStatistics(self.n_rows, self.n_loads, self.n_bytes, self.busy_s)
+
+
+@dataclass(slots=True)
+class _Buffers:
+    rows: Tensor  # [n, H], in the work's order
+    out: Tensor  # [n, H]
+
+
+@dataclass(slots=True)
+class ExpertWork:
+    """Does the work of jobs, in whichever thread calls; loads write disjoint rows, so lanes need no lock.
+
+    A job whose layer was let go does nothing.
+    """
+
+    host: CpuDevice
+    accelerator: Accelerator | None = None
+    counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
+    _open: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
+
+    def open(self, wave: int, layer: int, rows: Tensor) -> None:
+        """Take a layer's rows `[n, H]`, one per visit, before its jobs start."""
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        self._open[wave, layer] = _Buffers(rows, out)
+
+    def results(self, wave: int, layer: int, failed: Iterable[Load] = ()) -> Tensor:
+        """Return a layer's outputs `[n, H]`, zero for loads that failed. Those that still run are not there yet."""
+        out = self._open[wave, layer].out
+        for load in failed:
+            out[load.start : load.stop] = 0
+        return out
+
+    def let_go(self, wave: int, layer: int) -> None:
+        """Forget a layer's rows and results; nothing happens if it is not open."""
+        self._open.pop((wave, layer), None)
+
+    def __call__(self, job: Job) -> Failures:
+        """Do a job; returns what failed by expert."""
+        started = perf_counter()
+        match job:
+            case RunExperts():
+                failures = self._run(job)
+            case CopyExpert():
+                failures = self._copy(job)
+            case _:
+                return {}
+        self.counters[job.lane].busy_s += perf_counter() - started
+        return failures
+
+    def _run(self, job: RunExperts) -> Failures:
+        buffers = self._open.get((job.wave, job.layer))
+        failures: dict[int, Exception] = {}
+        if buffers is None:
+            return failures
+        counters = self.counters[job.lane]
+        for i, load in enumerate(job.loads):
+            try:
+                weights = self._weights(job, i)
+                buffers.out[load.start : load.stop] = self.host.expert(job.layer, load, weights, buffers.rows)
+            except Exception as error:
+                failures[load.expert] = error
+            else:
+                counters.n_rows += load.n_rows
+                counters.n_loads += 1
+                counters.n_bytes += weights.nbytes
+        return failures
+
+    def _weights(self, job: RunExperts, i: int) -> ExpertWeights:
+        if job.lane == "cpu":
+            return self.host.weights(job.layer, job.loads[i].expert)
+        assert self.accelerator is not None
+        return self.accelerator.weights(job.layer, job.slots[i])
+
+    def _copy(self, job: CopyExpert) -> Failures:
+        assert self.accelerator is not None
+        try:
+            self.accelerator.copy(job.layer, job.expert, job.slot)
+        except Exception as error:
+            return {job.expert: error}
+        counters = self.counters["link"]
+        counters.n_loads += 1
+        counters.n_bytes += self.accelerator.weights(job.layer, job.slot).nbytes
+        return {}

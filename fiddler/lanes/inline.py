@@ -1,0 +1,49 @@
+"""One lane, in the engine's own thread: what a machine with nothing but a CPU needs.
+
+A worker thread would have nothing to run beside, and its torch threads would fight the engine's for the cores.
+"""
+
+from collections import deque
+from time import perf_counter
+
+from fiddler.lanes.laneset import Execute
+from fiddler.scheduler.messages import Job, JobDone, LaneDied
+from fiddler.trace import Trace
+from fiddler.lanes.spans import span
+
+
+class InlineLanes:
+    """Runs every job when it is started."""
+
+    timed_dense = False
+
+    def __init__(self, execute: Execute, trace: Trace | None = None) -> None:
+        self._execute = execute
+        self._trace = trace
+        self._reports: deque[JobDone | LaneDied] = deque()
+
+    def now_s(self) -> float:
+        """Return the wall clock's seconds."""
+        return perf_counter()
+
+    def start(self, job: Job) -> None:
+        """Run a job."""
+        started = perf_counter()
+        failures = self._execute(job)
+        ended = perf_counter()
+        if self._trace is not None:
+            self._trace.span(span(job, started, ended))
+        self._reports.append(JobDone(job.job, ended - started, failures))
+
+    async def report(self) -> JobDone | LaneDied:
+        """Return the oldest report."""
+        return self._reports.popleft()
+
+    def drain(self) -> list[JobDone | LaneDied]:
+        """Return the reports that were not taken."""
+        drained = list(self._reports)
+        self._reports.clear()
+        return drained
+
+    async def aclose(self) -> None:
+        """Nothing is left to end."""

@@ -1,0 +1,94 @@
+"""Lanes of a simulated machine in virtual time: no thread works, and the clock jumps from one job's end to the next.
+
+Numbers are computed when a job ends, in the engine's thread, so what a copy had not brought yet cannot be used.
+"""
+
+from fiddler.cost.lanes import LANES, LaneName, Lanes
+from fiddler.cost.model import CostModel
+from fiddler.lanes.laneset import Execute
+from fiddler.lanes.spans import span
+from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunDense, RunExperts
+from fiddler.trace import Trace
+
+
+class VirtualLanes:
+    """Runs jobs for as long as `costs` says; without `execute` nothing but time passes."""
+
+    timed_dense = True
+
+    def __init__(self, costs: CostModel, execute: Execute | None = None, trace: Trace | None = None) -> None:
+        self._costs = costs
+        self._execute = execute
+        self._trace = trace
+        self._lanes = Lanes(costs.contention)
+        self._jobs: dict[int, Job] = {}
+        self._began: dict[int, float] = {}
+        self._reports: list[JobDone | LaneDied] = []
+        self._now_s = 0.0
+        self.busy_s: dict[LaneName, float] = dict.fromkeys(LANES, 0.0)
+        """Seconds in which each lane had a job."""
+        self.read_bytes: dict[LaneName, int] = dict.fromkeys(LANES, 0)
+        """Bytes of experts that each lane computed with, or copied."""
+
+    def now_s(self) -> float:
+        """Return the virtual seconds since the machine was made."""
+        return self._now_s
+
+    def start(self, job: Job) -> None:
+        """Queue a job in its lane."""
+        self._jobs[job.job] = job
+        urgent = job.urgent if isinstance(job, CopyExpert) else True
+        self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
+        self._note_begun(job.lane)
+
+    async def report(self) -> JobDone | LaneDied:
+        """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
+        while not self._reports:
+            self._jump()
+        return self._reports.pop(0)
+
+    def drain(self) -> list[JobDone | LaneDied]:
+        """Return nothing: a report is there only once it is waited for."""
+        return []
+
+    async def aclose(self) -> None:
+        """Nothing is left to end."""
+
+    def _jump(self) -> None:
+        seconds = self._lanes.next_s()
+        if seconds is None:
+            raise RuntimeError("a report is waited for and no job is in flight")
+        busy = [lane for lane in LANES if self._lanes.queues[lane]]
+        done = self._lanes.advance(seconds)
+        self._now_s += seconds
+        for lane in busy:
+            self.busy_s[lane] += seconds
+        for lane, job_id in done:
+            self._end(self._jobs.pop(job_id))
+            self._note_begun(lane)
+
+    def _end(self, job: Job) -> None:
+        began_s = self._began.pop(job.job)
+        failures = self._execute(job) if self._execute is not None else {}
+        if self._trace is not None:
+            self._trace.span(span(job, began_s, self._now_s))
+        self._reports.append(JobDone(job.job, self._now_s - began_s, failures))
+
+    def _note_begun(self, lane: LaneName) -> None:
+        queue = self._lanes.queues[lane]
+        if queue:
+            self._began.setdefault(queue[0].job, self._now_s)
+
+    def _seconds(self, job: Job) -> float:
+        if not isinstance(job, RunDense):
+            n_experts = len(job.loads) if isinstance(job, RunExperts) else 1
+            self.read_bytes[job.lane] += n_experts * self._costs.experts[job.layer].nbytes
+        match job:
+            case RunExperts(lane="cpu"):
+                return self._costs.cpu_s(job.layer, [load.n_rows for load in job.loads])
+            case RunExperts():
+                return self._costs.gpu_s(job.layer, [load.n_rows for load in job.loads])
+            case CopyExpert():
+                return self._costs.experts[job.layer].copy_s
+            case _:
+                return job.predicted_s
