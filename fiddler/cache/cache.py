@@ -96,9 +96,9 @@ class ExpertCache:
         return self._slots.loading(key)
 
     def admissible(self, keys: Sequence[Key]) -> int:
-        """How many of these absent experts, in order, `reserve` would let in one after the other.
+        """How many of these absent experts, in order, `reserve` would let in before it refuses one.
 
-        ValueError where one is not absent, or comes twice.
+        The count is highest with the experts worth most first. ValueError where one is not absent, or comes twice.
         """
         moves: list[tuple[Key, Key | None]] = []
         try:
@@ -192,6 +192,7 @@ class ExpertCache:
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from what another run learned; ValueError for another policy's or another model's state."""
+        state = part({"state": state}, "state")
         n_layers = len(self._keys)
         saved = text(state, "policy"), counts(state, "n_experts", [n_layers])
         if saved != (self.policy.name, [list(self.history.n_experts)]):

@@ -79,7 +79,7 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     lanes = _lanes(resolved, work, costs, trace)
     runner = Runner(scheduler, lanes)
     experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
-    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler))
+    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k))
     return Rig(scheduler, lanes, work, runner, steps, trace, config)
 
 

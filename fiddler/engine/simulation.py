@@ -122,7 +122,7 @@ class _Simulation:
         )
         self._lanes = VirtualLanes(costs, trace=trace)
         self._runner = Runner(self._scheduler, self._lanes)
-        self._waves = Waves(setting.waves, self._scheduler)
+        self._waves = Waves(setting.waves, self._scheduler, shape.top_k)
         self._scripts = [Script(routing, n_prompt) for routing, n_prompt in sequences]
         self._dense_bytes = 0.0
         self._n_two = 0

@@ -4,6 +4,7 @@ Every load of a layer is in one place at a time: in a lane, waiting for its expe
 falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -51,8 +52,8 @@ class Scheduler:
         self.cache = cache
         self.correction = Correction(costs)
         self.counters = Counters()
-        self.recent: dict[int, LayerReady] = {}
-        """By layer, the latest."""
+        self.recent: defaultdict[int, deque[LayerReady]] = defaultdict(lambda: deque(maxlen=2))
+        """By layer, the latest: one or two waves of a step."""
         self._planner = planner
         self._promote = promote
         self._trace = trace
@@ -96,7 +97,7 @@ class Scheduler:
 
     def _begin(self, event: LayerReady) -> Iterator[Command]:
         work = event.work
-        self.recent[work.layer] = event
+        self.recent[work.layer].append(event)
         rows = [(load.expert, load.n_rows) for load in (*work.loads, *work.deferred)]
         self.cache.observe(work.layer, rows, event.n_tokens, event.scores)
         before = self._runs.get(event.wave)

@@ -1,10 +1,11 @@
 """One wave or two: whether halving a step's rows pays.
 
-Two waves let one's experts run beside the other's dense part, but an expert that both halves visit is read twice.
-So the cost model is asked, on the routing of the latest step, and what it says is corrected by what steps then took.
+Two waves let the experts of one run beside the dense part of the other, and what the first fetched the second finds
+in its slot; but an expert that both visit is read twice. So the cost model is asked, and what it says is corrected
+by what steps then took.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,15 +16,44 @@ from fiddler.scheduler.plan import Backlog, Candidate, Plan, descent
 from fiddler.scheduler.routing import Load
 
 WaveMode = Literal["auto", "one", "two"]
+Rows = Mapping[int, int]
+"""Rows by expert."""
 
 MARGIN = 0.05
-"""Two waves must be predicted to be faster by this share: the prediction is of a typical layer, not of this step."""
+"""Two waves must be predicted to be faster by this share: it is a typical layer that is predicted."""
+DOUBT = 1.1
+"""How much longer than predicted two waves are held to take until some were measured: what each lane loses to the
+others is predicted for one wave at a time. Measured on the profiles in `bench/machines`: 1.0 to 1.2."""
+ENOUGH = 3
+"""Steps of one kind after which their bias is believed."""
 EVERY = 16
-"""Steps between predictions while a step's rows stay the same number."""
+"""Steps between predictions."""
 N_LAYERS = 8
 """Layers that are predicted, spread over the model."""
+LIKE = 1.5
+"""Steps with up to so many times fewer or more rows are alike: what one took says something about the other."""
 WEIGHT = 0.2
 """Of the latest step in a bias."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What is known of steps of one wave, or of two."""
+
+    predicted_s: float = 0.0
+    bias: float = 1.0
+    n_steps: int = 0
+
+    def took(self, seconds: float) -> None:
+        """Learn from a step."""
+        if self.predicted_s > 0.0:
+            self.n_steps += 1
+            self.bias += max(WEIGHT, 1.0 / self.n_steps) * (seconds / self.predicted_s - self.bias)
+
+    @property
+    def expected_s(self) -> float:
+        """What a step is expected to take."""
+        return self.predicted_s * self.bias
 
 
 @dataclass(slots=True)
@@ -32,78 +62,96 @@ class Waves:
 
     mode: WaveMode
     scheduler: Scheduler
-    _bias: dict[int, float] = field(default_factory=lambda: {1: 1.0, 2: 1.0})
-    _predicted: dict[int, float] = field(default_factory=dict)
-    _for_rows: int = 0
+    top_k: int
+    _one: _Kind = field(default_factory=_Kind)
+    _two: _Kind = field(default_factory=_Kind)
+    _n_rows: int = 0
     _age: int = 0
 
     def choose(self, n_rows: int, n_context: int) -> int:
         """Return how many waves a step of `n_rows` rows over `n_context` tokens of past should be: 1 or 2."""
         if self.mode != "auto" or n_rows < 2:
             return 2 if self.mode == "two" and n_rows >= 2 else 1
-        if n_rows != self._for_rows or self._age >= EVERY:
-            self._predicted = self._predict(n_rows, n_context)
-            self._for_rows, self._age = n_rows, 0
+        if not self._n_rows / LIKE <= n_rows <= self._n_rows * LIKE:
+            self._n_rows, self._age, self._one, self._two = n_rows, 0, _Kind(), _Kind()
+        if self._age % EVERY == 0 or self._age == 1:  # the first step of a kind had no routing of its own to go by
+            self._one.predicted_s, self._two.predicted_s = self._predict(n_rows, n_context)
         self._age += 1
-        if not self._predicted:
-            return 1
-        one, two = (self._predicted[n] * self._bias[n] for n in (1, 2))
-        return 2 if two < one * (1.0 - MARGIN) else 1
+        self.scheduler.recent.clear()
+        return 2 if self._pays() else 1
 
     def took(self, n_waves: int, seconds: float) -> None:
         """Report a step's time."""
-        predicted_s = self._predicted.get(n_waves, 0.0)
-        if self._age > 1 and predicted_s > 0.0:  # the first step after a change has no routing of its own behind it
-            ratio = min(max(seconds / predicted_s, 0.5), 2.0)
-            self._bias[n_waves] += WEIGHT * (ratio - self._bias[n_waves])
+        (self._one if n_waves == 1 else self._two).took(seconds)
 
-    def _predict(self, n_rows: int, n_context: int) -> dict[int, float]:
-        """Return the predicted seconds of a step by number of waves; nothing where it cannot be told."""
+    def _pays(self) -> bool:
+        one, two = self._one, self._two
+        if one.n_steps < ENOUGH or two.predicted_s <= 0.0:
+            return False
+        if two.n_steps < ENOUGH:
+            return two.predicted_s * one.bias * DOUBT < one.expected_s * (1.0 - MARGIN)
+        return two.expected_s < one.expected_s
+
+    def _predict(self, n_rows: int, n_context: int) -> tuple[float, float]:
+        """Return the predicted seconds of a step of one wave and of two; zeros where no dense part is known."""
         costs = self.scheduler.correction.costs
-        recent = list(self.scheduler.recent.values())
-        if not recent or costs.dense.layer_s(n_rows, n_context) <= 0.0:
-            return {}
-        sample = recent[:: max(1, len(recent) // N_LAYERS)]
-        periods = [self._periods(costs, ready, n_rows, n_context) for ready in sample]
         n_layers = len(costs.experts)
+        if costs.dense.layer_s(n_rows, n_context) <= 0.0:
+            return 0.0, 0.0
+        sample = range(0, n_layers, max(1, n_layers // N_LAYERS))
+        periods = [self._periods(costs, layer, n_rows, n_context) for layer in sample]
         one, two = (sum(p[i] for p in periods) / len(periods) for i in (0, 1))
         # Two waves share a step's beginning and its end with nobody: half a layer each.
-        return {1: one * n_layers, 2: two * (n_layers + 1)}
+        return one * n_layers, two * (n_layers + 1)
 
-    def _periods(self, costs: CostModel, ready: LayerReady, n_rows: int, n_context: int) -> tuple[float, float]:
+    def _periods(self, costs: CostModel, layer: int, n_rows: int, n_context: int) -> tuple[float, float]:
         """Return the seconds from one layer to the next, with one wave and with two."""
-        layer, scale = ready.work.layer, n_rows / ready.n_tokens
-        first, second = _halved(ready)
-        whole = self._plan(
-            costs, layer, {e: first.get(e, 0) + second.get(e, 0) for e in {**first, **second}}, scale
-        )
-        parts = [self._plan(costs, layer, rows, scale) for rows in (first, second)]
+        first, second = self._halves(layer, n_rows)
+        union = {expert: first.get(expert, 0) + second.get(expert, 0) for expert in {**first, **second}}
+        whole, ahead = self._plan(costs, layer, union), self._plan(costs, layer, first)
+        behind = self._plan(costs, layer, second, {load.expert for load in ahead.fetch})
         dense_s = costs.dense.layer_s(n_rows, n_context) + costs.host_s
         half_s = costs.dense.layer_s((n_rows + 1) // 2, n_context // 2) + costs.host_s
+        parts = ahead, behind
         cpu_s = sum(costs.cpu_s(layer, [load.n_rows for load in part.cpu]) for part in parts)
         gpu_s = sum(costs.gpu_s(layer, [load.n_rows for load in (*part.gpu, *part.fetch)]) for part in parts)
         link_s = sum(len(part.fetch) for part in parts) * costs.experts[layer].copy_s
         chain_s = half_s + max(part.predicted_s for part in parts)
         return dense_s + whole.predicted_s, max(cpu_s, gpu_s + 2 * half_s, link_s, chain_s)
 
-    def _plan(self, costs: CostModel, layer: int, rows: Mapping[int, int], scale: float) -> Plan:
-        """Plan a layer as it would be planned with idle lanes."""
+    def _plan(self, costs: CostModel, layer: int, rows: Rows, fetched: Collection[int] = ()) -> Plan:
+        """Plan a layer with idle lanes, some experts just fetched."""
         cache = self.scheduler.cache
-        candidates = []
-        for expert, n in sorted(rows.items()):
-            load = Load(expert, 0, max(1, round(n * scale)))
-            resident = cache.slot((layer, expert)) is not None
-            candidates.append(Candidate(load, "hit" if resident else "miss"))
-        n_fetch = min(cache.n_slots, sum(c.place == "miss" for c in candidates))
-        return descent(layer, candidates, costs, Backlog(), n_fetch)
+        there = [expert in fetched or cache.slot((layer, expert)) is not None for expert in rows]
+        loads = [Load(expert, 0, n) for expert, n in rows.items()]
+        candidates = [Candidate(load, "hit" if hit else "miss") for load, hit in zip(loads, there, strict=True)]
+        return descent(layer, candidates, costs, Backlog(), min(cache.n_slots, there.count(False)))
+
+    def _halves(self, layer: int, n_rows: int) -> tuple[Rows, Rows]:
+        """Return the rows of a step's two halves: as in the latest step if it was alike, or spread evenly."""
+        latest = self.scheduler.recent[layer]
+        n_tokens = sum(ready.n_tokens for ready in latest)
+        if n_rows / LIKE <= n_tokens <= n_rows * LIKE:
+            return _halved(latest)
+        n_experts = self.scheduler.cache.history.n_experts[layer]
+        visits = n_rows // 2 * self.top_k, (n_rows + 1) // 2 * self.top_k
+        return _even(n_experts, visits[0], last=False), _even(n_experts, visits[1], last=True)
 
 
-def _halved(ready: LayerReady) -> tuple[dict[int, int], dict[int, int]]:
-    """Return the rows by expert of a layer's first half of tokens and of its second."""
+def _even(n_experts: int, n_visits: int, *, last: bool) -> Rows:
+    """Spread visits over as many experts as random ones would reach, the first of them or the last."""
+    reached = max(1, round(n_experts * (1.0 - (1.0 - 1.0 / n_experts) ** n_visits)))
+    experts = range(n_experts - reached, n_experts) if last else range(reached)
+    return dict.fromkeys(experts, max(1, round(n_visits / reached)))
+
+
+def _halved(latest: Sequence[LayerReady]) -> tuple[Rows, Rows]:
+    """Return the rows by expert of a layer's first half of tokens and of its second, as they came in one step."""
     halves: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    middle = ready.n_tokens // 2 * ready.top_k
-    for load in ready.work.loads:
-        for position in ready.work.order[load.start : load.stop]:
-            half = halves[position >= middle]
-            half[load.expert] = half.get(load.expert, 0) + 1
+    for i, ready in enumerate(latest):
+        middle = ready.n_tokens // 2 * ready.top_k
+        for load in ready.work.loads:
+            for position in ready.work.order[load.start : load.stop]:
+                half = halves[min(i, 1) if len(latest) > 1 else position >= middle]
+                half[load.expert] = half.get(load.expert, 0) + 1
     return halves

@@ -217,6 +217,7 @@ def test_a_warm_start_holds_what_was_worth_most(name: str) -> None:
         {"n_experts": [[2, 2]]},
         {"history": {}},
         {"history": None},
+        {"history": {"n_visits": [[10**400]]}},
         {"worth": {"half_life": 32.0, "logs": [[float("nan"), 0.0], [0.0]]}},
         {"worth": {"half_life": -1.0, "logs": [[0.0, 0.0], [0.0]]}},
         {"worth": {"half_life": 32.0, "logs": [[1e300, 0.0], [0.0]]}},
@@ -234,6 +235,11 @@ def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, object]) ->
     assert aged.state() == before
     aged.restore(saved)
     assert aged.state() == saved
+
+
+def test_a_state_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="not an object"):
+        cache("lru", 1, (2,)).restore([])  # type: ignore[arg-type]
 
 
 def test_a_history_from_the_future_is_refused() -> None:
