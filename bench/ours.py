@@ -1,6 +1,6 @@
 """Fiddler under the stopwatch: an engine whose steps are taken apart from inside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from bench.workload import Run, Step, Workload
 from fiddler import Engine
+from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.mlp import run_expert
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.combine import gather
-from fiddler.lanes.compute import ComputeLane
+from fiddler.lanes.experts import ExpertWork
 from fiddler.models.loaded import ServableModel
 from fiddler.scheduler.routing import route
 
@@ -40,26 +41,30 @@ class _Job:
 
 
 class Probe:
-    """Wraps an idle engine's inner calls with clocks; adds a few microseconds to a layer.
+    """Wraps an idle engine's steps with clocks, and listens at its modules; adds a few microseconds to a layer.
 
     It reaches into private parts, which is what makes the numbers those of the real path: same thread, same caches.
+    For an engine whose experts run on the CPU alone: what its lane has done by the end of a step is the step's.
     """
 
     def __init__(self, engine: Engine) -> None:
         assert engine._loop is not None
         assert engine._loaded is not None
+        assert engine._loaded.resolved.device == "cpu"
         self.loaded: ServableModel = engine._loaded
-        self.lane: ComputeLane = engine._loop._lane
         self.steps: list[Step] = []
         """Every step since the list was last emptied."""
         loop: Any = engine._loop
-        runner = loop._steps
-        runner._compute = self._experts(runner._compute)
-        runner.run = self._forward(runner.run)
+        work: ExpertWork = loop._rig.work
+        self.device: CpuDevice = work.host
+        self._lane = work.counters["cpu"]
+        loop._steps.run = self._forward(loop._steps.run)
         loop._step = self._step(loop._step)
         loop._apply = self._apply(loop._apply)
         self._inbox: Any = engine._inbox
         self._watch_head(self.loaded.model.get_output_embeddings())
+        for layer, experts in enumerate(self.loaded.experts.values()):
+            self._watch_experts(layer, experts)
 
     async def call(self, work: Callable[[], T]) -> T:
         """Do something on the engine's thread and return its outcome.
@@ -83,41 +88,49 @@ class Probe:
 
         return apply
 
-    def _step(self, inner: Callable[[], None]) -> Callable[[], None]:
-        def step() -> None:
-            self.steps.append(Step(n_rows=0))
+    def _step(self, inner: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        async def step() -> None:
+            now = Step(n_rows=0)
+            self.steps.append(now)
+            before = self._lane.snapshot()
             started = perf_counter()
-            inner()
-            self.steps[-1].total_s = perf_counter() - started
+            await inner()
+            now.total_s = perf_counter() - started
+            after = self._lane.snapshot()
+            now.kernels_s = after.busy_s - before.busy_s
+            now.expert_bytes = after.n_bytes - before.n_bytes
+            now.n_loads = after.n_loads - before.n_loads
 
         return step
 
-    def _forward(self, inner: Callable[[Any], list[Tensor]]) -> Callable[[Any], list[Tensor]]:
-        def run(spans: Any) -> list[Tensor]:
+    def _forward(self, inner: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
+        async def run(spans: Any) -> T:
             self.steps[-1].n_rows = sum(span.n_rows for span in spans)
             started = perf_counter()
-            logits = inner(spans)
+            outcomes = await inner(spans)
             self.steps[-1].forward_s = perf_counter() - started
-            return logits
+            return outcomes
 
         return run
 
-    def _experts(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        counters = self.lane.counters
+    def _watch_experts(self, layer: int, experts: nn.Module) -> None:
+        """Time a layer's experts as its model does: from the call, which suspends the forward, to its return."""
+        started: float | None = None
 
-        def compute(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            step = self.steps[-1]
-            step.calls.append((layer, hidden.clone(), index.clone()))
-            busy_s, n_bytes, n_loads = counters.busy_s, counters.n_bytes, counters.n_loads
+        def before(_experts: nn.Module, call: tuple[Tensor, Tensor, Tensor]) -> None:
+            nonlocal started
+            hidden, index, _weights = call
+            self.steps[-1].calls.append((layer, hidden.clone(), index.clone()))
             started = perf_counter()
-            output = inner(layer, hidden, index, weights)
-            step.experts_s += perf_counter() - started
-            step.kernels_s += counters.busy_s - busy_s
-            step.expert_bytes += counters.n_bytes - n_bytes
-            step.n_loads += counters.n_loads - n_loads
-            return output
 
-        return compute
+        def after(*_: Any) -> None:
+            nonlocal started
+            if started is not None:  # of forwards that meet at a layer, the last to come and the first to go on
+                self.steps[-1].experts_s += perf_counter() - started
+                started = None
+
+        experts.register_forward_pre_hook(before)
+        experts.register_forward_hook(after)
 
     def _watch_head(self, head: nn.Module) -> None:
         started = 0.0
@@ -174,7 +187,7 @@ def alone(probe: Probe, steps: Sequence[Step]) -> list[float]:
 
 
 def _kernels_alone(probe: Probe, layer: int, hidden: Tensor, index: Tensor) -> float:
-    device, loaded = probe.lane._device, probe.loaded
+    device, loaded = probe.device, probe.loaded
     work = route(layer, index.flatten().tolist(), loaded.n_experts[layer])
     rows = gather(hidden, work, index.shape[1])
     jobs = []

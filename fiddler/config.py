@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -24,6 +25,8 @@ _CHOICES = {
     "planner": PlannerName,
 }
 _AT_LEAST = {"max_running": 1, "chunk_tokens": 1, "max_context": 1, "threads": 1, "slots": 0, "defer": 0}
+_FLAGS = ("promote", "trace", "trust_remote_code")
+_PATHS = ("warm_start", "calibration_dir")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +56,8 @@ class EngineConfig:
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""
     store: StoreMode = "auto"
-    """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned block
-    of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
+    """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned
+    block of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
     slots: int | None = None
     """Experts the accelerator holds; `None` is a quarter of all, or what its memory has room for."""
     policy: PolicyName = "aged-lfu"
@@ -90,10 +93,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
-        if not self.half_life > 0:
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in _PATHS:
+            if not isinstance(getattr(self, name), Path | None):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a pathlib.Path or None")
+        if type(self.half_life) not in (int, float) or not 0 < self.half_life < inf:
             raise ConfigError(f"half_life={self.half_life!r} must be a number of tokens above 0")
-        kind, _, machine = self.device.partition(":")
-        if kind not in ("auto", *get_args(DeviceKind)) or (":" in self.device and not (kind == "sim" and machine)):
+        kind, colon, machine = self.device.partition(":") if isinstance(self.device, str) else ("", "", "")
+        if kind not in ("auto", *get_args(DeviceKind)) or (colon and not (kind == "sim" and machine)):
             raise ConfigError(f"device={self.device!r} is not one of 'auto', 'cpu', 'sim', 'sim:MACHINE'")
 
     @classmethod

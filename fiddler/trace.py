@@ -3,9 +3,12 @@
 A `Trace` is given to what records into it; without one nothing is recorded and nothing is paid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["dense", "slots", "cpu", "copy", "promote"]
+"""What a job does: the dense part, experts from slots, experts on the CPU, a demand copy, a promotion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,15 @@ class Span:
     end_s: float
     predicted_s: float
     """What it takes with the machine to itself."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the job does, by its lane and by the first word of its name."""
+        if self.lane == "cpu":
+            return "cpu"
+        if self.lane == "gpu":
+            return "dense" if self.layer is None else "slots"
+        return "promote" if self.name.startswith("promote") else "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +67,21 @@ class Trace:
         if len(self.decisions) < self.limit:
             self.decisions.append(decision)
 
-    def chrome(self) -> dict[str, Any]:
+    def chrome(self, about: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the run in the Trace Event Format, which Perfetto and Chrome's tracing page open.
 
-        Source: "Trace Event Format", Google, 2016; times in microseconds.
+        `about` is kept beside the events. Source: "Trace Event Format", Google, 2016; times in microseconds.
         """
-        lanes = list(dict.fromkeys(span.lane for span in self.spans))
-        return {"displayTimeUnit": "ms", "traceEvents": [*_names(lanes), *self._events(lanes)]}
+        lanes = sorted({span.lane for span in self.spans})
+        events = [*_names(lanes), *self._events(lanes)]
+        return {"displayTimeUnit": "ms", "otherData": dict(about or {}), "traceEvents": events}
 
     def _events(self, lanes: list[str]) -> Iterator[dict[str, Any]]:
         for span in self.spans:
             arguments = {"wave": span.wave, "layer": span.layer, "predicted_us": span.predicted_s * 1e6}
             yield {
                 "name": span.name,
-                "cat": span.lane,
+                "cat": span.kind,
                 "ph": "X",
                 "pid": 1,
                 "tid": lanes.index(span.lane) + 1,
@@ -92,5 +105,5 @@ class Trace:
 def _names(lanes: list[str]) -> Iterator[dict[str, Any]]:
     """Name the rows of the picture."""
     yield {"name": "process_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": "fiddler"}}
-    for i, lane in enumerate(lanes, 1):
-        yield {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": lane}}
+    for i, row in enumerate(["plans", *lanes]):
+        yield {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": row}}

@@ -1,11 +1,12 @@
 """Which rows travel in a step: every decoding sequence, and prompts as far as the budget goes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.engine.assemble import Span, assemble
+from fiddler.engine.assemble import Span, assemble, halves
 
 
 @dataclass(eq=False)
@@ -17,10 +18,6 @@ class Running:
     n_wanted: int = 1
     ran: list[int] = field(default_factory=list)
     n_made: int = 0
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return list(range(self.n_prompt))
 
     @property
     def prefilling(self) -> bool:
@@ -122,6 +119,77 @@ def test_prompts_come_after_decoding_and_the_last_is_cut() -> None:
         Span(first, 2, 5, last=True),
         Span(second, 0, 4, last=False),
     ]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[Span[Running]]:
+    running = draw(st.lists(requests(), min_size=1, max_size=6))
+    return assemble(running, draw(budgets), chunked=draw(st.booleans()))
+
+
+def rows(spans: Sequence[Span[Running]]) -> dict[int, list[int]]:
+    """The rows of each request, in the order they are run."""
+    found: dict[int, list[int]] = {}
+    for span in spans:
+        found.setdefault(id(span.request), []).extend(range(span.start, span.stop))
+    return found
+
+
+@given(steps(), st.booleans())
+@settings(deadline=None)
+def test_halves_hold_every_row_once_and_in_order(spans: list[Span[Running]], cut: bool) -> None:
+    parts = halves(spans, cut=cut)
+    assert 1 <= len(parts) <= 2
+    assert all(parts)
+    assert all(span.n_rows > 0 for part in parts for span in part)
+    assert rows([span for part in parts for span in part]) == rows(spans)
+    assert list(rows([span for part in parts for span in part])) == [id(span.request) for span in spans]
+
+
+@given(steps())
+@settings(deadline=None)
+def test_halves_are_equal_where_a_span_may_be_cut(spans: list[Span[Running]]) -> None:
+    sizes = [sum(span.n_rows for span in part) for part in halves(spans, cut=True)]
+    assert len(sizes) == min(2, sum(span.n_rows for span in spans))
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(steps(), st.booleans())
+@settings(deadline=None)
+def test_only_the_last_span_of_the_first_half_is_cut(spans: list[Span[Running]], cut: bool) -> None:
+    first, *later = halves(spans, cut=cut)
+    (second,) = later or ([],)
+    whole = [span for span in [*first, *second] if span in spans]
+    pieces = [span for span in [*first, *second] if span not in spans]
+    if not pieces:
+        assert whole == spans
+        return
+    assert cut
+    assert pieces == [first[-1], second[0]]
+    assert (first[-1].request, first[-1].stop) == (second[0].request, second[0].start)
+
+
+@given(steps(), st.booleans())
+@settings(deadline=None)
+def test_a_token_is_picked_once_from_halves(spans: list[Span[Running]], cut: bool) -> None:
+    def picked(step: Sequence[Span[Running]]) -> list[tuple[int, int]]:
+        return [(id(span.request), span.stop) for span in step if span.last]
+
+    assert picked([span for part in halves(spans, cut=cut) for span in part]) == picked(spans)
+
+
+def test_halves_by_example() -> None:
+    decoding = [Running(4, n_past=4 + i) for i in range(3)]
+    prompt = Running(9)
+    spans = [*(Span(r, r.n_past, r.n_past + 1, last=True) for r in decoding), Span(prompt, 0, 9, last=True)]
+    assert halves(spans, cut=False) == [spans[:3], spans[3:]]
+    assert halves(spans, cut=True) == [
+        [*spans[:3], Span(prompt, 0, 3, last=False)],
+        [Span(prompt, 3, 9, last=True)],
+    ]
+    assert halves(spans[:1], cut=True) == [spans[:1]]
+    assert halves(spans[3:], cut=False) == [spans[3:]]
+    assert halves([], cut=True) == []
 
 
 def test_nobody_running_is_an_empty_step() -> None:

@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import re
 import signal
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 import pytest
@@ -15,12 +17,29 @@ from typer.testing import CliRunner, Result
 
 from fiddler import DEMO
 from fiddler.cli import app
-from fiddler.cli.session import interruptible
+from fiddler.cli.notes import slots_used, virtual_speed, weights_read, where_experts_ran
+from fiddler.cli.options import CheckpointOptions, EngineOptions
+from fiddler.cli.session import interruptible, virtual_json
+from fiddler.config import EngineConfig, PlannerName, PolicyName, StoreMode, WaveMode
+from fiddler.errors import ConfigError
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.types import LaneStatistics, Statistics
 from tests.support.tiny import CONTEXT, N_EXPERTS, N_LAYERS, TOP_K, save_tiny, tiny_tokenizer
 
 PROMPT = "Once upon"
 EXPERT_BYTES = 3 * 64 * 32 * 4
+VIRTUAL = "sim:rtx4090-desktop"
+ACCELERATOR = (
+    "slots",
+    "slots_used",
+    "hits",
+    "fetches",
+    "promotions",
+    "fallbacks",
+    "copied_bytes",
+    "prediction_error",
+)
+"""Keys that are zero without an accelerator."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +72,7 @@ def n_prompt_tokens(messages: list[dict[str, str]]) -> int:
 def test_generate_prints_one_object_that_counts_right(tiny: Path) -> None:
     answer = run_json("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 6, "--greedy")
 
-    assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "timing", "experts"}
+    assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "timing", "virtual", "experts"}
     assert len(answer["token_ids"]) == 6
     assert answer["finish_reason"] == "length"
     assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
@@ -61,8 +80,120 @@ def test_generate_prints_one_object_that_counts_right(tiny: Path) -> None:
     assert 0 < answer["timing"]["first_token_s"] <= answer["timing"]["total_s"]
     experts = answer["experts"]
     visits = (9 + 5) * N_LAYERS * TOP_K  # the last token is not run
-    assert (experts["visits"], experts["cpu_visits"]) == (visits, visits)
+    assert (experts["visits"], experts["cpu_visits"], experts["accelerator_visits"]) == (visits, visits, 0)
     assert experts["bytes_read"] == experts["loads"] * EXPERT_BYTES
+    assert not any(experts[name] for name in ACCELERATOR)
+    assert answer["virtual"] is None
+
+
+@pytest.mark.parametrize("device", ["sim", VIRTUAL])
+def test_generate_counts_what_the_accelerator_did(tiny: Path, device: str) -> None:
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 6, "--greedy")
+    answer = run_json(*args, "--device", device, "--slots", 5, "--planner", "all-fetch")
+
+    assert answer["text"] == run_json(*args)["text"]
+    experts = answer["experts"]
+    assert set(experts) > set(ACCELERATOR)
+    assert experts["cpu_visits"] + experts["accelerator_visits"] == experts["visits"] == 14 * N_LAYERS * TOP_K
+    assert experts["accelerator_visits"] > 0
+    assert experts["slots"] == experts["slots_used"] == 5
+    assert experts["copied_bytes"] % EXPERT_BYTES == 0
+    assert 0 < experts["copied_bytes"] <= (experts["fetches"] + experts["promotions"]) * EXPERT_BYTES
+    assert experts["fallbacks"] == 0
+
+
+def test_virtual_time_is_told_apart(tiny: Path) -> None:
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 6, "--greedy", "--device")
+    virtual, again = [run_json(*args, VIRTUAL)["virtual"] for _ in range(2)]
+    shown, wall = run(*args, VIRTUAL), run(*args, "sim")
+
+    assert virtual == again
+    assert virtual["machine"] == "rtx4090-desktop"
+    assert virtual["tokens_per_s"] == pytest.approx(6 / virtual["step_s"])
+    line = f"{virtual['tokens_per_s']:.3g} tokens/s in virtual time on a simulated rtx4090-desktop"
+    assert line in " ".join(shown.stderr.split())
+    assert run_json(*args, "sim")["virtual"] is None
+    assert "virtual" not in wall.stderr
+    for result in (shown, wall):
+        assert re.search(r"CPU \d+ %, accelerator \d+ % of 84 expert visits", result.stderr)
+        assert re.search(r"\d of 6 used; \d+ hits, \d+ fetches, \d+ promotions, [\d.]+ kB copied", result.stderr)
+        assert re.search(r"\d+ % median error of a layer's time", result.stderr)
+
+
+def test_a_summary_of_slots_that_did_nothing() -> None:
+    none = LaneStatistics(0, 0, 0, 0.0)
+    counts = dict.fromkeys((f.name for f in fields(Statistics)), 0)
+    idle = Statistics(**{**counts, "cpu": none, "gpu": none, "link": none, "n_slots": 3})  # type: ignore[arg-type]
+
+    assert where_experts_ran(idle) == "CPU 100 %, accelerator 0 % of 0 expert visits"
+    assert slots_used(idle) == "0 of 3 used; 0 hits, 0 fetches, 0 promotions, 0 bytes copied"
+    assert slots_used(replace(idle, n_fallbacks=2)).endswith(", 2 fell back to the CPU")
+    assert weights_read(idle) == "0 bytes in 0 expert loads"
+    assert virtual_speed(3, 0.0) == "0 tokens/s in virtual time"
+    assert virtual_json("m", 0, 0.0) == {"machine": "m", "step_s": 0.0, "tokens_per_s": 0.0}
+
+
+def test_shares_add_up() -> None:
+    none = LaneStatistics(0, 0, 0, 0.0)
+    counts = dict.fromkeys((f.name for f in fields(Statistics)), 1)
+    for n_cpu in range(201):
+        lanes = {"cpu": replace(none, n_rows=n_cpu), "gpu": replace(none, n_rows=200 - n_cpu), "link": none}
+        found = re.findall(r"(\d+) %", where_experts_ran(Statistics(**{**counts, **lanes})))  # type: ignore[arg-type]
+        assert sum(int(share) for share in found) == 100
+
+
+def test_engine_options_are_those_of_the_engine_s_configuration() -> None:
+    plain = EngineOptions().config(CheckpointOptions())
+    assert plain == EngineConfig()
+    left_out = {"max_running", "trace", "calibration_dir", "trust_remote_code"}
+    assert {f.name for f in fields(EngineOptions)} == {f.name for f in fields(EngineConfig)} - left_out
+
+
+def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
+        "device": VIRTUAL,
+        "store": "packed",
+        "slots": 4,
+        "policy": "lru",
+        "half_life": 8.0,
+        "promote": False,
+        "planner": "all-cpu",
+        "waves": "two",
+        "defer": 1,
+        "warm_start": tiny / "none.json",
+        "dtype": "bfloat16",
+        "kernels": "linear",
+        "threads": 1,
+        "max_context": 99,
+        "chunk_tokens": 7,
+    }
+    assert set(given) == {f.name for f in fields(EngineOptions)}
+    flags = [("--no-promote",) if n == "promote" else (f"--{n.replace('_', '-')}", v) for n, v in given.items()]
+    opened: list[EngineConfig] = []
+
+    def note(_model: object, config: EngineConfig) -> None:
+        opened.append(config)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("fiddler.cli.session.Engine", note)
+    run("generate", "-m", tiny, "-p", PROMPT, *(part for flag in flags for part in flag))
+    assert opened == [EngineConfig(**given)]
+
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run("generate", "--help").stdout
+    assert all(flag[0] in shown for flag in flags)
+    for kind in (PolicyName, PlannerName, WaveMode, StoreMode):
+        assert "|".join(get_args(kind)) in shown
+
+
+def test_scores_are_kept_between_runs(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    args = ("generate", "-m", tiny, "-p", PROMPT, "--max-new-tokens", 4, "--device", VIRTUAL, "--warm-start", file)
+    assert run(*args).exit_code == 0
+    assert file.exists()
+    refused = run(*args, "--policy", "lru")
+    assert refused.exit_code == 1
+    assert f"error: warm_start='{file}'" in refused.stderr
 
 
 def test_text_goes_to_stdout_and_the_summary_to_stderr(tiny: Path) -> None:
@@ -131,7 +262,20 @@ def test_ctrl_c_wakes_a_waiting_loop() -> None:
     ("args", "code", "message"),
     [
         (["--device", "tpu"], 2, "--device"),
+        (["--device", "sim:"], 2, "--device"),
+        (["--device", "sim:tpu"], 1, "rtx4090-desktop"),
+        (["--device", "sim", "--store", "mapped"], 1, "store='mapped'"),
         (["--dtype", "int3"], 2, "--dtype"),
+        (["--store", "paged"], 2, "--store"),
+        (["--policy", "fifo"], 2, "--policy"),
+        (["--planner", "best"], 2, "--planner"),
+        (["--waves", "three"], 2, "--waves"),
+        (["--slots", "-1"], 2, "--slots"),
+        (["--defer", "-1"], 2, "--defer"),
+        (["--defer", "1"], 1, "defer=1"),
+        (["--half-life", "-1"], 2, "--half-life"),
+        (["--half-life", "0"], 1, "half_life"),
+        (["--warm-start", "/"], 2, "--warm-start"),
         (["--temperature", "-1"], 2, "--temperature"),
         (["--top-p", "1.5"], 2, "--top-p"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens"),
@@ -321,6 +465,20 @@ def test_chat_prints_answers_as_text(tiny: Path) -> None:
 
     assert shown.stdout == answer["text"] + "\n"
     assert "(5 tokens" in shown.stderr
+
+
+def test_chat_tells_virtual_time_apart(tiny: Path) -> None:
+    args = ("-m", tiny, "--max-new-tokens", 5, "--device", VIRTUAL)
+    first, second = answers(*args, stdin="Hello\nHello\n")
+    shown = run("chat", *args, "--greedy", stdin="Hello\n")
+
+    for answer in (first, second):
+        virtual = answer["virtual"]
+        assert virtual["machine"] == "rtx4090-desktop"
+        assert virtual["tokens_per_s"] == pytest.approx(5 / virtual["step_s"])
+    assert f" {first['virtual']['tokens_per_s']:.3g} tokens/s in virtual time" in shown.stderr
+    (wall,) = answers("-m", tiny, "--max-new-tokens", 5, stdin="Hello\n")
+    assert wall["virtual"] is None
 
 
 def test_chat_needs_a_template(tmp_path: Path) -> None:

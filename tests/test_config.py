@@ -3,7 +3,7 @@
 import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +11,34 @@ from hypothesis import strategies as st
 
 import fiddler
 from fiddler import errors
-from fiddler.config import DeviceName, DtypeName, EngineConfig, KernelMode, Resolved, resolve
+from fiddler.cache.policy import POLICIES
+from fiddler.config import (
+    DtypeName,
+    EngineConfig,
+    KernelMode,
+    PlannerName,
+    PolicyName,
+    Resolved,
+    StoreMode,
+    WaveMode,
+    resolve,
+)
 from fiddler.errors import ConfigError, FiddlerError
+from fiddler.scheduler.planners import PLANNERS
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads")
-CHOICES = {"device": DeviceName, "dtype": DtypeName, "kernels": KernelMode}
+COUNTS_FROM_ZERO = ("slots", "defer")
+FLAGS = ("promote", "trace", "trust_remote_code")
+PATHS = ("warm_start", "calibration_dir")
+CHOICES = {
+    "dtype": DtypeName,
+    "kernels": KernelMode,
+    "store": StoreMode,
+    "policy": PolicyName,
+    "planner": PlannerName,
+    "waves": WaveMode,
+}
+DEVICES = ("auto", "cpu", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")
 
 
 class TestEngineConfig:
@@ -32,19 +55,81 @@ class TestEngineConfig:
     def test_one_is_enough(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: 1}), name) == 1  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("name", ["max_context", "threads"])
+    @pytest.mark.parametrize("name", COUNTS_FROM_ZERO)
+    @pytest.mark.parametrize("value", [-1, 0.5, "4", False, [1]], ids=repr)
+    def test_some_counts_must_be_whole_and_not_negative(self, name: str, value: Any) -> None:
+        with pytest.raises(
+            ConfigError, match=f"^{name}={re.escape(repr(value))} must be a whole number of at least 0"
+        ):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize("name", COUNTS_FROM_ZERO)
+    def test_of_some_none_is_enough(self, name: str) -> None:
+        assert getattr(EngineConfig(**{name: 0}), name) == 0  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", ["max_context", "threads", "slots"])
     def test_some_counts_may_be_left_open(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: None}), name) is None  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("name", CHOICES)
     @pytest.mark.parametrize("value", ["nonsense", "", None, 3, "AUTO"], ids=repr)
     def test_choices_are_named_with_the_option(self, name: str, value: Any) -> None:
-        with pytest.raises(ConfigError, match=f"^{name}={value!r} is not one of 'auto', "):
+        with pytest.raises(ConfigError, match=f"^{name}={value!r} is not one of '{get_args(CHOICES[name])[0]}', "):
             EngineConfig(**{name: value})
 
     @pytest.mark.parametrize(("name", "value"), [(n, v) for n, kind in CHOICES.items() for v in get_args(kind)])
     def test_every_choice_is_admitted(self, name: str, value: Any) -> None:
         assert getattr(EngineConfig(**{name: value}), name) == value
+
+    def test_every_choice_is_tested(self) -> None:
+        assert {f.name for f in fields(EngineConfig) if get_origin(f.type) is Literal} == set(CHOICES)
+
+    def test_what_can_be_chosen_is_what_there_is(self) -> None:
+        assert set(get_args(PolicyName)) == set(POLICIES)
+        assert set(get_args(PlannerName)) == set(PLANNERS)
+
+    @pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf"), "32", None, True, [1]], ids=repr)
+    def test_a_half_life_is_a_number_above_zero(self, value: Any) -> None:
+        with pytest.raises(
+            ConfigError, match=f"^half_life={re.escape(repr(value))} must be a number of tokens above"
+        ):
+            EngineConfig(half_life=value)
+
+    @pytest.mark.parametrize("value", [0.01, 1, 1e6], ids=repr)
+    def test_a_half_life_may_be_short_or_long(self, value: float) -> None:
+        assert EngineConfig(half_life=value).half_life == value
+
+    @pytest.mark.parametrize("name", FLAGS)
+    @pytest.mark.parametrize("value", ["no", "false", 0, 1, None], ids=repr)
+    def test_flags_are_true_or_false(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}={value!r} must be True or False"):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize("name", FLAGS)
+    @pytest.mark.parametrize("value", [True, False])
+    def test_both_settings_of_a_flag(self, name: str, value: bool) -> None:
+        assert getattr(EngineConfig(**{name: value}), name) is value  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", PATHS)
+    @pytest.mark.parametrize("value", ["file", 3, False], ids=repr)
+    def test_paths_are_paths(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}={value!r} must be a pathlib.Path or None"):
+            EngineConfig(**{name: value})
+        assert getattr(EngineConfig(**{name: Path("file")}), name) == Path("file")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("value", DEVICES)
+    def test_devices(self, value: str) -> None:
+        assert EngineConfig(device=value).device == value
+
+    @pytest.mark.parametrize(
+        "value",
+        ["", "gpu", "cuda:0", "CPU", "sim:", ":", ":sim", "cpu:", "cpu:x", "auto:x", " sim", None, 3, ["cpu"]],
+        ids=repr,
+    )
+    def test_other_devices_are_refused_beside_those_there_are(self, value: Any) -> None:
+        known = "'auto', 'cpu', 'sim', 'sim:MACHINE'"
+        with pytest.raises(ConfigError, match=f"^device={re.escape(repr(value))} is not one of {known}$"):
+            EngineConfig(device=value)
 
     def test_unknown_options_are_named_beside_the_known(self) -> None:
         with pytest.raises(
@@ -53,8 +138,31 @@ class TestEngineConfig:
             EngineConfig.from_mapping({"max_runing": 3, "cache_size": 2, "threads": 1})
 
     def test_from_mapping_takes_every_field(self) -> None:
-        config = EngineConfig(max_running=3, calibration_dir=Path("x"), dtype="float32", trust_remote_code=True)
-        assert EngineConfig.from_mapping({f.name: getattr(config, f.name) for f in fields(config)}) == config
+        config = EngineConfig(
+            device="sim:rtx4090-desktop",
+            dtype="float32",
+            max_running=3,
+            chunk_tokens=5,
+            max_context=7,
+            threads=2,
+            kernels="linear",
+            store="packed",
+            slots=0,
+            policy="lru",
+            half_life=8.0,
+            promote=False,
+            planner="all-fetch",
+            waves="two",
+            defer=1,
+            warm_start=Path("scores"),
+            trace=True,
+            calibration_dir=Path("x"),
+            trust_remote_code=True,
+        )
+        options = {f.name: getattr(config, f.name) for f in fields(config)}
+        default = EngineConfig()
+        assert [name for name, value in options.items() if value == getattr(default, name)] == []
+        assert EngineConfig.from_mapping(options) == config
 
     def test_from_mapping_checks_values(self) -> None:
         with pytest.raises(ConfigError, match=r"^max_running=0 "):
@@ -77,7 +185,36 @@ class TestResolve:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_auto_is_the_checkpoints_own_dtype(self, dtype: Any) -> None:
         resolved = resolve(EngineConfig(), checkpoint_dtype=dtype, model_context=64)
-        assert resolved == Resolved(device="cpu", dtype=dtype, max_context=64)
+        assert resolved == Resolved(device="cpu", machine=None, dtype=dtype, max_context=64, store="mapped")
+
+    @pytest.mark.parametrize(
+        ("asked", "device", "machine", "store"),
+        [
+            ("auto", "cpu", None, "mapped"),
+            ("cpu", "cpu", None, "mapped"),
+            ("sim", "sim", None, "packed"),
+            ("sim:rtx4090-desktop", "sim", "rtx4090-desktop", "packed"),
+            ("sim:./a/file.json", "sim", "./a/file.json", "packed"),
+            ("sim:C:\\machine.json", "sim", "C:\\machine.json", "packed"),
+        ],
+    )
+    def test_a_device_says_its_machine_and_its_store(
+        self, asked: str, device: Any, machine: str | None, store: Any
+    ) -> None:
+        resolved = resolve(EngineConfig(device=asked), checkpoint_dtype="float32", model_context=64)
+        assert resolved == Resolved(device, machine, "float32", 64, store)
+
+    @pytest.mark.parametrize(
+        ("device", "store"), [("cpu", "mapped"), ("cpu", "packed"), ("auto", "packed"), ("sim", "packed")]
+    )
+    def test_a_chosen_store_wins(self, device: str, store: Any) -> None:
+        config = EngineConfig(device=device, store=store)
+        assert resolve(config, checkpoint_dtype="float32", model_context=64).store == store
+
+    @pytest.mark.parametrize("device", ["sim", "sim:rtx4090-desktop"])
+    def test_a_mapped_store_has_nothing_to_copy_to_an_accelerator(self, device: str) -> None:
+        with pytest.raises(ConfigError, match=r"^store='mapped' .* leave store='auto' with device='sim'"):
+            resolve(EngineConfig(device=device, store="mapped"), checkpoint_dtype="float32", model_context=64)
 
     @pytest.mark.parametrize("checkpoint_dtype", ["bfloat16", "float8_e4m3fn"])
     def test_a_chosen_dtype_wins(self, checkpoint_dtype: str) -> None:

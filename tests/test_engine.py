@@ -14,6 +14,7 @@ import torch
 
 from fiddler import (
     CheckpointError,
+    ConfigError,
     Engine,
     EngineClosedError,
     EngineConfig,
@@ -23,14 +24,19 @@ from fiddler import (
     PromptError,
     Statistics,
 )
-from fiddler.lanes.compute import ComputeLane
+from fiddler.cost.machine import machines
+from fiddler.lanes.experts import ExpertWork
 from fiddler.models import seam
-from tests.support.tiny import save_tiny
+from fiddler.scheduler.messages import Failures, Job
+from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
 pytestmark = pytest.mark.anyio
 
 FOREVER = 400
 """More tokens than any test waits for."""
+VIRTUAL = "sim:rtx4090-desktop"
+N_SLOTS = N_LAYERS * N_EXPERTS // 4
+EXPERT_BYTES = 3 * 64 * 32 * 4
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ async def settled(engine: Engine) -> Statistics:
 
 
 @asynccontextmanager
-async def opened(model: Path, **options: int) -> AsyncIterator[Engine]:
+async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
     async with Engine(model, EngineConfig(**options)) as engine:
         yield engine
         await settled(engine)
@@ -290,17 +296,183 @@ def test_two_engines_in_threads_of_their_own(tiny: Path) -> None:
 async def test_threads_are_the_engines_own(
     tiny: Path, threads: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: set[int] = set()
-    run = ComputeLane.run
+    seen: set[tuple[str, int]] = set()
+    work = ExpertWork.__call__
 
-    def noting(self: ComputeLane, *call: Any) -> torch.Tensor:
-        seen.add(torch.get_num_threads())
-        return run(self, *call)
+    def noting(self: ExpertWork, job: Job) -> Failures:
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        return work(self, job)
 
-    monkeypatch.setattr(ComputeLane, "run", noting)
+    monkeypatch.setattr(ExpertWork, "__call__", noting)
     before = torch.get_num_threads()
     async with opened(tiny, **({} if threads is None else {"threads": threads})) as engine:
         await engine.generate("Hello", greedy(2))
         assert torch.get_num_threads() == before
-    assert seen == {expected}  # tiny experts are not shared between threads
+    assert seen == {("fiddler-engine", expected)}  # tiny experts are not shared between threads
     assert await anyio.to_thread.run_sync(torch.get_num_threads) == before
+
+
+async def used(model: Path, **options: Any) -> Statistics:
+    """What an engine had done when it was closed, after a prompt of 5 tokens and 8 new ones."""
+    async with opened(model, **options) as engine:
+        await engine.generate([4, 5, 6, 7, 8], greedy(8))
+    return engine.statistics()
+
+
+N_VISITS = (5 + 7) * N_LAYERS * TOP_K  # the last token is not run
+
+
+@pytest.mark.parametrize("device", ["sim", VIRTUAL])
+@pytest.mark.parametrize("planner", ["auto", "all-cpu", "all-fetch"])
+async def test_statistics_say_where_experts_ran(tiny: Path, device: str, planner: str) -> None:
+    now = await used(tiny, device=device, planner=planner)
+
+    assert now.cpu.n_rows + now.gpu.n_rows == now.n_expert_rows == N_VISITS
+    assert now.gpu.n_loads == now.n_hits + now.n_fetches
+    for lane in (now.cpu, now.gpu, now.link):
+        assert lane.n_bytes == lane.n_loads * EXPERT_BYTES
+        assert (lane.busy_s > 0) == (lane.n_loads > 0)
+    assert 0 < now.link.n_loads <= now.n_fetches + now.n_promotions
+    assert now.n_fallbacks == 0
+    assert now.n_slots == N_SLOTS
+    assert 0 < now.n_slots_used <= now.n_slots
+    assert now.prediction_error >= 0
+    assert now.step_s > 0
+    if planner == "all-cpu":
+        assert now.n_fetches == 0
+    if planner == "all-fetch":
+        assert now.n_fetches > 0
+
+
+async def test_without_an_accelerator_everything_runs_on_the_cpu(tiny: Path) -> None:
+    for options in ({"device": "cpu"}, {"device": "sim", "slots": 0}, {"device": VIRTUAL, "slots": 0}):
+        now = await used(tiny, **options)
+        assert now.cpu.n_rows == N_VISITS
+        assert now.gpu.n_loads == now.link.n_loads == now.n_slots == now.n_slots_used == 0
+        assert now.n_hits == now.n_fetches == now.n_promotions == 0
+
+
+async def test_there_are_no_more_slots_than_experts(tiny: Path) -> None:
+    now = await used(tiny, device=VIRTUAL, slots=1000)
+    assert now.n_slots == N_LAYERS * N_EXPERTS
+
+
+async def test_nothing_is_promoted_unless_asked_for(tiny: Path) -> None:
+    now = await used(tiny, device=VIRTUAL, planner="all-cpu", promote=False)
+    assert now.n_promotions == now.link.n_loads == now.n_slots_used == 0
+
+
+async def test_virtual_time_repeats_and_is_not_the_wall_clocks(tiny: Path) -> None:
+    first, second = [await used(tiny, device=VIRTUAL) for _ in range(2)]
+    assert first.step_s == second.step_s
+    assert (first.n_hits, first.n_fetches, first.n_promotions) == (
+        second.n_hits,
+        second.n_fetches,
+        second.n_promotions,
+    )
+    assert first.prediction_error < 1e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", VIRTUAL])
+async def test_a_trace_is_kept_only_if_asked_for(tiny: Path, device: str) -> None:
+    async with opened(tiny, device=device) as engine:
+        await engine.generate("Hello", greedy(2))
+        with pytest.raises(ConfigError, match="set trace=True"):
+            engine.trace()
+
+
+@pytest.mark.parametrize(
+    ("device", "lanes"),
+    [("cpu", {"cpu"}), ("sim", {"cpu", "gpu", "link"}), (VIRTUAL, {"cpu", "gpu", "link"})],
+)
+async def test_a_trace_holds_every_job_and_every_decision(tiny: Path, device: str, lanes: set[str]) -> None:
+    async with opened(
+        tiny, device=device, planner="auto" if device == "cpu" else "all-fetch", trace=True
+    ) as engine:
+        await engine.generate("Hello", greedy(4))
+    trace, now = engine.trace(), engine.statistics()
+    assert {span.lane for span in trace.spans} == lanes
+    assert all(span.start_s <= span.end_s for span in trace.spans)
+    assert len(trace.decisions) == now.n_steps * N_LAYERS
+    assert sum(decision.n_rows for decision in trace.decisions) == now.n_expert_rows
+    assert {event["ph"] for event in trace.chrome()["traceEvents"]} == {"M", "X", "i"}
+
+
+async def test_an_unopened_engine_has_no_trace(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing is recorded"):
+        Engine(tiny, EngineConfig(trace=True)).trace()
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim", VIRTUAL])
+async def test_a_warm_start_is_written_at_the_end_and_read_at_the_next_start(
+    tiny: Path, tmp_path: Path, device: str
+) -> None:
+    file, unused = tmp_path / "new" / "scores.json", tmp_path / "unused.json"
+    await used(tiny, device=device, warm_start=file)
+    learnt = file.read_text()
+    async with opened(tiny, device=device, warm_start=unused):
+        pass
+    async with opened(tiny, device=device, warm_start=file):
+        assert file.read_text() == learnt
+    assert file.read_text() == learnt != unused.read_text()
+    await used(tiny, device=device, warm_start=file)
+    assert file.read_text() != learnt
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_experts": N_EXPERTS * 2}, {"num_hidden_layers": N_LAYERS - 1}, {"policy": "lru"}, {}], ids=str
+)
+async def test_a_warm_start_of_another_model_or_policy_is_refused(
+    tiny: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    file = tmp_path / "scores.json"
+    await used(tiny, device=VIRTUAL, warm_start=file)
+    if not other:
+        file.write_text(file.read_text()[:-10])
+    policy = other.pop("policy", "aged-lfu")
+    model = save_tiny(tmp_path / "other", **other) if other else tiny
+    before = file.read_text()
+    with pytest.raises(ConfigError, match=r"^warm_start=.*scores\.json' cannot be used: .*another file"):
+        async with opened(model, device=VIRTUAL, warm_start=file, policy=policy):
+            pass
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", VIRTUAL])
+async def test_deferring_needs_many_experts_a_token(tiny: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"^defer=1 needs .* at least 6 .* has {TOP_K}: set defer=0"):
+        async with opened(tiny, device=device, defer=1):
+            pass
+    for top_k in (5, 6):
+        model = save_tiny(tmp_path / str(top_k), num_experts_per_tok=top_k)
+        if top_k < 6:
+            with pytest.raises(ConfigError, match=f"^defer=2 .* has {top_k}"):
+                await used(model, device=device, defer=2)
+        else:
+            now = await used(model, device=device, defer=2)
+            assert now.n_expert_rows == N_VISITS // TOP_K * top_k
+
+
+async def test_an_unknown_machine_is_named_beside_the_known(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'nope'.*{', '.join(machines())}"):
+        async with opened(tiny, device="sim:nope"):
+            pass
+
+
+async def test_a_failed_opening_of_an_accelerator_leaves_no_thread(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="defer"):
+        async with opened(tiny, device="sim", defer=1):
+            pass
+    assert [t.name for t in threading.enumerate() if t.name.startswith("fiddler-")] == []
+
+
+async def test_closing_ends_the_lanes(tiny: Path) -> None:
+    async with Engine(tiny, EngineConfig(device="sim")) as engine:
+        running = await engine.generate_stream("Hello", greedy(FOREVER))
+        await anext(running)
+        assert {"fiddler-cpu", "fiddler-gpu", "fiddler-link"} <= {t.name for t in threading.enumerate()}
+    assert [t.name for t in threading.enumerate() if t.name.startswith("fiddler-")] == []
+    with pytest.raises(EngineClosedError, match="in flight"):
+        async for _ in running:
+            pass

@@ -16,9 +16,9 @@ class ExpertCache:
     """Slots, and the policy that says which experts deserve them.
 
     An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
-    a step's hits before asking for room. `hysteresis` keeps near-equals from evicting each other by turns: a demand
-    evicts a victim worth up to (1 + hysteresis) times the newcomer, a promotion must be worth more than that many
-    times its victim. For `floor` see `Room`.
+    a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the newcomer:
+    generous, since the newcomer is needed now. A promotion must be worth more than `1 + hysteresis` times its victim,
+    so that near-equals do not evict each other by turns. `floor`: see `Room`; a quarter of an even share by default.
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).
@@ -30,15 +30,19 @@ class ExpertCache:
         n_experts: tuple[int, ...],
         policy: Policy,
         *,
-        floor: int = 0,
-        hysteresis: float = 0.25,
+        floor: int | None = None,
+        admission: float = 4.0,
+        hysteresis: float = 1.0,
     ) -> None:
+        if floor is None:
+            floor = n_slots // (4 * len(n_experts))
         if policy.history.n_experts != n_experts:
             raise ValueError(f"the policy knows layers of {policy.history.n_experts} experts, not {n_experts}")
-        if n_slots < 0 or floor < 0 or not hysteresis >= 0:
-            raise ValueError("n_slots, floor and hysteresis are not negative")
+        if n_slots < 0 or floor < 0 or not hysteresis >= 0 or not admission >= 1:
+            raise ValueError("n_slots, floor and hysteresis are not negative, admission is at least 1")
         self.policy = policy
         self.history = policy.history
+        self._admission = admission
         self._margin = 1 + hysteresis
         self._slots = Slots(n_slots)
         self._room = Room(n_slots, len(n_experts), per_layer=policy.per_layer, floor=floor)
@@ -244,7 +248,7 @@ class ExpertCache:
         if victim is None:
             return None
         new, old = self.policy.score(newcomer), self.policy.score(victim)
-        refused = new <= self._margin * old if promotion else old > self._margin * new
+        refused = new <= self._margin * old if promotion else old > self._admission * new
         return None if refused else victim
 
     def _promotable(self, key: Key) -> bool:

@@ -27,8 +27,8 @@ def replay(trace: Iterable[Visit], policy: Policy, n_slots: int, floor: int = 0)
 
     A visit's experts stay until the visit is over; misses that find no slot beside them are fetched and not kept.
     """
-    # no score can refuse a newcomer under an infinite hysteresis
-    cache = ExpertCache(n_slots, policy.history.n_experts, policy, floor=floor, hysteresis=inf)
+    # no score can refuse a newcomer under infinite admission
+    cache = ExpertCache(n_slots, policy.history.n_experts, policy, floor=floor, admission=inf)
     n_hits = n_misses = 0
     for layer, rows, n_tokens in trace:
         cache.observe(layer, rows, n_tokens)

@@ -2,13 +2,21 @@
 
 An expert's chance is its popularity in the layer, raised for those the sequence visited a moment ago and for those
 its topic favours; experts are then drawn without replacement (Gumbel top-k: Kool et al., "Stochastic beams and where
-to find them", ICML 2019).
+to find them", ICML 2019). The popularity may be that of a real model, from counts of its visits.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fiddler.errors import ConfigError
+
+_RAREST, _OFTENEST = 1e-4, 1.0 - 1e-4
+"""Limits of an expert's share of tokens: one that was never seen visited is rare, not impossible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +42,21 @@ class SyntheticRouting:
     top_k: int
     habits: Habits = Habits()
     seed: int = 0
+    popularity: NDArray[np.float64] | None = field(default=None, repr=False)
+    """Log chances by layer and expert, `[L, E]`; `None` draws them with `habits.skew`."""
+
+    @classmethod
+    def counted(
+        cls, counts: NDArray[np.float64], top_k: int, *, habits: Habits = Habits(), seed: int = 0
+    ) -> Self:
+        """Draw experts as often as `counts` `[L, E]` says they were visited; topics, being in the counts, add nothing.
+
+        Of `E` experts `k` are drawn, `i` in a share `p` of all draws, where its chance is `-log(1 - p)` (Rosén,
+        "Asymptotic theory for successive sampling", 1972). Recurrence makes the popular somewhat more so.
+        """
+        share = top_k * counts / counts.sum(axis=1, keepdims=True)
+        popularity = np.log(-np.log1p(-np.clip(share, _RAREST, _OFTENEST)))
+        return cls(*counts.shape, top_k, replace(habits, topic=0.0), seed, popularity)
 
     def sequence(self, number: int, n_tokens: int) -> NDArray[np.int16]:
         """Return the experts that sequence `number` visits, `[T, L, K]`."""
@@ -54,5 +77,21 @@ class SyntheticRouting:
         return rows
 
     def _popularity(self) -> NDArray[np.float64]:
+        if self.popularity is not None:
+            return self.popularity
         random = np.random.default_rng([self.seed, 0])
         return random.normal(0.0, self.habits.skew, (self.n_layers, self.n_experts))
+
+
+def read_counts(file: Path) -> NDArray[np.float64]:
+    """Read how often each expert was visited, `[L, E]`, from a file's `expert_popularity`.
+
+    Raises `ConfigError` for a file that has no such table of numbers.
+    """
+    try:
+        counts = np.array(json.loads(file.read_text(encoding="utf-8"))["expert_popularity"], dtype=np.float64)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{file}: no table of visits under 'expert_popularity': {error}") from error
+    if counts.ndim != 2 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum(axis=-1).all():
+        raise ConfigError(f"{file}: 'expert_popularity' must be counts by layer and expert, some in every layer")
+    return counts

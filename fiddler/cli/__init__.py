@@ -1,4 +1,4 @@
-"""The command line: `fiddler generate`, `fiddler chat`, `fiddler inspect`.
+"""The command line: `fiddler generate`, `chat`, `inspect`, `simulate`, `calibrate`.
 
 Nothing here imports torch or transformers before a command runs: help and usage errors come at once.
 """
@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 import fiddler
+from fiddler.cli.calibrate import calibrate
 from fiddler.cli.chat import chat
 from fiddler.cli.flatten import flattened
 from fiddler.cli.generate import generate
 from fiddler.cli.inspect import inspect
+from fiddler.cli.simulate import simulate
 
 app = typer.Typer(
     name="fiddler",
@@ -19,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, inspect):
+for _command in (generate, chat, inspect, simulate, calibrate):
     app.command()(flattened(_command))
 
 

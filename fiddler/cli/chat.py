@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fiddler.cli.ending import complain, guarded, on_sigint
-from fiddler.cli.notes import Notes, speed
+from fiddler.cli.notes import Notes, speed, virtual_speed
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
 from fiddler.errors import RequestError
 
@@ -85,19 +85,25 @@ async def _answer(
     *,
     as_json: bool,
 ) -> None:
-    from fiddler.cli.session import ask
+    from fiddler.cli.session import ask, simulated, virtual_json
 
     n_dropped = history.ask(message)
     if n_dropped:
         notes.say(f"(the context is full: the oldest {n_dropped} messages were dropped)")
     options = {**overrides, "max_new_tokens": history.n_answer}
+    before = engine.statistics()
     answer = await ask(engine, history.messages, options, (lambda text: None) if as_json else _write)
     history.reply(answer.text, kept=bool(answer.text) or not answer.interrupted)
+    now = engine.statistics()
+    n_tokens, step_s = now.n_new_tokens - before.n_new_tokens, now.step_s - before.step_s
+    machine = simulated(engine.config)
     if as_json:
-        _write(json.dumps({**answer.as_json(), "dropped_messages": n_dropped}) + "\n")
+        virtual = virtual_json(machine, n_tokens, step_s)
+        _write(json.dumps({**answer.as_json(), "virtual": virtual, "dropped_messages": n_dropped}) + "\n")
     else:
         _write("\n")
-        notes.say(speed(answer.timing) + (" stopped" if answer.interrupted else ""))
+        virtually = f" {virtual_speed(n_tokens, step_s)}" if machine is not None else ""
+        notes.say(speed(answer.timing) + virtually + (" stopped" if answer.interrupted else ""))
 
 
 def _read() -> str | None:

@@ -46,16 +46,18 @@ def generate(
         with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
             import anyio
 
-            from fiddler.cli.session import ask_once, experts_json
+            from fiddler.cli.session import ask_once, experts_json, simulated, virtual_json
 
             emit = _ignore if request.as_json else _write
             run = partial(ask_once, emit=emit, opened=loaded)
+            machine = simulated(config)
             answer, statistics = anyio.run(run, checkpoint.source, config, prompt, sampling.overrides())
         if request.as_json:
-            print(json.dumps({**answer.as_json(), "experts": experts_json(statistics)}))
+            virtual = virtual_json(machine, statistics.n_new_tokens, statistics.step_s)
+            print(json.dumps({**answer.as_json(), "virtual": virtual, "experts": experts_json(statistics)}))
         else:
             _write("\n")
-        notes.summary(answer.usage, answer.timing, statistics)
+        notes.summary(answer.usage, answer.timing, statistics, machine)
     if answer.interrupted:
         raise typer.Exit(INTERRUPTED)
 

@@ -34,22 +34,47 @@ class Notes:
         with self._console.status(Text(f"{line} ...")) as status:
             yield status.stop
 
-    def summary(self, usage: Usage, timing: Timing, statistics: Statistics) -> None:
-        """Write what a completion took as a table."""
+    def summary(self, usage: Usage, timing: Timing, statistics: Statistics, machine: str | None = None) -> None:
+        """Write what a completion took as a table; `machine` is what was simulated in virtual time, if anything."""
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
         table.add_row("tokens", f"{usage.prompt_tokens:,} prompt, {usage.completion_tokens:,} new")
         table.add_row("first token", f"{timing.first_token_s:.3g} s")
         if timing.tokens_per_s:
             table.add_row("speed", f"{timing.tokens_per_s:.3g} tokens/s")
-        table.add_row("experts", f"CPU 100 % of {statistics.n_expert_rows:,} expert visits")
+        if machine is not None:
+            virtual = virtual_speed(statistics.n_new_tokens, statistics.step_s)
+            table.add_row("virtual speed", f"{virtual} on a simulated {machine}, prompt included")
+        table.add_row("experts", where_experts_ran(statistics))
+        if statistics.n_slots:
+            table.add_row("slots", slots_used(statistics))
+            table.add_row("prediction", f"{statistics.prediction_error * 100:.0f} % median error of a layer's time")
         table.add_row("weights read", weights_read(statistics))
         self._console.print()
         self._console.print(table)
 
 
+def where_experts_ran(statistics: Statistics) -> str:
+    """Say which share of the visits to experts ran where."""
+    visits = f"of {statistics.n_expert_rows:,} expert visits"
+    if not statistics.n_slots:
+        return f"CPU 100 % {visits}"
+    share = statistics.cpu.n_rows / statistics.n_expert_rows if statistics.n_expert_rows else 1.0
+    return f"CPU {share * 100:.0f} %, accelerator {100 - round(share * 100)} % {visits}"
+
+
+def slots_used(statistics: Statistics) -> str:
+    """Say what the accelerator's slots held and how experts got there."""
+    fallbacks = f", {statistics.n_fallbacks:,} fell back to the CPU" if statistics.n_fallbacks else ""
+    return (
+        f"{statistics.n_slots_used:,} of {statistics.n_slots:,} used; {statistics.n_hits:,} hits, "
+        f"{statistics.n_fetches:,} fetches, {statistics.n_promotions:,} promotions, "
+        f"{size(statistics.link.n_bytes)} copied{fallbacks}"
+    )
+
+
 def weights_read(statistics: Statistics) -> str:
-    """Say how many bytes of expert weights were read, and how fast the experts' lane was."""
+    """Say how many bytes of expert weights were read, and how fast the experts' lanes were."""
     read = f"{size(statistics.expert_bytes)} in {statistics.n_expert_loads:,} expert loads"
     if not statistics.expert_s:
         return read
@@ -60,6 +85,11 @@ def speed(timing: Timing) -> str:
     """Say a completion's length and speed in one line."""
     rate = f", {timing.tokens_per_s:.3g} tokens/s" if timing.tokens_per_s else ""
     return f"({timing.n_tokens} tokens{rate}, first after {timing.first_token_s:.3g} s)"
+
+
+def virtual_speed(n_tokens: int, step_s: float) -> str:
+    """Say how fast tokens came on a simulated machine's clock."""
+    return f"{n_tokens / step_s if step_s else 0.0:.3g} tokens/s in virtual time"
 
 
 def size(n_bytes: int) -> str:

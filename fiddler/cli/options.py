@@ -7,7 +7,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from fiddler import DEMO
-from fiddler.config import DtypeName, EngineConfig, KernelMode, PolicyName, WaveMode
+from fiddler.config import DtypeName, EngineConfig, KernelMode, PlannerName, PolicyName, StoreMode, WaveMode
+from fiddler.errors import ConfigError
 
 
 def _choice(kind: Any, text: str) -> Any:
@@ -20,6 +21,13 @@ def _choice(kind: Any, text: str) -> Any:
         return value
 
     return typer.Option(help=text, metavar="|".join(allowed), callback=check, rich_help_panel="Engine")
+
+
+def _device(value: str) -> str:
+    try:
+        return EngineConfig(device=value).device
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _engine(text: str, **limits: Any) -> Any:
@@ -64,15 +72,38 @@ class EngineOptions:
     """How the engine runs; the names are those of `EngineConfig`."""
 
     device: Annotated[
-        str, _engine("cpu; sim, a simulated accelerator in wall time; or sim:MACHINE, in virtual time.")
+        str,
+        _engine(
+            "What experts run on beside the CPU: sim is a simulated accelerator in wall time, sim:MACHINE one in "
+            "virtual time.",
+            metavar="auto|cpu|sim|sim:MACHINE",
+            callback=_device,
+        ),
     ] = "auto"
-    slots: Annotated[int | None, _engine("Experts the accelerator holds; a quarter if left out.", min=0)] = None
-    policy: Annotated[str, _choice(PolicyName, "Which expert gives way in a full cache.")] = "aged-lfu"
-    waves: Annotated[str, _choice(WaveMode, "Whether a step is one wave or two.")] = "auto"
-    defer: Annotated[int, _engine("Experts per token that join one layer late; lossy.", min=0)] = 0
+    slots: Annotated[int | None, _engine("Experts the accelerator holds; a quarter of all if left out.", min=0)] = (
+        None
+    )
+    policy: Annotated[str, _choice(PolicyName, "Which expert gives way in a full cache.")] = EngineConfig().policy
+    half_life: Annotated[float, _engine("Tokens after which a visit counts half, for aged-lfu.", min=0.0)] = (
+        EngineConfig().half_life
+    )
+    promote: Annotated[bool, _engine("Whether hot experts are copied in while the link is idle.")] = True
+    planner: Annotated[
+        str, _choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")
+    ] = "auto"
+    waves: Annotated[
+        str, _choice(WaveMode, "A step's rows as one wave or two; auto halves them where that is to pay.")
+    ] = "auto"
+    defer: Annotated[
+        int, _engine("Experts per token whose results join one layer late. Lossy: changes the output.", min=0)
+    ] = 0
     warm_start: Annotated[
-        Path | None, _engine("File for the cache's scores, read at the start, kept at the end.")
+        Path | None,
+        _engine("Where the cache's scores are kept between runs.", metavar="FILE", dir_okay=False),
     ] = None
+    store: Annotated[
+        str, _choice(StoreMode, "Experts where they lie in the files, or each in a block of its own.")
+    ] = "auto"
     dtype: Annotated[str, _choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
     kernels: Annotated[
         str, _choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")

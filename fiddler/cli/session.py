@@ -52,15 +52,36 @@ class Answer:
 
 
 def experts_json(statistics: Statistics) -> dict[str, Any]:
-    """Return where the experts ran, and what was read for them."""
+    """Return where the experts ran, what was read for them, and how they came to the accelerator."""
     return {
         "visits": statistics.n_expert_rows,
-        "cpu_visits": statistics.n_expert_rows,
+        "cpu_visits": statistics.cpu.n_rows,
+        "accelerator_visits": statistics.gpu.n_rows,
         "loads": statistics.n_expert_loads,
         "bytes_read": statistics.expert_bytes,
         "compute_s": statistics.expert_s,
         "bytes_per_s": statistics.expert_bytes / statistics.expert_s if statistics.expert_s else 0.0,
+        "slots": statistics.n_slots,
+        "slots_used": statistics.n_slots_used,
+        "hits": statistics.n_hits,
+        "fetches": statistics.n_fetches,
+        "promotions": statistics.n_promotions,
+        "fallbacks": statistics.n_fallbacks,
+        "copied_bytes": statistics.link.n_bytes,
+        "prediction_error": statistics.prediction_error,
     }
+
+
+def simulated(config: EngineConfig) -> str | None:
+    """Return the machine that is simulated in virtual time, if one is."""
+    return config.device.partition(":")[2] or None
+
+
+def virtual_json(machine: str | None, n_tokens: int, step_s: float) -> dict[str, Any] | None:
+    """Return how long tokens took on a simulated machine's clock; `None` in wall time."""
+    if machine is None:
+        return None
+    return {"machine": machine, "step_s": step_s, "tokens_per_s": n_tokens / step_s if step_s else 0.0}
 
 
 async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: Callable[[str], None]) -> Answer:

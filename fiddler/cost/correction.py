@@ -29,8 +29,11 @@ class Correction:
         return dict(self._factors)
 
     def report(self, lane: LaneName, predicted_s: float, took_s: float) -> None:
-        """Take note of an expert job or a copy, its prediction made by `costs` and including what it shared."""
-        if predicted_s <= 0.0:
+        """Take note of an expert job or a copy, its prediction made by `costs` and including what it shared.
+
+        Nothing is learnt of a lane that is not calibrated: it predicts nothing.
+        """
+        if not (predicted_s > 0.0 and took_s >= 0.0):
             return
         ratio = min(max(took_s / predicted_s, LIMITS[0]), LIMITS[1])
         self._factors[lane] += WEIGHT * (ratio * self._applied[lane] - self._factors[lane])
@@ -41,7 +44,7 @@ class Correction:
     def _corrected(self) -> tuple[ExpertCosts, ...]:
         cpu, gpu, link = (self._applied[lane] for lane in ("cpu", "gpu", "link"))
         made: dict[ExpertCosts, ExpertCosts] = {
-            e: ExpertCosts(e.cpu.scaled(cpu), e.gpu.scaled(gpu), e.copy_s * link, e.nbytes)
+            e: replace(e, cpu=e.cpu.scaled(cpu), gpu=e.gpu.scaled(gpu), copy_s=e.copy_s * link)
             for e in set(self._calibrated.experts)
         }
         return tuple(made[e] for e in self._calibrated.experts)

@@ -1,6 +1,11 @@
-"""What an expert and a copy take on this machine, alone and side by side: the numbers a cost model is made of."""
+"""What an expert and a copy take on this machine, alone and side by side: the numbers a cost model is made of.
 
-from collections.abc import Callable, Iterator, Sequence
+Experts of a decoding step come from memory, not from a cache: measurements walk over a sample of experts that together
+exceed the caches. Everything is measured more than once, and medians are taken; seconds, not minutes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median
@@ -21,26 +26,35 @@ FITTED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Row counts the curves go through."""
 HELD_OUT = (3, 12, 48, 192)
 """Row counts that say how far the curves are off between them."""
-BUDGET_S = 0.06
-"""For one row count; at least two runs."""
-BESIDE_S = 0.3
-"""For CPU and link side by side."""
+SAMPLE_BYTES = 768 << 20
+"""Experts of a sample together hold at least this much, if there are so many: more than the caches of large servers."""
+BUDGET_S = 0.02
+"""For one row count."""
+MOST_RUNS = 60
+"""Of one row count; at least two."""
+CURVE_S = 6.0
+"""A curve that has taken so long ends where it is; beyond, time grows as it did last."""
+BESIDE_S = 0.2
+"""For the CPU alone, the link alone, and both side by side, each."""
 
-Weights = Callable[[], ExpertWeights]
+Points = tuple[tuple[float, float], ...]
+"""(rows, seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One expert shape's costs and the residuals of its curves."""
+    """One expert shape's costs, and what was measured at row counts that its curves do not go through."""
 
     costs: ExpertCosts
     contention: Contention
-    residuals: tuple[tuple[str, float], ...]
+    cpu_held_out: Points
+    gpu_held_out: Points
+    """Empty without an accelerator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Measures with the engine's own devices, in the calling thread; walks over experts, so caches do not help."""
+    """Measures with the engine's own devices, in the calling thread."""
 
     host: CpuDevice
     n_experts: tuple[int, ...]
@@ -54,81 +68,138 @@ class Bench:
     def measure(self, layers: Sequence[int]) -> Measured:
         """Measure the experts of layers that share a shape."""
         with torch.inference_mode():
-            on_host = cycle([(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers])
-            layer = layers[0]
-            nbytes = self.host.weights(layer, 0).nbytes
-            cpu, cpu_off = self._curve(layer, lambda: self.host.weights(*next(on_host)))
+            sample = self._sample(layers)
+            nbytes = self.host.weights(*sample[0]).nbytes
+            on_host = [self.host.weights(*key) for key in sample]
+            cpu, cpu_held_out = self._curve(layers[0], on_host)
             if self.accelerator is None:
-                return Measured(ExpertCosts(cpu, cpu, 0.0, nbytes), Contention(), (("cpu", cpu_off),))
-            gpu, gpu_off = self._curve(layer, self._from_slots(layer))
-            copy_s = median(self._copies(layer, BESIDE_S))
-            costs = ExpertCosts(cpu, gpu, copy_s, nbytes)
-            return Measured(costs, self._contention(layer, costs), (("cpu", cpu_off), ("gpu", gpu_off)))
+                return Measured(ExpertCosts(cpu, cpu, 0.0, nbytes), Contention(), cpu_held_out, ())
+            gpu, gpu_held_out = self._curve(layers[0], _filled(self.accelerator, sample))
+            copy_s = median(_copies(self.accelerator, sample, BESIDE_S))
+            contention = self._contention(layers[0], on_host, _Copying(self.accelerator, sample), copy_s)
+            return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
 
-    def _curve(self, layer: int, weights: Weights) -> tuple[Curve, float]:
-        """Return a curve through the fitted row counts, and its residual at the others."""
-        times = {n: self._expert_s(layer, n, weights) for n in sorted((*FITTED, *HELD_OUT))}
-        rising: list[tuple[float, float]] = []
-        for n in FITTED:  # more rows never take less: a dip is noise
-            rising.append((float(n), max(times[n], rising[-1][1] if rising else 0.0)))
-        curve = Curve(tuple(rising))
-        return curve, curve.residual([(float(n), times[n]) for n in HELD_OUT])
+    def _sample(self, layers: Sequence[int]) -> list[tuple[int, int]]:
+        """Choose experts, the first of every layer first, and have them in memory."""
+        keys = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
+        n = max(2, SAMPLE_BYTES // self.host.weights(*keys[0]).nbytes + 1)
+        for key in keys[:n]:
+            self._run(key[0], 1, self.host.weights(*key))
+        return keys[:n]
 
-    def _expert_s(self, layer: int, n_rows: int, weights: Weights) -> float:
-        rows = self._rows(layer, n_rows)
-        load = Load(0, 0, n_rows)
-        self.host.expert(layer, load, weights(), rows)
-        taken: list[float] = []
-        while len(taken) < 2 or (sum(taken) < BUDGET_S and len(taken) < 200):
-            experts = weights()
-            started = perf_counter()
-            self.host.expert(layer, load, experts, rows)
-            taken.append(perf_counter() - started)
-        return median(taken)
+    def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor | None = None) -> float:
+        """Run an expert; returns its seconds."""
+        rows = self._rows(layer, n_rows) if rows is None else rows
+        started = perf_counter()
+        self.host.expert(layer, Load(0, 0, n_rows), weights, rows)
+        return perf_counter() - started
 
     def _rows(self, layer: int, n_rows: int) -> Tensor:
         sample = self.host.weights(layer, 0).up[0]
         return torch.randn(n_rows, sample.shape[1]).to(sample.dtype)
 
-    def _from_slots(self, layer: int) -> Weights:
-        assert self.accelerator is not None
-        slots = self.accelerator.arena.n_slots
-        filled = min(slots, self.n_experts[layer])
-        for slot in range(filled):
-            self.accelerator.arena.write(slot, self.accelerator.block(layer, slot))
-        order = cycle(range(filled))
-        accelerator = self.accelerator
-        return lambda: accelerator.weights(layer, next(order))
+    def _curve(self, layer: int, sample: Sequence[ExpertWeights]) -> tuple[Curve, Points]:
+        """Return a curve through the fitted row counts, and what the others took."""
+        began, experts = perf_counter(), cycle(sample)
+        times: dict[int, float] = {}
+        for n in sorted((*FITTED, *HELD_OUT)):
+            if perf_counter() - began > CURVE_S:
+                break
+            times[n] = self._seconds(layer, n, experts)
+        fitted = rising([(float(n), s) for n, s in times.items() if n in FITTED])
+        return Curve(fitted), tuple((float(n), s) for n, s in times.items() if n in HELD_OUT)
 
-    def _copies(self, layer: int, budget_s: float) -> Iterator[float]:
-        """Copy experts into slots for a while; yields each copy's seconds."""
-        assert self.accelerator is not None
-        deadline = perf_counter() + budget_s
-        for expert in cycle(range(self.n_experts[layer])):
-            started = perf_counter()
-            self.accelerator.copy(layer, expert, expert % self.accelerator.arena.n_slots)
-            yield perf_counter() - started
-            if perf_counter() > deadline:
-                return
+    def _seconds(self, layer: int, n_rows: int, experts: Iterator[ExpertWeights]) -> float:
+        """Return the median seconds of a row count; the first run prepares kernels, and counts only if it is long."""
+        rows = self._rows(layer, n_rows)
+        taken = [self._run(layer, n_rows, next(experts), rows)]
+        while len(taken) < 2 or (sum(taken) < BUDGET_S and len(taken) < MOST_RUNS):
+            taken.append(self._run(layer, n_rows, next(experts), rows))
+        return median(taken[1:]) if len(taken) > 2 else min(taken)
 
-    def _contention(self, layer: int, costs: ExpertCosts) -> Contention:
-        """Run copies in a second thread beside experts in this one; returns what both lose."""
-        stop, copies = Event(), list[float]()
+    def _contention(
+        self, layer: int, sample: Sequence[ExpertWeights], copying: "_Copying", copy_s: float
+    ) -> Contention:
+        """Run one-row experts here, alone and beside copies in a second thread; returns what both lose."""
+        rows = self._rows(layer, 1)
 
-        def copying() -> None:
-            while not stop.is_set():
-                copies.extend(self._copies(layer, 0.0))
+        def experts_s() -> float:
+            deadline, taken = perf_counter() + BESIDE_S, list[float]()
+            for weights in cycle(sample):
+                taken.append(self._run(layer, 1, weights, rows))
+                if perf_counter() > deadline and len(taken) > 2:
+                    break
+            return median(taken)
 
-        thread = Thread(target=copying)
+        alone_s = experts_s()
+        with copying.beside() as copies:
+            beside_s = experts_s()
+            n_copied = len(copies)  # what ends later may have run alone
+        within = copies[:n_copied] or copies
+        return Contention(max(1.0, beside_s / alone_s), max(1.0, median(within) / copy_s))
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """Copies in a thread of its own, as the link's lane makes them."""
+
+    accelerator: SimDevice
+    sample: Sequence[tuple[int, int]]
+
+    @contextmanager
+    def beside(self) -> Iterator[list[float]]:
+        """Copy while the context lasts; gives the seconds of the copies that are done."""
+        stop, begun, taken, n_threads = Event(), Event(), list[float](), torch.get_num_threads()
+
+        def work() -> None:
+            torch.set_num_threads(n_threads)  # each thread has its own setting
+            for seconds in _copies(self.accelerator, self.sample, None):
+                taken.append(seconds)
+                begun.set()
+                if stop.is_set():
+                    return
+
+        thread = Thread(target=work, name="fiddler-measure")
         thread.start()
-        beside = self._expert_s(layer, 1, lambda: self.host.weights(layer, 0))
-        deadline = perf_counter() + BESIDE_S / 2
-        order = cycle(range(self.n_experts[layer]))
-        times = [beside]
-        while perf_counter() < deadline:
-            times.append(self._expert_s(layer, 1, lambda: self.host.weights(layer, next(order))))
-        stop.set()
-        thread.join()
-        cpu = max(1.0, median(times) / costs.cpu(1))
-        link = max(1.0, median(copies) / costs.copy_s) if copies and costs.copy_s > 0 else 1.0
-        return Contention(cpu, link)
+        try:
+            begun.wait()
+            yield taken
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _filled(accelerator: SimDevice, sample: Sequence[tuple[int, int]]) -> list[ExpertWeights]:
+    """Fill slots with experts; returns them as they lie there."""
+    layer = sample[0][0]
+    slots = list(zip(range(accelerator.arena.n_slots), sample, strict=False))
+    for slot, key in slots:
+        accelerator.arena.write(slot, accelerator.block(*key))
+    return [accelerator.weights(layer, slot) for slot, _ in slots]
+
+
+def _copies(accelerator: SimDevice, sample: Sequence[tuple[int, int]], budget_s: float | None) -> Iterator[float]:
+    """Copy experts into slots, for a while or for ever; yields each copy's seconds, at least two."""
+    deadline = None if budget_s is None else perf_counter() + budget_s
+    slots = cycle(range(accelerator.arena.n_slots))
+    for n, (layer, expert) in enumerate(cycle(sample), 1):
+        started = perf_counter()
+        accelerator.copy(layer, expert, next(slots))
+        yield perf_counter() - started
+        if deadline is not None and perf_counter() > deadline and n > 1:
+            return
+
+
+def rising(points: Sequence[tuple[float, float]]) -> Points:
+    """Return the nearest points, in squares, whose seconds never fall: more rows take no less, a dip is noise.
+
+    Neighbours that fall are replaced by their mean until none do (pool adjacent violators: Ayer et al., 1955).
+    """
+    pools: list[tuple[float, int]] = []
+    for _, seconds in points:
+        pools.append((seconds, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (b, n_b), (a, n_a) = pools.pop(), pools.pop()
+            pools.append(((a * n_a + b * n_b) / (n_a + n_b), n_a + n_b))
+    level = iter([mean for mean, n in pools for _ in range(n)])
+    return tuple((rows, next(level)) for rows, _ in points)

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fiddler.config import EngineConfig
 from fiddler.cost.curve import Curve
@@ -17,6 +20,8 @@ from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 
 FREE = Curve(((1.0, 0.0),))
+N_LAYERS = 4
+"""Layers whose experts a sample is made of."""
 
 
 def no_costs(n_layers: int) -> CostModel:
@@ -63,12 +68,28 @@ def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Seconds measured at a row count that no curve goes through, and what the curve says."""
+
+    shape: int
+    """Which of the model's expert shapes, by their first layers."""
+    lane: Literal["cpu", "gpu"]
+    n_rows: int
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        """How far the curve is off: `|predicted / measured - 1|`."""
+        return abs(self.predicted_s / self.measured_s - 1.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """A cost model measured here, with how far it is off at row counts it was not fitted to."""
 
     costs: CostModel
-    residuals: tuple[tuple[str, float], ...]
-    """(curve, median relative error)."""
+    held_out: tuple[HeldOut, ...]
     file: Path
     fresh: bool
     """Whether it was measured now; else it was read from the file."""
@@ -77,32 +98,56 @@ class Calibration:
 def calibrate(bench: Bench, loaded: LoadedModel, config: EngineConfig, *, anew: bool = False) -> Calibration:
     """Return this machine's costs for a model's experts: from the stored file, or measured and stored.
 
-    Layers whose experts have the same shape are measured once.
+    Layers whose experts have the same shape are measured once. Where the file cannot be written, nothing is stored
+    and the next start measures again.
     """
     shapes = [_shape(bench.host, layer) for layer in range(len(loaded.n_experts))]
     file = _file(shapes, bench, config)
-    stored = None if anew else _read(file)
+    stored = None if anew else _read(file, len(shapes))
     if stored is not None:
         return Calibration(*stored, file, fresh=False)
     by_shape: dict[str, Measured] = {}
     for layer, shape in enumerate(shapes):
         if shape not in by_shape:
-            by_shape[shape] = bench.measure([i for i, s in enumerate(shapes) if s == shape][:4] or [layer])
+            alike = [i for i, s in enumerate(shapes) if s == shape and loaded.n_experts[i] == loaded.n_experts[layer]]
+            by_shape[shape] = bench.measure(alike[:N_LAYERS])
     first = next(iter(by_shape.values()))
     costs = CostModel(experts=tuple(by_shape[s].costs for s in shapes), contention=first.contention)
-    residuals = tuple(pair for measured in by_shape.values() for pair in measured.residuals)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"costs": costs.as_json(), "residuals": residuals}, indent=1))
-    return Calibration(costs, residuals, file, fresh=True)
+    held_out = tuple(h for i, measured in enumerate(by_shape.values()) for h in _held_out(i, measured))
+    _write(file, costs, held_out)
+    return Calibration(costs, held_out, file, fresh=True)
 
 
-def _read(file: Path) -> tuple[CostModel, tuple[tuple[str, float], ...]] | None:
+def _held_out(shape: int, measured: Measured) -> Iterator[HeldOut]:
+    costs = measured.costs
+    for n, seconds in measured.cpu_held_out:
+        yield HeldOut(shape, "cpu", int(n), seconds, costs.cpu(n))
+    for n, seconds in measured.gpu_held_out:
+        yield HeldOut(shape, "gpu", int(n), seconds, costs.gpu(n))
+
+
+def _read(file: Path, n_layers: int) -> tuple[CostModel, tuple[HeldOut, ...]] | None:
     """Read a stored calibration; one that is missing or damaged is measured again."""
     try:
-        value = json.loads(file.read_text())
-        return CostModel.from_json(value["costs"]), tuple((str(n), float(e)) for n, e in value["residuals"])
-    except (OSError, ValueError, KeyError, TypeError):
+        value = json.loads(file.read_text(encoding="utf-8"))
+        costs = CostModel.from_json(value["costs"])
+        held_out = tuple(HeldOut(**h) for h in value["held_out"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return (costs, held_out) if len(costs.experts) == n_layers else None
+
+
+def _write(file: Path, costs: CostModel, held_out: tuple[HeldOut, ...]) -> None:
+    """Store a calibration, whole or not at all."""
+    content = json.dumps({"costs": costs.as_json(), "held_out": [asdict(h) for h in held_out]}, indent=1)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _shape(host: CpuDevice, layer: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
 
+from fiddler.cost.lanes import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
 from fiddler.scheduler.core import Scheduler
@@ -16,6 +17,9 @@ from fiddler.scheduler.messages import (
     DenseDone,
     DenseQueued,
     Event,
+    Job,
+    JobDone,
+    LaneDied,
     LayerDone,
     LayerReady,
     WaveDropped,
@@ -50,6 +54,7 @@ class Runner:
         self.lanes = lanes
         self._numbers = count()
         self._waves: dict[int, Wave] = {}
+        self._in_lanes: dict[int, LaneName] = {}  # jobs that a report is to come for
         self._in_head: set[int] = set()
         self._in_order = False
         self._passed: dict[int, int] = {}  # by wave of this run, the dense parts it has begun and ended
@@ -61,7 +66,7 @@ class Runner:
         `in_order`: no wave begins a layer's dense part before the one in front of it has; its rows may attend to
         that one's.
         """
-        self._report(self.lanes.drain())
+        self._take(self.lanes.drain())
         self._in_order = in_order
         try:
             for wave in waves:
@@ -70,35 +75,61 @@ class Runner:
                 self._passed[number] = 0
                 self._apply(self._go(number))
             while self._waves:
-                self._report([await self.lanes.report()])
+                if not self._in_lanes:  # an error is better than a wait without end
+                    raise RuntimeError("waves wait for their experts and no lane has any of them")
+                self._take([await self.lanes.report()])
         finally:
+            self._held.clear()  # or the end of the wave in front would let them go on
             for number in list(self._waves):
                 self._end(number, EngineFailedError("the step was given up"))
             self._passed.clear()
-            self._held.clear()
 
     async def settle(self) -> None:
         """Wait until no lane has anything to do: a copy that nobody waits for may outlive its step."""
-        while not self.scheduler.idle:
-            self._report([await self.lanes.report()])
+        while self._in_lanes:
+            self._take([await self.lanes.report()])
 
-    def _report(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._apply(self.scheduler.handle(event, self.lanes.now_s()))
+    def _take(self, reports: Sequence[JobDone | LaneDied]) -> None:
+        for report in reports:
+            self._apply(self._tell(report))
+
+    def _tell(self, event: Event) -> Sequence[Command]:
+        match event:
+            case JobDone(job):
+                self._in_lanes.pop(job, None)
+            case LaneDied(lane):
+                self._in_lanes = {job: other for job, other in self._in_lanes.items() if other != lane}
+        return self.scheduler.handle(event, self.lanes.now_s())
 
     def _apply(self, commands: Sequence[Command]) -> None:
         left = deque(commands)
         while left:
             match left.popleft():
                 case LayerDone(wave) as done:
-                    if wave in self._waves:
-                        self._waves[wave].take(done)
-                        left += self._go(wave)
+                    left += self._pass(wave, done)
                 case DenseDone(wave):
-                    if wave in self._waves:
-                        left += self._route(wave)
+                    left += self._route(wave)
                 case job:
-                    self.lanes.start(job)
+                    left += self._start(job)
+
+    def _start(self, job: Job) -> Sequence[Command]:
+        """Give a lane its job; a lane that cannot take it is as good as dead."""
+        try:
+            self.lanes.start(job)
+        except Exception as error:
+            return self._tell(LaneDied(job.lane, error))
+        self._in_lanes[job.job] = job.lane
+        return []
+
+    def _pass(self, number: int, done: LayerDone) -> Sequence[Command]:
+        """Give a wave its layer's results and let it go on."""
+        if number not in self._waves:
+            return []
+        try:
+            self._waves[number].take(done)
+        except Exception as error:
+            return self._end(number, error)
+        return self._go(number)
 
     def _go(self, number: int) -> Sequence[Command]:
         """Begin a wave's next dense part, unless the wave in front has to go first."""
@@ -112,25 +143,25 @@ class Runner:
         if not self.lanes.timed_dense:
             return self._route(number)
         wave = self._waves[number]
-        return self.scheduler.handle(DenseQueued(number, wave.n_rows, wave.n_context), self.lanes.now_s())
+        return self._tell(DenseQueued(number, wave.n_rows, wave.n_context))
 
     def _route(self, number: int) -> Sequence[Command]:
         """Run a wave's dense part and hand the layer it stops at to the scheduler."""
-        wave = self._waves[number]
-        if number in self._in_head:
-            self._end(number, None)
+        if number not in self._waves:
             return []
+        if number in self._in_head:
+            return self._end(number, None)
+        wave = self._waves[number]
         try:
             ready = wave.advance(number)
         except Exception as error:
             return self._end(number, error)
         self._passed[number] += 1
         if ready is not None:
-            return [*self.scheduler.handle(ready, self.lanes.now_s()), *self._free(number + 1)]
+            return [*self._tell(ready), *self._free(number + 1)]
         if self.lanes.timed_dense:
             self._in_head.add(number)
-            head = DenseQueued(number, wave.n_rows, 0, head=True)
-            return [*self.scheduler.handle(head, self.lanes.now_s()), *self._free(number + 1)]
+            return [*self._tell(DenseQueued(number, wave.n_rows, 0, head=True)), *self._free(number + 1)]
         return self._end(number, None)
 
     def _free(self, number: int) -> Sequence[Command]:
@@ -143,5 +174,4 @@ class Runner:
     def _end(self, number: int, error: Exception | None) -> Sequence[Command]:
         self._in_head.discard(number)
         self._waves.pop(number).end(error)
-        dropped = self.scheduler.handle(WaveDropped(number), self.lanes.now_s()) if error is not None else []
-        return [*dropped, *self._free(number + 1)]
+        return [*self._tell(WaveDropped(number)), *self._free(number + 1)]

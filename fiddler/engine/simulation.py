@@ -1,7 +1,8 @@
 """A run of sequences on a simulated machine in virtual time, from routing alone: no model, no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
 import anyio
 
@@ -14,6 +15,7 @@ from fiddler.cost.shape import ModelShape
 from fiddler.engine.assemble import assemble, halves
 from fiddler.engine.runner import Runner
 from fiddler.engine.script import Routing, Script, ScriptWave
+from fiddler.errors import ConfigError
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
@@ -23,7 +25,10 @@ from fiddler.trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is simulated: a model's shape on a machine, and how its experts are placed."""
+    """What is simulated: a model's shape on a machine, and how its experts are placed.
+
+    Raises `ConfigError` for a number that is impossible; unknown names are found out when it is run.
+    """
 
     shape: ModelShape
     machine: Machine
@@ -34,6 +39,14 @@ class Setting:
     promote: bool = True
     waves: WaveMode = "auto"
     chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.n_slots < 0:
+            raise ConfigError(f"n_slots={self.n_slots!r} must be at least 0")
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens={self.chunk_tokens!r} must be at least 1")
+        if self.waves not in get_args(WaveMode):
+            raise ConfigError(f"unknown wave mode {self.waves!r}; known: {', '.join(get_args(WaveMode))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +84,15 @@ class Report:
     bound: Bound
     """Of the decoding."""
     n_hits: int
+    """Loads that ran from a slot while decoding, as the next two: on the CPU, and copied in first."""
     n_cpu: int
     n_fetches: int
     n_promotions: int
+    """Experts copied in while decoding that no layer waited for."""
     prediction_error: float
-    """Median of `|predicted / measured - 1|` of the layers' makespans."""
+    """Median of `|predicted / measured - 1|` of the makespans of the latest layers, prompts included."""
+    n_steps: int
+    """While decoding, as the next."""
     n_steps_in_two_waves: int
     trace: Trace | None = field(default=None, compare=False)
 
@@ -89,10 +106,37 @@ class Report:
         """The bound's share of the time taken: 1.0 is as fast as its bytes allow."""
         return self.bound.seconds / self.decode_s if self.decode_s else 0.0
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything but the trace."""
+        fields = {name: value for name, value in asdict(replace(self, trace=None)).items() if name != "trace"}
+        n_tokens = self.n_decoded or 1
+        return fields | {
+            "tokens_per_s": self.tokens_per_s,
+            "read_bytes_per_token": {lane: nbytes / n_tokens for lane, nbytes in self.read_bytes.items()},
+            "bound": {**asdict(self.bound), "seconds": self.bound.seconds},
+            "of_bound": self.of_bound,
+        }
+
 
 def simulate(setting: Setting, sequences: Sequence[tuple[Routing, int]], *, trace: Trace | None = None) -> Report:
-    """Run sequences, each a routing `[T, L, K]` and the length of its prompt, side by side to their ends."""
+    """Run sequences, each a routing `[T, L, K]` and the length of its prompt, side by side to their ends.
+
+    Raises `ConfigError` for a routing of another shape than the model's, and for a policy or planner that there is
+    not.
+    """
+    for routing, n_prompt in sequences:
+        _check(setting.shape, routing, n_prompt)
     return anyio.run(_Simulation(setting, sequences, trace).run)
+
+
+def _check(shape: ModelShape, routing: Routing, n_prompt: int) -> None:
+    expected = (shape.n_layers, shape.top_k)
+    if routing.shape[1:] != expected:
+        raise ConfigError(f"a routing of {routing.shape[1:]} layers and choices; {shape.name} has {expected}")
+    if not 0 <= n_prompt <= len(routing):
+        raise ConfigError(f"a prompt of {n_prompt} tokens in a routing of {len(routing)}")
+    if routing.size and not (routing.min() >= 0 and routing.max() < shape.n_experts):
+        raise ConfigError(f"a routing visits experts that {shape.name} does not have")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +169,7 @@ class _Simulation:
         self._waves = Waves(setting.waves, self._scheduler, shape.top_k)
         self._scripts = [Script(routing, n_prompt) for routing, n_prompt in sequences]
         self._dense_bytes = 0.0
+        self._n_steps = 0
         self._n_two = 0
         self._n_decoded = 0
 
@@ -134,7 +179,7 @@ class _Simulation:
         while running := [script for script in self._scripts if not script.finished]:
             if first is None and not any(script.prefilling for script in running):
                 first = self._mark()
-                self._dense_bytes, self._n_decoded, self._n_two = 0.0, 0, 0
+                self._dense_bytes, self._n_decoded, self._n_steps, self._n_two = 0.0, 0, 0, 0
             await self._step(running)
         last = self._mark()
         return self._report(first if first is not None else last, last)
@@ -149,11 +194,16 @@ class _Simulation:
         self._waves.took(len(parts), self._lanes.now_s() - started_s)
         for span in spans:
             span.request.n_past = span.stop
+        self._n_steps += 1
         self._n_two += len(parts) == 2
         self._n_decoded += len(spans)
+        self._dense_bytes += sum(self._dense_read(sum(span.stop for span in part)) for part in parts)
+
+    def _dense_read(self, n_context: int) -> int:
+        """Return what the GPU reads beside experts for a wave that attends to so much: an embedding is not read."""
         shape = self._setting.shape
-        layers = shape.n_layers + shape.n_dense_layers
-        self._dense_bytes += len(parts) * shape.resident_bytes + n_context * layers * shape.kv_bytes_per_token
+        weights = shape.resident_bytes - (0 if shape.tied else shape.head_bytes)
+        return weights + n_context * (shape.n_layers + shape.n_dense_layers) * shape.kv_bytes_per_token
 
     def _mark(self) -> _Mark:
         decided, lanes = self._scheduler.counters, self._lanes
@@ -171,23 +221,29 @@ class _Simulation:
         decode_s = last.at_s - first.at_s
         read = {lane: last.read_bytes[lane] - first.read_bytes[lane] for lane in LANES}
         busy = {lane: last.busy_s[lane] - first.busy_s[lane] for lane in LANES}
-        machine = self._setting.machine
+        bound = self._bound(read, busy["link"])
         return Report(
             first_token_s=first.at_s,
             decode_s=decode_s,
             n_decoded=self._n_decoded,
             utilisation={lane: seconds / decode_s if decode_s else 0.0 for lane, seconds in busy.items()},
             read_bytes=read,
-            bound=Bound(
-                read["cpu"] / machine.cpu_read_bytes_per_s,
-                read["link"] / machine.link_bytes_per_s,
-                (read["gpu"] + self._dense_bytes) / machine.gpu_read_bytes_per_s,
-            ),
+            bound=bound,
             n_hits=last.hits - first.hits,
             n_cpu=last.cpu - first.cpu,
             n_fetches=last.fetches - first.fetches,
             n_promotions=last.promotions - first.promotions,
             prediction_error=self._scheduler.counters.median_error(),
+            n_steps=self._n_steps,
             n_steps_in_two_waves=self._n_two,
             trace=self._trace,
+        )
+
+    def _bound(self, read: dict[LaneName, int], link_s: float) -> Bound:
+        machine = self._setting.machine
+        return Bound(
+            read["cpu"] / machine.cpu_read_bytes_per_s,
+            # A promotion counts when it starts, and may still be under way at the end: no more than was moved.
+            min(read["link"] / machine.link_bytes_per_s, link_s),
+            (read["gpu"] + self._dense_bytes) / machine.gpu_read_bytes_per_s,
         )

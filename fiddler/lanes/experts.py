@@ -116,9 +116,10 @@ class ExpertWork:
         assert self.accelerator is not None
         try:
             self.accelerator.copy(job.layer, job.expert, job.slot)
+            nbytes = self.accelerator.weights(job.layer, job.slot).nbytes
         except Exception as error:
             return {job.expert: error}
         counters = self.counters["link"]
         counters.n_loads += 1
-        counters.n_bytes += self.accelerator.weights(job.layer, job.slot).nbytes
+        counters.n_bytes += nbytes
         return {}

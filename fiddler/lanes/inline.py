@@ -6,10 +6,11 @@ A worker thread would have nothing to run beside, and its torch threads would fi
 from collections import deque
 from time import perf_counter
 
+from fiddler.cost.lanes import LaneName
 from fiddler.lanes.laneset import Execute
+from fiddler.lanes.spans import span
 from fiddler.scheduler.messages import Job, JobDone, LaneDied
 from fiddler.trace import Trace
-from fiddler.lanes.spans import span
 
 
 class InlineLanes:
@@ -20,6 +21,7 @@ class InlineLanes:
     def __init__(self, execute: Execute, trace: Trace | None = None) -> None:
         self._execute = execute
         self._trace = trace
+        self._dead: set[LaneName] = set()
         self._reports: deque[JobDone | LaneDied] = deque()
 
     def now_s(self) -> float:
@@ -28,15 +30,24 @@ class InlineLanes:
 
     def start(self, job: Job) -> None:
         """Run a job."""
+        if job.lane in self._dead:
+            return
         started = perf_counter()
-        failures = self._execute(job)
+        try:
+            failures = self._execute(job)
+        except Exception as error:
+            self._dead.add(job.lane)
+            self._reports.append(LaneDied(job.lane, error))
+            return
         ended = perf_counter()
         if self._trace is not None:
             self._trace.span(span(job, started, ended))
         self._reports.append(JobDone(job.job, ended - started, failures))
 
     async def report(self) -> JobDone | LaneDied:
-        """Return the oldest report."""
+        """Return the oldest report. Raises `RuntimeError` if there is none: no thread will bring one."""
+        if not self._reports:
+            raise RuntimeError("a report is waited for and no job is in flight")
         return self._reports.popleft()
 
     def drain(self) -> list[JobDone | LaneDied]:

@@ -1,4 +1,8 @@
-"""What every set of lanes promises: jobs are started in order, and each is reported once."""
+"""What every set of lanes promises: a lane runs its jobs in order, and each is reported once.
+
+A job that raises ends its lane: `LaneDied` is then the last report of it, and stands for every job of the lane that
+was not reported before. The other lanes go on.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,7 +10,7 @@ from typing import Protocol
 from fiddler.scheduler.messages import Failures, Job, JobDone, LaneDied
 
 Execute = Callable[[Job], Failures]
-"""Does a job's work, whole, in the calling thread; returns what failed by expert."""
+"""Does a job's work, whole, in the calling thread; returns what failed by expert. To raise is to end the lane."""
 
 
 class LaneSet(Protocol):
@@ -20,7 +24,7 @@ class LaneSet(Protocol):
         ...
 
     def start(self, job: Job) -> None:
-        """Queue a job in its lane."""
+        """Queue a job in its lane; one that is urgent goes before those that are not and have not started."""
         ...
 
     async def report(self) -> JobDone | LaneDied:

@@ -1,7 +1,9 @@
-"""Lanes of a simulated machine in virtual time: no thread works, and the clock jumps from one job's end to the next.
+"""Lanes of a simulated machine in virtual time: no thread works, the clock jumps from one job's end to the next.
 
 Numbers are computed when a job ends, in the engine's thread, so what a copy had not brought yet cannot be used.
 """
+
+from collections import deque
 
 from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.cost.model import CostModel
@@ -23,7 +25,8 @@ class VirtualLanes:
         self._lanes = Lanes(costs.contention)
         self._jobs: dict[int, Job] = {}
         self._began: dict[int, float] = {}
-        self._reports: list[JobDone | LaneDied] = []
+        self._reports: deque[JobDone | LaneDied] = deque()
+        self._dead: set[LaneName] = set()
         self._now_s = 0.0
         self.busy_s: dict[LaneName, float] = dict.fromkeys(LANES, 0.0)
         """Seconds in which each lane had a job."""
@@ -36,6 +39,8 @@ class VirtualLanes:
 
     def start(self, job: Job) -> None:
         """Queue a job in its lane."""
+        if job.lane in self._dead:
+            return
         self._jobs[job.job] = job
         urgent = job.urgent if isinstance(job, CopyExpert) else True
         self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
@@ -45,11 +50,13 @@ class VirtualLanes:
         """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
         while not self._reports:
             self._jump()
-        return self._reports.pop(0)
+        return self._reports.popleft()
 
     def drain(self) -> list[JobDone | LaneDied]:
-        """Return nothing: a report is there only once it is waited for."""
-        return []
+        """Return what ended at the moment of the latest report; the clock jumps only for who waits."""
+        drained = list(self._reports)
+        self._reports.clear()
+        return drained
 
     async def aclose(self) -> None:
         """Nothing is left to end."""
@@ -63,16 +70,28 @@ class VirtualLanes:
         self._now_s += seconds
         for lane in busy:
             self.busy_s[lane] += seconds
-        for lane, job_id in done:
-            self._end(self._jobs.pop(job_id))
+        for lane, number in done:
+            self._end(self._jobs.pop(number))
             self._note_begun(lane)
 
     def _end(self, job: Job) -> None:
         began_s = self._began.pop(job.job)
-        failures = self._execute(job) if self._execute is not None else {}
+        try:
+            failures = self._execute(job) if self._execute is not None else {}
+        except Exception as error:
+            self._bury(job.lane, error)
+            return
         if self._trace is not None:
             self._trace.span(span(job, began_s, self._now_s))
         self._reports.append(JobDone(job.job, self._now_s - began_s, failures))
+
+    def _bury(self, lane: LaneName, error: Exception) -> None:
+        self._dead.add(lane)
+        self._lanes.queues[lane].clear()
+        for number in [number for number, job in self._jobs.items() if job.lane == lane]:
+            del self._jobs[number]
+            self._began.pop(number, None)
+        self._reports.append(LaneDied(lane, error))
 
     def _note_begun(self, lane: LaneName) -> None:
         queue = self._lanes.queues[lane]

@@ -36,11 +36,11 @@ class LayerKV:
         self._values[:, :, self.length : end] = values
         self.length = end
 
-    def view(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the whole past, `[1, heads, length, dim]`, without copying."""
+    def view(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the first tokens, `[1, heads, n_tokens, dim]`, without copying."""
         assert self._keys is not None
         assert self._values is not None
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        return self._keys[:, :, :n_tokens], self._values[:, :, :n_tokens]
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +103,7 @@ class WaveCache(Cache):
         self.lengths = list(lengths)
         self.masks: dict[tuple[int, int, int, int], Tensor] = {}
         self._directness = directness
+        self._totals: dict[int, list[int]] = {}  # by layer, tokens of each sequence once this step's are in
         self._returned: dict[
             int, tuple[int, Tensor, Tensor]
         ] = {}  # by id of the keys, held so that ids stay theirs
@@ -116,7 +117,7 @@ class WaveCache(Cache):
         keys, values = key_states, value_states
         if len(owners) == 1:
             owners[0].append(key_states, value_states)
-            keys, values = owners[0].view()
+            keys, values = owners[0].view(owners[0].length)
         else:
             rows = zip(
                 owners, key_states.split(self.lengths, -2), value_states.split(self.lengths, -2), strict=True
@@ -124,24 +125,26 @@ class WaveCache(Cache):
             for owner, key, value in rows:
                 owner.append(key, value)
             if not self._directness.known_direct(layer_idx):
-                pasts = [owner.view() for owner in owners]
+                pasts = [owner.view(owner.length) for owner in owners]
                 keys = torch.cat([past[0] for past in pasts], dim=-2)
                 values = torch.cat([past[1] for past in pasts], dim=-2)
+        self._totals[layer_idx] = [owner.length for owner in owners]
         self._returned[id(keys)] = (layer_idx, keys, values)
         return keys, values
 
     def pasts(self, keys: Tensor, values: Tensor, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Return each sequence's `[1, heads, L, dim]` keys and values for what the attention was given.
 
-        `layer` is the attention's own; a layer that shares another's keys is given that layer's.
+        `layer` is the attention's own; a layer that shares another's keys is given that layer's, without what the
+        wave behind, with later rows of the same sequence, has appended to them since.
         """
         source, returned_keys, returned_values = self._returned.get(id(keys), (layer, None, None))
         direct = returned_keys is keys and returned_values is values
         if len(self.sequences) > 1:
             self._directness.observe(source, direct)
+        totals = self._totals[source]
         if direct:
-            return [sequence.layer(source).view() for sequence in self.sequences]
-        totals = [sequence.layer(source).length for sequence in self.sequences]
+            return [s.layer(source).view(n) for s, n in zip(self.sequences, totals, strict=True)]
         return list(zip(keys.split(totals, -2), values.split(totals, -2), strict=True))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

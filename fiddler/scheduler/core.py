@@ -1,19 +1,21 @@
 """The scheduler: events in, commands out; no clock and no threads of its own.
 
 Every load of a layer is in one place at a time: in a lane, waiting for its expert to land, or done. What fails
-falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good.
+falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good. Without link or GPU
+all that cannot run from a slot goes to the CPU; without the CPU what can be fetched is, and the rest fails.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from itertools import count
+from dataclasses import dataclass, field
 
 from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.counters import Counters
-from fiddler.scheduler.layer import LayerRun
+from fiddler.scheduler.jobs import Jobs, undone
+from fiddler.scheduler.layer import LayerRun, LayerRuns
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -24,21 +26,28 @@ from fiddler.scheduler.messages import (
     Job,
     JobDone,
     LaneDied,
-    LayerDone,
     LayerReady,
     RunDense,
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, descent
 from fiddler.scheduler.routing import Load
-from fiddler.trace import Decision, Trace
+from fiddler.trace import Trace
 
-Key = tuple[int, int]
+
+@dataclass(slots=True)
+class _Copy:
+    """A copy under way."""
+
+    job: int
+    reservation: Reservation
+    waiting: list[tuple[LayerRun, Load]] = field(default_factory=list)
+    """What will run once it has landed."""
 
 
 class Scheduler:
-    """Decides where every load of every layer runs; owner of all that is in flight."""
+    """Decides where every load of every layer runs; owner of the copies under way and what waits for them."""
 
     def __init__(
         self,
@@ -57,19 +66,14 @@ class Scheduler:
         self._planner = planner
         self._promote = promote
         self._trace = trace
-        self._lanes = Lanes(costs.contention)
-        self._dead: dict[LaneName, Exception] = {}
-        self._ids = count()
-        self._jobs: dict[int, Job] = {}
-        self._runs: dict[int, LayerRun] = {}  # by wave, its latest layer
-        self._orphans: list[LayerRun] = []  # their waves are gone, lanes still work for them
-        self._copies: dict[int, Reservation] = {}
-        self._waiting: dict[Key, list[tuple[LayerRun, Load]]] = {}  # until the expert has landed
+        self._jobs = Jobs(self.correction)
+        self._runs = LayerRuns()
+        self._copies: dict[Key, _Copy] = {}
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Take note of what happened at `now_s`, seconds on a clock that never goes back; return what to do."""
-        self._lanes.pass_by(now_s - self._now_s)
+        self._jobs.pass_to(now_s)
         self._now_s = now_s
         match event:
             case LayerReady():
@@ -81,61 +85,61 @@ class Scheduler:
             case LaneDied():
                 return list(self._bury(event))
             case WaveDropped(wave):
-                return list(self._drop(wave))
+                self._drop(wave)
+                return []
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is in flight."""
-        return not self._jobs and not self._runs and not self._orphans
+        """Whether no wave is on its way and no lane has anything to do."""
+        return not self._jobs and not self._runs
 
     def backlog(self) -> Backlog:
         """Return the work queued in each lane."""
-        lanes = self._lanes
-        return Backlog(lanes.backlog_s("cpu"), lanes.backlog_s("gpu"), lanes.demand_s())
+        return self._jobs.backlog()
 
     # A layer's way
 
     def _begin(self, event: LayerReady) -> Iterator[Command]:
         work = event.work
         self.recent[work.layer].append(event)
-        rows = [(load.expert, load.n_rows) for load in (*work.loads, *work.deferred)]
-        self.cache.observe(work.layer, rows, event.n_tokens, event.scores)
-        before = self._runs.get(event.wave)
-        run = LayerRun(event.wave, work, self._now_s, set(work.loads), set(work.deferred), before=before)
-        self._runs[event.wave] = run
-        self._lease(run)
+        rows: dict[int, int] = {}
+        for load in (*work.loads, *work.deferred):  # an expert may have one of each
+            rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
+        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
+        run = LayerRun(event.wave, work, self._now_s)
+        self._runs.begin(run)
+        if "gpu" not in self._jobs.dead:
+            for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
+                self._pin(run, expert)
         run.plan = self._plan(run, work.loads)
         yield from self._dispatch(run, run.plan)
         if work.deferred:
             yield from self._dispatch(run, self._plan(run, work.deferred))
         yield from self._settle(run)
 
-    def _lease(self, run: LayerRun) -> None:
-        """Keep the slots of a layer's experts while it runs, wherever they will run."""
-        if not {"gpu"} & self._dead.keys():
-            for load in (*run.work.loads, *run.work.deferred):
-                self._pin(run, load.expert)
-
     def _pin(self, run: LayerRun, expert: int) -> None:
-        if expert not in run.leased and self.cache.slot((run.layer, expert)) is not None:
-            self.cache.lease((run.layer, expert))
+        """Keep an expert's slot, if it has one, while a layer runs."""
+        key = (run.layer, expert)
+        if expert not in run.leased and self.cache.slot(key) is not None:
+            self.cache.lease(key)
             run.leased.append(expert)
 
     def _plan(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
+        dead = self._jobs.dead
         candidates = [self._candidate(run, load) for load in loads]
         n_fetch = 0
-        if not self._dead and self.cache.n_slots:
+        if self.cache.n_slots and not dead.keys() & {"link", "gpu"}:
             n_fetch = self.cache.admissible([(run.layer, c.load.expert) for c in candidates if c.place == "miss"])
-        return self._planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
+        planner = all_fetch if "cpu" in dead else self._planner
+        return planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
 
     def _candidate(self, run: LayerRun, load: Load) -> Candidate:
         key = (run.layer, load.expert)
         if load.expert in run.leased:
             return Candidate(load, "hit")
-        copy = self.cache.loading(key)
-        if copy is not None and "gpu" not in self._dead:
-            job = next(job for job, reservation in self._copies.items() if reservation.key == key)
-            return Candidate(load, "landing", ahead_s=self._lanes.ahead_s(job))
+        copy = self._copies.get(key)
+        if copy is not None and "gpu" not in self._jobs.dead:
+            return Candidate(load, "landing", ahead_s=self._jobs.ahead_s(copy.job))
         return Candidate(load, "miss", score=self.cache.score(key))
 
     def _dispatch(self, run: LayerRun, plan: Plan) -> Iterator[Command]:
@@ -143,135 +147,102 @@ class Scheduler:
         landing = [load for load in plan.gpu if load.expert not in run.leased]
         fetches = [(load, self.cache.reserve((run.layer, load.expert))) for load in plan.fetch]
         refused = [load for load, reservation in fetches if reservation is None]
-        self.counters.planned(hits=len(plan.gpu), cpu=len(plan.cpu) + len(refused), fetches=len(plan.fetch))
+        cpu = (*plan.cpu, *refused)
+        self.counters.planned(hits=len(plan.gpu), cpu=len(cpu), fetches=len(plan.fetch) - len(refused))
         if ready:
             yield self._run_gpu(run, ready)
-        yield from self._run_cpu(run, (*plan.cpu, *refused))
+        yield from self._run_cpu(run, cpu)
         for load in landing:
-            self._waiting.setdefault((run.layer, load.expert), []).append((run, load))
+            self._copies[run.layer, load.expert].waiting.append((run, load))
         for load, reservation in fetches:
             if reservation is not None:
-                self._waiting[reservation.key] = [(run, load)]
-                yield self._copy(reservation, urgent=True)
+                yield self._copy(reservation, (run, load))
 
     def _settle(self, run: LayerRun) -> Iterator[Command]:
         """Let a layer's forward go on if it can, and let go of what nobody needs."""
         if run.complete:
-            for expert in run.leased:
-                self.cache.release((run.layer, expert))
-            run.leased.clear()
-        if run in self._orphans:
-            if run.complete:
-                self._orphans.remove(run)
-            return
-        latest = self._runs[run.wave]
-        if latest.passable and not latest.reported:
-            late = latest.before.failures if latest.before is not None else {}
-            latest.reported, latest.before = True, None
+            self._release(run)
+        latest = self._runs.latest(run.wave)
+        if latest is not None and latest.passable and not latest.reported:
             self._record(latest)
-            yield LayerDone(latest.wave, latest.layer, latest.failures, late)
-        if latest.reported and latest.complete:
-            del self._runs[run.wave]
+            yield latest.report()
+
+    def _release(self, run: LayerRun) -> None:
+        for expert in run.leased:
+            self.cache.release((run.layer, expert))
+        run.leased.clear()
+        self._runs.forget(run)
 
     def _record(self, run: LayerRun) -> None:
-        plan = run.plan
-        assert plan is not None
-        measured_s = self._now_s - run.started_s
-        self.counters.measured(plan.predicted_s, measured_s)
+        assert run.plan is not None
+        decision = run.decision(run.plan, self._now_s)
+        self.counters.measured(decision.predicted_s, decision.measured_s)
         if self._trace is not None:
-            self._trace.decision(
-                Decision(
-                    at_s=run.started_s,
-                    wave=run.wave,
-                    layer=run.layer,
-                    n_rows=len(run.work.order),
-                    n_cpu=len(plan.cpu),
-                    n_gpu=len(plan.gpu),
-                    n_fetch=len(plan.fetch),
-                    predicted_s=plan.predicted_s,
-                    measured_s=measured_s,
-                )
-            )
+            self._trace.decision(decision)
 
     # Jobs
 
     def _run_gpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Command:
-        slots = tuple(self._slot((run.layer, load.expert)) for load in loads)
-        predicted_s = self.correction.costs.gpu_s(run.layer, [load.n_rows for load in loads])
-        job = RunExperts(next(self._ids), "gpu", run.wave, run.layer, loads, slots, predicted_s)
-        return self._start(job)
-
-    def _slot(self, key: Key) -> int:
-        slot = self.cache.slot(key)
-        assert slot is not None, "a load was to run from a slot its expert does not have"
-        return slot
+        slots = [self.cache.slot((run.layer, load.expert)) for load in loads]
+        ready = tuple(slot for slot in slots if slot is not None)
+        assert len(ready) == len(loads), "a load was to run from a slot its expert does not have"
+        return self._jobs.on_gpu(run, loads, ready)
 
     def _run_cpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Iterator[Command]:
-        if not loads:
-            return
-        error = self._dead.get("cpu")
+        error = self._jobs.dead.get("cpu")
         if error is not None:
-            run.failures.update((load.expert, error) for load in loads)
-            run.drop(loads)
-            return
-        predicted_s = self.correction.costs.cpu_s(run.layer, [load.n_rows for load in loads])
-        yield self._start(RunExperts(next(self._ids), "cpu", run.wave, run.layer, loads, (), predicted_s))
+            for load in loads:
+                run.fail(load, error)
+        elif loads:
+            yield self._jobs.on_cpu(run, loads)
 
-    def _copy(self, reservation: Reservation, *, urgent: bool) -> Command:
-        layer, expert = reservation.key
-        costs = self.correction.costs.experts[layer]
-        job = CopyExpert(next(self._ids), layer, expert, reservation.slot, urgent, costs.copy_s)
-        self._copies[job.job] = reservation
-        self.counters.copied(costs.nbytes)
-        return self._start(job)
+    def _copy(self, reservation: Reservation, *waiting: tuple[LayerRun, Load]) -> Command:
+        job = self._jobs.copy(reservation, urgent=bool(waiting))
+        self._copies[reservation.key] = _Copy(job.job, reservation, list(waiting))
+        self.counters.copied(self.correction.costs.experts[job.layer].nbytes)
+        return job
 
     def _dense(self, event: DenseQueued) -> Command:
-        dense = self.correction.costs.dense
-        if event.head:
-            predicted_s = dense.head(event.n_rows)
-        else:
-            predicted_s = dense.layer_s(event.n_rows, event.n_context) + self.correction.costs.host_s
-        return self._start(RunDense(next(self._ids), event.wave, predicted_s))
+        if "gpu" in self._jobs.dead:  # its time is all that is asked for
+            return DenseDone(event.wave)
+        return self._jobs.dense(event)
 
     def _promotion(self) -> Iterator[Command]:
-        """Copy a hot expert in while the link has nothing to do."""
-        if self._promote and self.cache.n_slots and not self._dead and not self._lanes.queues["link"]:
-            key = self.cache.promotion()
+        """Copy a hot expert in while the link has nothing to do and waves are on their way."""
+        if self._promote and self.cache.n_slots and self._runs.n_awaited and not self._jobs.dead:
+            key = self.cache.promotion() if self._jobs.idle("link") else None
             reservation = self.cache.reserve(key, promotion=True) if key is not None else None
             if reservation is not None:
                 self.counters.n_promotions += 1
-                yield self._copy(reservation, urgent=False)
-
-    def _start(self, job: Job) -> Job:
-        self._jobs[job.job] = job
-        urgent = job.urgent if isinstance(job, CopyExpert) else True
-        self._lanes.put(job.lane, job.job, job.predicted_s, urgent=urgent)
-        return job
+                yield self._copy(reservation)
 
     # What lanes report
 
     def _done(self, event: JobDone) -> Iterator[Command]:
-        job = self._jobs.pop(event.job, None)
-        if job is None:  # its lane was declared dead, and it was taken care of
+        ended = self._jobs.end(event.job)
+        if ended is None:
             return
-        queued = self._lanes.remove(job.lane, job.job)
-        if queued is not None and not event.failures and not isinstance(job, RunDense):
-            self.correction.report(job.lane, queued.work_s * queued.slowdown, event.took_s)
+        job, predicted_s = ended
+        if not event.failures and self._worked(job):
+            self.correction.report(job.lane, predicted_s, event.took_s)
         match job:
             case CopyExpert():
-                yield from self._landed(job, failed=bool(event.failures))
+                yield from self._landed((job.layer, job.expert), failed=bool(event.failures))
             case RunExperts():
                 yield from self._ran(job, event.failures)
             case RunDense():
                 yield DenseDone(job.wave)
 
-    def _landed(self, job: CopyExpert, *, failed: bool) -> Iterator[Command]:
-        reservation = self._copies.pop(job.job)
-        (self.cache.failed if failed else self.cache.landed)(reservation)
-        if failed:
-            self.counters.n_fallbacks += 1
-        for run, load in self._waiting.pop(reservation.key, []):
-            if failed or "gpu" in self._dead:
+    def _worked(self, job: Job) -> bool:
+        """Whether a job's time tells of its costs: the rows of a layer whose wave is gone may be gone as well."""
+        return isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
+
+    def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
+        copy = self._copies.pop(key)
+        (self.cache.failed if failed else self.cache.landed)(copy.reservation)
+        for run, load in copy.waiting:
+            if failed or "gpu" in self._jobs.dead:
+                self.counters.n_fallbacks += 1
                 yield from self._run_cpu(run, (load,))
                 yield from self._settle(run)
             else:
@@ -279,54 +250,50 @@ class Scheduler:
                 yield self._run_gpu(run, (load,))
 
     def _ran(self, job: RunExperts, failures: Failures) -> Iterator[Command]:
-        run = self._run_of(job)
+        run = self._runs.find(job.wave, job.layer)
         failed = tuple(load for load in job.loads if load.expert in failures)
-        run.drop([load for load in job.loads if load.expert not in failures])
-        if failed and job.lane == "gpu":
+        if job.lane == "gpu" and self._runs.awaited(job.wave):
+            run.ran([load for load in job.loads if load not in failed])
             self.counters.n_fallbacks += len(failed)
             yield from self._run_cpu(run, failed)
         else:
-            run.failures.update((load.expert, failures[load.expert]) for load in failed)
-            run.drop(failed)
+            for load in failed:
+                run.fail(load, failures[load.expert])
+            run.ran(job.loads)
         yield from self._settle(run)
-
-    def _run_of(self, job: RunExperts) -> LayerRun:
-        latest = self._runs.get(job.wave)
-        known = [run for run in (latest, latest.before if latest else None, *self._orphans) if run is not None]
-        return next(run for run in known if (run.wave, run.layer) == (job.wave, job.layer))
 
     def _bury(self, event: LaneDied) -> Iterator[Command]:
         """Do without a lane: what it had goes to the CPU, what the CPU had fails."""
-        self._dead[event.lane] = event.error
-        for job in [job for job in self._jobs.values() if job.lane == event.lane]:
-            experts = [load.expert for load in job.loads] if isinstance(job, RunExperts) else [-1]
-            yield from self._done(JobDone(job.job, 0.0, dict.fromkeys(experts, event.error)))
+        self._jobs.dead[event.lane] = event.error
+        for job in self._jobs.all:
+            if job.lane == event.lane:
+                yield from self._done(JobDone(job.job, 0.0, undone(job, event.error)))
 
-    def _drop(self, wave: int) -> Iterator[Command]:
-        """Forget a wave; its loads that wait for a copy are let go, those in lanes run to their end."""
-        latest = self._runs.pop(wave, None)
-        runs = [run for run in (latest, latest.before if latest else None) if run is not None]
-        self._orphans += runs
-        for key, waiting in self._waiting.items():
-            for run, load in waiting:
-                if run in runs:
-                    run.drop((load,))
-            self._waiting[key] = [(run, load) for run, load in waiting if run not in runs]
-        for run in runs:
-            yield from self._settle(run)
+    def _drop(self, wave: int) -> None:
+        """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
+        for copy in self._copies.values():
+            copy.waiting = [(run, load) for run, load in copy.waiting if run.wave != wave]
+        in_lanes = {pair for pair in self._in_lanes() if pair[0].wave == wave}
+        for run in self._runs.drop(wave):
+            run.ran([load for load in run.owed if (run, load) not in in_lanes])
+            if run.complete:
+                self._release(run)
+
+    def _in_lanes(self) -> list[tuple[LayerRun, Load]]:
+        jobs = [job for job in self._jobs.all if isinstance(job, RunExperts)]
+        return [(self._runs.find(job.wave, job.layer), load) for job in jobs for load in job.loads]
 
     def check(self) -> None:
         """Raise `AssertionError` unless every load is in exactly one place and every copy has its slot."""
         self.cache.check()
-        runs = {*self._runs.values(), *(r.before for r in self._runs.values() if r.before), *self._orphans}
-        placed = [
-            (self._run_of(j), load) for j in self._jobs.values() if isinstance(j, RunExperts) for load in j.loads
-        ]
-        placed += [pair for pairs in self._waiting.values() for pair in pairs]
-        owed = [(run, load) for run in runs for load in (*run.pending, *run.late)]
+        self._jobs.check()
+        runs = self._runs.all
+        placed = [*self._in_lanes(), *(pair for copy in self._copies.values() for pair in copy.waiting)]
+        owed = {(run, load) for run in runs for load in run.owed}
         assert len(placed) == len(set(placed)), "a load is in two places"
-        assert set(placed) == set(owed), "a load that is owed is in no place, or one that is not is"
-        assert self._copies.keys() == {j.job for j in self._jobs.values() if isinstance(j, CopyExpert)}
-        assert self._waiting.keys() <= {r.key for r in self._copies.values()}, "a load waits for no copy"
-        queued = {q.job for lane in LANES for q in self._lanes.queues[lane]}
-        assert queued == self._jobs.keys(), "the lanes' queues and the jobs differ"
+        assert set(placed) == owed, "a load that is owed is in no place, or one that is not is"
+        copies = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
+        assert copies == {copy.job: key for key, copy in self._copies.items()}, "copies and their jobs differ"
+        for key, copy in self._copies.items():
+            assert self.cache.loading(key) == copy.reservation, "a copy is under way into no slot"
+        assert not any(run.complete and run.leased for run in runs), "a layer that is complete holds slots"

@@ -1,5 +1,7 @@
 """What the scheduler has decided, in numbers."""
 
+from bisect import bisect_left, insort
+from collections import deque
 from dataclasses import dataclass, field
 
 KEEP = 4096
@@ -12,16 +14,17 @@ class Counters:
 
     n_layers: int = 0
     n_hits: int = 0
-    """Loads run from a slot that was READY or LOADING when they came."""
+    """Loads sent to a slot that was READY or LOADING when they came."""
     n_cpu: int = 0
     n_fetches: int = 0
     n_promotions: int = 0
     n_fallbacks: int = 0
-    """Copies and GPU loads that failed and went to the CPU."""
+    """Loads that went to the CPU because their copy or the GPU failed."""
     copied_bytes: int = 0
     predicted_s: float = 0.0
     measured_s: float = 0.0
-    _errors: list[float] = field(default_factory=list)
+    _errors: deque[float] = field(default_factory=deque)
+    _sorted: list[float] = field(default_factory=list)  # the same: statistics are asked for after every step
 
     def planned(self, *, hits: int, cpu: int, fetches: int) -> None:
         """Take note of a plan's loads."""
@@ -40,11 +43,11 @@ class Counters:
         self.measured_s += measured_s
         if predicted_s > 0.0 and measured_s > 0.0:
             if len(self._errors) == KEEP:
-                self._errors[self.n_layers % KEEP] = abs(predicted_s / measured_s - 1.0)
-            else:
-                self._errors.append(abs(predicted_s / measured_s - 1.0))
+                del self._sorted[bisect_left(self._sorted, self._errors.popleft())]
+            error = abs(predicted_s / measured_s - 1.0)
+            self._errors.append(error)
+            insort(self._sorted, error)
 
     def median_error(self) -> float:
         """Return the median of `|predicted / measured - 1|` over the latest layers; 0.0 for none."""
-        errors = sorted(self._errors)
-        return errors[len(errors) // 2] if errors else 0.0
+        return self._sorted[len(self._sorted) // 2] if self._sorted else 0.0

@@ -11,9 +11,9 @@ from fiddler.cache.static import uniform
 
 
 def cache(
-    name: str, n_slots: int, n_experts: tuple[int, ...], *, floor: int = 0, hysteresis: float = 0.25
+    name: str, n_slots: int, n_experts: tuple[int, ...], *, floor: int = 0, admission: float = 1.25
 ) -> ExpertCache:
-    return ExpertCache(n_slots, n_experts, make_policy(name, n_experts), floor=floor, hysteresis=hysteresis)
+    return ExpertCache(n_slots, n_experts, make_policy(name, n_experts), floor=floor, admission=admission)
 
 
 def touch(cache: ExpertCache, key: Key, n_rows: int = 1) -> None:
@@ -76,7 +76,7 @@ def test_what_is_leased_or_loading_stays() -> None:
 
 
 def test_a_demand_does_not_evict_what_is_clearly_worth_more() -> None:
-    lfu = cache("lfu", 1, (3,), hysteresis=0.25)
+    lfu = cache("lfu", 1, (3,))
     touch(lfu, (0, 0), 5)
     admit(lfu, (0, 0))
     touch(lfu, (0, 1), 3)
@@ -87,7 +87,7 @@ def test_a_demand_does_not_evict_what_is_clearly_worth_more() -> None:
 
 
 def test_a_promotion_has_to_beat_its_victim_clearly() -> None:
-    lfu = cache("lfu", 1, (3,), hysteresis=0.25)
+    lfu = cache("lfu", 1, (3,))
     touch(lfu, (0, 0), 4)
     admit(lfu, (0, 0))
     touch(lfu, (0, 1), 5)
@@ -252,7 +252,7 @@ def test_a_history_from_the_future_is_refused() -> None:
 
 
 def test_numbers_that_make_no_cache_are_refused() -> None:
-    for wrong in ({"n_slots": -1}, {"floor": -1}, {"hysteresis": -0.1}, {"n_experts": (3,)}):
+    for wrong in ({"n_slots": -1}, {"floor": -1}, {"hysteresis": -0.1}, {"admission": 0.9}, {"n_experts": (3,)}):
         options = {"n_slots": 1, "n_experts": (2,), "floor": 0, "hysteresis": 0.0, **wrong}
         with pytest.raises(ValueError, match=r"negative|knows layers"):
             ExpertCache(policy=make_policy("lru", (2,)), **options)  # type: ignore[arg-type]

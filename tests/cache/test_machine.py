@@ -131,7 +131,9 @@ TestCache = CacheMachine.TestCase
 def test_every_victim_of_a_long_run_is_the_worst_there_is(name: str, floor: int) -> None:
     layers = (9, 6, 9)
     chance = Random(f"{name} {floor}")
-    cache = ExpertCache(12, layers, make_policy(name, layers, half_life=5), floor=floor, hysteresis=9.0)
+    cache = ExpertCache(
+        12, layers, make_policy(name, layers, half_life=5), floor=floor, admission=10.0, hysteresis=9.0
+    )
     for visit in range(600):
         layer = visit % 3
         experts = sorted(chance.sample(range(layers[layer]), chance.randint(1, 3)))

@@ -1,0 +1,165 @@
+"""What a simulation came to, for reading and as JSON."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fiddler.cli.notes import size
+from fiddler.cost.lanes import LaneName
+from fiddler.cost.machine import FIGURES, Machine, machines
+from fiddler.cost.shape import ModelShape, shapes
+from fiddler.engine.simulation import Report, Setting
+
+LANES: Mapping[LaneName, str] = {"gpu": "GPU", "cpu": "CPU", "link": "link"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A simulation: what was run, and the report of it."""
+
+    setting: Setting
+    work: Mapping[str, Any]
+    """The sequences, their lengths and their routing."""
+    report: Report
+
+    @property
+    def resident(self) -> float:
+        """The share of experts that the GPU holds."""
+        return self.setting.n_slots / self.setting.shape.total_experts
+
+    def as_json(self, *, sources: bool) -> dict[str, Any]:
+        """Return everything; the source of each of the machine's figures if asked for."""
+        setting = self.setting
+        machine = {name: getattr(setting.machine, name) for name in ("name", "description", *sorted(FIGURES))}
+        if sources:
+            machine["sources"] = dict(setting.machine.sources)
+        placement = {
+            name: getattr(setting, name)
+            for name in ("n_slots", "policy", "planner", "half_life", "promote", "waves")
+        }
+        return {
+            "clock": "virtual",
+            "setting": {"model": setting.shape.name, "resident": self.resident, **placement, **self.work},
+            "result": self.report.as_json(),
+            "shape": asdict(setting.shape),
+            "machine": machine,
+        }
+
+    def about(self) -> dict[str, str]:
+        """Return what was run in three lines."""
+        return {
+            "title": f"{self.setting.shape.name} on {self.setting.machine.name}, in virtual time",
+            "placement": f"{self._experts()}; {self._placement()}",
+            "work": f"{self._work()}; {self.report.tokens_per_s:.3g} tokens/s",
+        }
+
+    def print(self, *, sources: bool) -> None:
+        """Print it as a table; the machine's figures as well, if their sources are asked for."""
+        console = Console(highlight=False)
+        console.print(_table(self._rows()))
+        if sources:
+            console.print()
+            console.print(_figures(self.setting.machine))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        setting, report = self.setting, self.report
+        return [
+            ("model", f"{setting.shape.name}: {_describe(setting.shape)}"),
+            ("machine", f"{setting.machine.name}: {setting.machine.description}"),
+            ("on the GPU", self._experts()),
+            ("placement", self._placement()),
+            ("work", self._work()),
+            ("", ""),
+            ("speed", f"{report.tokens_per_s:.4g} tokens/s in virtual time: nothing was run"),
+            ("first token", f"{report.first_token_s:.3g} s, of every sequence"),
+            ("decoding", f"{report.decode_s:.3g} s for {report.n_decoded:,} tokens in {report.n_steps:,} steps"),
+            *self._details(),
+        ]
+
+    def _details(self) -> list[tuple[str, str]]:
+        report = self.report
+        if not report.n_decoded:
+            return []
+        loads = max(report.n_hits + report.n_cpu + report.n_fetches, 1)
+        hits, cpu, fetches = (100 * n / loads for n in (report.n_hits, report.n_cpu, report.n_fetches))
+        tokens = report.n_decoded
+        return [
+            ("lanes busy", ", ".join(f"{LANES[lane]} {share:.0%}" for lane, share in _in_order(report.utilisation))),
+            (
+                "experts read",
+                ", ".join(f"{LANES[lane]} {size(round(n / tokens))}" for lane, n in _in_order(report.read_bytes))
+                + " a token",
+            ),
+            ("expert loads", f"{hits:.1f} % hits, {cpu:.1f} % on the CPU, {fetches:.1f} % copied in first"),
+            ("promotions", f"{report.n_promotions:,}, {report.n_promotions / tokens:.1f} a token"),
+            ("two waves", f"{report.n_steps_in_two_waves:,} of {report.n_steps:,} steps"),
+            ("prediction", f"a layer's time is off by {_percent(report.prediction_error)} in the median"),
+            ("physical bound", self._bound()),
+        ]
+
+    def _bound(self) -> str:
+        bound, report = self.report.bound, self.report
+        longest = max((bound.gpu_s, "GPU"), (bound.cpu_s, "CPU"), (bound.link_s, "link"))[1]
+        return (
+            f"{bound.seconds:.3g} s to move these bytes at full rate ({longest}): {report.of_bound:.0%} of it reached"
+        )
+
+    def _experts(self) -> str:
+        shape = self.setting.shape
+        slots = self.setting.n_slots
+        return f"{slots:,} of {shape.total_experts:,} experts ({self.resident:.0%}, {size(slots * shape.expert_bytes)})"
+
+    def _placement(self) -> str:
+        setting = self.setting
+        promote = "promotions" if setting.promote else "no promotions"
+        return f"policy {setting.policy}, planner {setting.planner}, {promote}, waves {setting.waves}"
+
+    def _work(self) -> str:
+        n, prompt, new = (self.work[name] for name in ("sequences", "prompt_tokens", "new_tokens"))
+        sequences = "1 sequence" if n == 1 else f"{n:,} sequences"
+        routing = self.work["routing"] if self.work["routing"] != "synthetic" else "synthetic routing"
+        return f"{sequences} of {prompt:,} prompt and {new:,} new tokens, {routing}, seed {self.work['seed']}"
+
+
+def print_list() -> None:
+    """Print the machines and shapes there are, a line each."""
+    console = Console(highlight=False)
+    console.print("machines")
+    console.print(_table([(name, Machine.load(name).description) for name in machines()]))
+    console.print("\nshapes")
+    console.print(_table([(name, _describe(ModelShape.load(name))) for name in shapes()]))
+
+
+def _describe(shape: ModelShape) -> str:
+    every = size(shape.total_experts * shape.expert_bytes)
+    return (
+        f"{shape.n_layers} layers of {shape.n_experts} experts, {shape.top_k} a token, "
+        f"{size(shape.expert_bytes)} each, {every} in all"
+    )
+
+
+def _figures(machine: Machine) -> Table:
+    table = _table([])
+    for name in sorted(FIGURES):
+        table.add_row(name, f"{getattr(machine, name):.4g}  {machine.sources.get(name, '')}")
+    return table
+
+
+def _in_order(by_lane: Mapping[LaneName, Any]) -> Iterable[tuple[LaneName, Any]]:
+    return [(lane, by_lane[lane]) for lane in LANES]
+
+
+def _percent(share: float) -> str:
+    return "less than 0.1 %" if share < 1e-3 else f"{100 * share:.1f} %"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,198 @@
+"""`fiddler simulate`: what a model would do on a machine, in virtual time. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+from fiddler.cli.ending import guarded
+from fiddler.cli.notes import Notes
+from fiddler.config import EngineConfig, PlannerName, PolicyName, WaveMode
+from fiddler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+    from fiddler.cost.shape import ModelShape
+    from fiddler.engine.simulation import Report, Setting
+
+SHAPE = "qwen3-30b-a3b"
+"""What is simulated if nothing was named."""
+
+
+def _machine(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Model and machine", **limits)
+
+
+def _placement(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Placement", **limits)
+
+
+def _work(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Work", **limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Which model on which machine."""
+
+    shape: Annotated[str | None, _machine(f"A model's shape: a name (see --list) or FILE.json; {SHAPE}.")] = None
+    model: Annotated[
+        Path | None, _machine("A checkpoint's folder: its config.json is the shape.", "--model", "-m", metavar="DIR")
+    ] = None
+    machine: Annotated[str, _machine("A name (see --list) or FILE.json.")] = "rtx4090-desktop"
+    slots: Annotated[int | None, _machine("Experts the GPU holds; what fits if left out.", min=0)] = None
+    resident: Annotated[
+        float | None, _machine("The same, as a share of all experts.", min=0.0, max=1.0)
+    ] = None
+    show_list: Annotated[bool, typer.Option("--list", help="List machines and shapes, and exit.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """How experts are placed; the names are those of `EngineConfig`."""
+
+    policy: Annotated[str, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = "aged-lfu"
+    half_life: Annotated[float, _placement("Tokens after which a visit counts half, for aged-lfu.")] = 32.0
+    planner: Annotated[str, _placement("How loads are divided.", metavar="|".join(get_args(PlannerName)))] = "auto"
+    waves: Annotated[
+        str, _placement("Whether a step is one wave or two.", metavar="|".join(get_args(WaveMode)))
+    ] = "auto"
+    promote: Annotated[bool, _placement("Copy hot experts in while the link is idle.")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """What is run."""
+
+    sequences: Annotated[int, _work("Sequences side by side.", min=1)] = 1
+    prompt_tokens: Annotated[int, _work("Tokens of each prompt.", min=1)] = 128
+    new_tokens: Annotated[int, _work("Tokens made for each.", min=1)] = 64
+    chunk_tokens: Annotated[int, _work("Prompt tokens that may join one step.", min=1)] = EngineConfig().chunk_tokens
+    routing: Annotated[
+        str, _work("Made up; or drawn from a file's expert_popularity.", metavar="synthetic|FILE.json")
+    ] = "synthetic"
+    seed: Annotated[int, _work("Another seed is another routing.", min=0)] = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How the result is shown."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+    sources: Annotated[bool, typer.Option("--sources", help="Say where the machine's figures come from.")] = False
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", metavar="FILE.json|FILE.png", help="Write what each lane did when.")
+    ] = None
+    window: Annotated[
+        float | None, typer.Option("--window", metavar="MS", help="Length of the picture; five layers.", min=1e-3)
+    ] = None
+
+
+def simulate(machine: MachineOptions, placement: PlacementOptions, work: WorkOptions, output: OutputOptions) -> None:
+    """Say how fast a model would be on a machine, from the machine's figures.
+
+    Runs the engine's scheduler, cache and planner in virtual time, without the model and without the machine.
+    """
+    with guarded():
+        from fiddler.cli import outcome, timeline
+
+        if machine.show_list:
+            outcome.print_list()
+            return
+        if output.timeline is not None:
+            timeline.check(output.timeline)
+        setting = _setting(machine, placement, work)
+        notes = Notes(quiet=output.as_json)
+        with notes.working("simulating"):
+            report = _run(setting, work, traced=output.timeline is not None)
+        result = outcome.Outcome(setting, work.as_json(), report)
+        if output.timeline is not None and report.trace is not None:
+            window_s = None if output.window is None else output.window / 1e3
+            timeline.write(
+                report.trace, output.timeline, result.about(), from_s=report.first_token_s, length_s=window_s
+            )
+            notes.say(f"timeline: {output.timeline}")
+        if output.as_json:
+            print(json.dumps(result.as_json(sources=output.sources)))
+        else:
+            result.print(sources=output.sources)
+
+
+def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOptions) -> "Setting":
+    from fiddler.cost.machine import Machine, n_slots
+    from fiddler.engine.simulation import Setting
+
+    shape, machine = _shape(options), Machine.load(options.machine)
+    if options.slots is not None and options.resident is not None:
+        raise ConfigError("--slots and --resident both say how many experts the GPU holds: give one")
+    slots = options.slots
+    if slots is None:
+        context = work.sequences * (work.prompt_tokens + work.new_tokens)
+        slots = n_slots(shape, machine, share=options.resident, context=context)
+    return Setting(
+        shape=shape,
+        machine=machine,
+        n_slots=min(slots, shape.total_experts),
+        policy=placement.policy,
+        planner=placement.planner,
+        half_life=placement.half_life,
+        promote=placement.promote,
+        waves=cast("WaveMode", placement.waves),  # Setting refuses any other
+        chunk_tokens=work.chunk_tokens,
+    )
+
+
+def _shape(options: MachineOptions) -> "ModelShape":
+    from fiddler.cost.shape import ModelShape
+
+    if options.model is None:
+        return ModelShape.load(options.shape or SHAPE)
+    if options.shape is not None:
+        raise ConfigError("--shape and --model both name the model: give one")
+    file = options.model / "config.json" if options.model.is_dir() else options.model
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{options.model} is no checkpoint's folder: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{file}: must be a JSON object")
+    return ModelShape.from_config(config, file.absolute().parent.name)
+
+
+def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":
+    from fiddler.cache.synthetic import SyntheticRouting
+    from fiddler.engine import simulation
+    from fiddler.trace import Trace
+
+    shape = setting.shape
+    if work.routing == "synthetic":
+        routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, seed=work.seed)
+    else:
+        routing = SyntheticRouting.counted(_counts(work.routing, shape), shape.top_k, seed=work.seed)
+    n_tokens = work.prompt_tokens + work.new_tokens - 1  # the last token is not run
+    sequences = [(routing.sequence(i, n_tokens), work.prompt_tokens) for i in range(work.sequences)]
+    return simulation.simulate(setting, sequences, trace=Trace() if traced else None)
+
+
+def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":
+    from fiddler.cache.synthetic import read_counts
+
+    file = Path(name)
+    if not file.is_file():
+        raise ConfigError(f"unknown routing {name!r}; known: synthetic, or a JSON file with expert_popularity")
+    counts = read_counts(file)
+    if counts.shape != (shape.n_layers, shape.n_experts):
+        layers, experts = counts.shape
+        raise ConfigError(
+            f"{file} has {experts} experts in {layers} layers, {shape.name} has {shape.n_experts} in {shape.n_layers}"
+        )
+    return counts
