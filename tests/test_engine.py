@@ -382,20 +382,18 @@ async def test_a_trace_is_kept_only_if_asked_for(tiny: Path, device: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("device", "lanes"),
-    [("cpu", {"cpu"}), ("sim", {"cpu", "gpu", "link"}), (VIRTUAL, {"cpu", "gpu", "link"})],
+    ("device", "lanes"), [("cpu", {"cpu"}), ("sim", {"cpu", "link"}), (VIRTUAL, {"cpu", "link"})]
 )
 async def test_a_trace_holds_every_job_and_every_decision(tiny: Path, device: str, lanes: set[str]) -> None:
-    async with opened(
-        tiny, device=device, planner="auto" if device == "cpu" else "all-fetch", trace=True
-    ) as engine:
-        await engine.generate("Hello", greedy(4))
+    async with opened(tiny, device=device, planner="all-cpu", trace=True) as engine:
+        await engine.generate("Hello", greedy(8))
     trace, now = engine.trace(), engine.statistics()
-    assert {span.lane for span in trace.spans} == lanes
+    assert {span.lane for span in trace.spans} - {"gpu"} == lanes
+    assert len([span for span in trace.spans if span.lane == "link"]) == now.n_fetches + now.n_promotions
     assert all(span.start_s <= span.end_s for span in trace.spans)
     assert len(trace.decisions) == now.n_steps * N_LAYERS
     assert sum(decision.n_rows for decision in trace.decisions) == now.n_expert_rows
-    assert {event["ph"] for event in trace.chrome()["traceEvents"]} == {"M", "X", "i"}
+    assert {event["ph"] for event in trace.chrome()["traceEvents"]} >= {"M", "X", "i"}
 
 
 async def test_an_unopened_engine_has_no_trace(tiny: Path) -> None:
@@ -460,19 +458,25 @@ async def test_an_unknown_machine_is_named_beside_the_known(tiny: Path) -> None:
             pass
 
 
+def lane_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name in {"fiddler-cpu", "fiddler-gpu", "fiddler-link"}]
+
+
 async def test_a_failed_opening_of_an_accelerator_leaves_no_thread(tiny: Path) -> None:
+    before = lane_threads()
     with pytest.raises(ConfigError, match="defer"):
         async with opened(tiny, device="sim", defer=1):
             pass
-    assert [t.name for t in threading.enumerate() if t.name.startswith("fiddler-")] == []
+    assert lane_threads() == before
 
 
 async def test_closing_ends_the_lanes(tiny: Path) -> None:
+    before = lane_threads()
     async with Engine(tiny, EngineConfig(device="sim")) as engine:
         running = await engine.generate_stream("Hello", greedy(FOREVER))
         await anext(running)
-        assert {"fiddler-cpu", "fiddler-gpu", "fiddler-link"} <= {t.name for t in threading.enumerate()}
-    assert [t.name for t in threading.enumerate() if t.name.startswith("fiddler-")] == []
+        assert len(lane_threads()) == len(before) + 3
+    assert lane_threads() == before
     with pytest.raises(EngineClosedError, match="in flight"):
         async for _ in running:
             pass

@@ -16,9 +16,10 @@ class ExpertCache:
     """Slots, and the policy that says which experts deserve them.
 
     An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
-    a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the newcomer:
-    generous, since the newcomer is needed now. A promotion must be worth more than `1 + hysteresis` times its victim,
-    so that near-equals do not evict each other by turns. `floor`: see `Room`; a quarter of an even share by default.
+    a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the
+    newcomer: generous, since the newcomer is needed now. A promotion must be worth more than `1 + hysteresis` times
+    its victim, so that near-equals do not evict each other by turns. `floor` is a quarter of an even share unless
+    given; see `Room`.
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).
@@ -52,10 +53,8 @@ class ExpertCache:
     def _rank_anew(self) -> None:
         n_layers = len(self._keys)
         self._worst = Standings(n_layers, self._as_victim, self._lowest, self._room.spares)
-        self._best = Standings(n_layers, self._as_newcomer, self._highest)
         for layer, keys in enumerate(self._keys):
             self._worst.touch(layer, keys)
-            self._best.touch(layer, keys)
 
     @property
     def n_slots(self) -> int:
@@ -82,10 +81,8 @@ class ExpertCache:
         self.policy.observe(layer, rows, n_tokens, scores)
         if self.policy.steady:
             self._worst.touch(layer)
-            self._best.touch(layer, [(layer, expert) for expert, _ in rows])
         else:
             self._worst.touch(layer, self._room.layer(layer))
-            self._best.touch(layer, self._keys[layer])
 
     def score(self, key: Key) -> float:
         """What the policy says the expert is worth now."""
@@ -130,8 +127,6 @@ class ExpertCache:
         if not self._room.vacant(key[0]) and (victim := self._gives_way(key, promotion=promotion)) is None:
             return None
         self._replace(victim, key)
-        if victim is not None:
-            self._best.touch(victim[0], (victim,))
         return self._slots.begin(key, victim)
 
     def landed(self, reservation: Reservation) -> None:
@@ -143,7 +138,6 @@ class ExpertCache:
         """LOADING → absent, its slot free; ValueError for a stale reservation."""
         self._slots.failed(reservation)
         self._replace(reservation.key, None)
-        self._best.touch(reservation.key[0], (reservation.key,))
 
     def lease(self, key: Key) -> int:
         """Pin a READY expert while it is used, and say in which slot it is; ValueError where it is not READY."""
@@ -154,17 +148,16 @@ class ExpertCache:
         self._slots.release(key)
         self._worst.touch(key[0], (key,))
 
-    def promotion(self) -> Key | None:
-        """The absent expert most worth copying in while the link is idle: `reserve(key, promotion=True)` takes it.
+    def promotion(self, keys: Sequence[Key]) -> Key | None:
+        """Of these experts the absent one most worth copying in: `reserve(key, promotion=True)` takes it.
 
-        None where even the best does not beat its victim, or is worth nothing.
+        None where even that one does not beat its victim, or is worth nothing.
         """
-        if not self.policy.per_layer:
-            best = self._best.first()
-            return best if best is not None and self._promotable(best) else None
-        firsts = [self._best.first_of(layer) for layer in range(len(self._keys))]
-        keys = [key for key in firsts if key is not None and self._promotable(key)]
-        return min(keys, key=self._highest, default=None)
+        absent = [key for key in keys if key not in self._room and self.policy.admits(key, self.n_slots)]
+        best = min(absent, key=self._highest, default=None)
+        if best is None or self.policy.score(best) <= 0:
+            return None
+        return best if self._room.vacant(best[0]) or self._gives_way(best, promotion=True) is not None else None
 
     def fill(self, keys: Sequence[Key]) -> list[Reservation]:
         """Reserve for a warm start, in order, whatever is absent and finds a free slot."""
@@ -215,7 +208,6 @@ class ExpertCache:
         self._slots.check()
         self._room.check(self._slots.held())
         self._worst.check(self._keys)
-        self._best.check(self._keys)
 
     def _may_enter(self, key: Key) -> bool:
         if key in self._room:
@@ -251,18 +243,10 @@ class ExpertCache:
         refused = new <= self._margin * old if promotion else old > self._admission * new
         return None if refused else victim
 
-    def _promotable(self, key: Key) -> bool:
-        return self._room.vacant(key[0]) or self._gives_way(key, promotion=True) is not None
-
     def _as_victim(self, key: Key) -> Place | None:
         if key not in self._room or not self._slots.idle(key):
             return None
         return self.policy.rank(key), self.history.last_visit(key), -key[1], -key[0]
-
-    def _as_newcomer(self, key: Key) -> Place | None:
-        if key in self._room or not self.policy.admits(key, self.n_slots) or self.policy.score(key) <= 0:
-            return None
-        return -self.policy.rank(key), -self.history.last_visit(key), key[1], key[0]
 
     def _lowest(self, key: Key) -> Place:
         worth = self.policy.rank(key) - self.policy.level(key[0])

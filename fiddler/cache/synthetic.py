@@ -1,8 +1,8 @@
 """Routing made up: popular experts, experts that recur from token to token, topics that drift.
 
 An expert's chance is its popularity in the layer, raised for those the sequence visited a moment ago and for those
-its topic favours; experts are then drawn without replacement (Gumbel top-k: Kool et al., "Stochastic beams and where
-to find them", ICML 2019). The popularity may be that of a real model, from counts of its visits.
+its topic favours; experts are then drawn without replacement (Gumbel top-k: Kool et al., "Stochastic beams and
+where to find them", ICML 2019). The popularity may be that of a real model, from counts of its visits.
 """
 
 import json
@@ -46,17 +46,16 @@ class SyntheticRouting:
     """Log chances by layer and expert, `[L, E]`; `None` draws them with `habits.skew`."""
 
     @classmethod
-    def counted(
-        cls, counts: NDArray[np.float64], top_k: int, *, habits: Habits = Habits(), seed: int = 0
-    ) -> Self:
-        """Draw experts as often as `counts` `[L, E]` says they were visited; topics, being in the counts, add nothing.
+    def counted(cls, counts: NDArray[np.float64], top_k: int, *, habits: Habits = Habits(), seed: int = 0) -> Self:
+        """Draw experts as often as `counts` `[L, E]` says they were visited; topics are in the counts already.
 
         Of `E` experts `k` are drawn, `i` in a share `p` of all draws, where its chance is `-log(1 - p)` (Rosén,
         "Asymptotic theory for successive sampling", 1972). Recurrence makes the popular somewhat more so.
         """
         share = top_k * counts / counts.sum(axis=1, keepdims=True)
         popularity = np.log(-np.log1p(-np.clip(share, _RAREST, _OFTENEST)))
-        return cls(*counts.shape, top_k, replace(habits, topic=0.0), seed, popularity)
+        n_layers, n_experts = counts.shape
+        return cls(n_layers, n_experts, top_k, replace(habits, topic=0.0), seed, popularity)
 
     def sequence(self, number: int, n_tokens: int) -> NDArray[np.int16]:
         """Return the experts that sequence `number` visits, `[T, L, K]`."""

@@ -95,7 +95,7 @@ def _table(experts: "ExpertCosts", held_out: list["HeldOut"]) -> Table:
     lanes = [("CPU", "cpu", experts.cpu), *([("slots", "gpu", experts.gpu)] if with_slots else [])]
     table.add_column("rows", justify="right")
     for name, _, _ in lanes:
-        for unit in ("µs", "GB/s", "off"):
+        for unit in ("μs", "GB/s", "off"):
             table.add_column(f"{name} {unit}" if unit != "off" else unit, justify="right")
     fitted = {round(n) for n, _ in experts.cpu.points}
     for n in sorted(fitted | {held.n_rows for held in held_out}):
@@ -122,10 +122,16 @@ def _lines(found: "Calibration", took_s: float) -> Iterator[tuple[str, str]]:
     costs = found.costs
     first = costs.experts[0]
     if first.copy_s > 0.0:
-        yield "copies", f"{first.nbytes / first.copy_s / 1e9:.2f} GB/s alone, {first.copy_s * 1e6:,.0f} µs an expert"
+        yield (
+            "copies",
+            f"{first.nbytes / first.copy_s / 1e9:.2f} GB/s alone, {first.copy_s * 1e6:,.0f} μs an expert",
+        )
         cpu, link = costs.contention.cpu, costs.contention.link
         yield "side by side", f"the CPU takes {cpu:.2f} times as long, the link {link:.2f} times"
     errors = sorted(held_out.error for held_out in found.held_out)
     if errors:
-        yield "off", f"{100 * errors[len(errors) // 2]:.1f} % in the median, at rows in brackets: no curve knows them"
+        yield (
+            "off",
+            f"{100 * errors[len(errors) // 2]:.1f} % in the median, at rows in brackets: no curve knows them",
+        )
     yield "measured", f"now, in {took_s:.1f} s" if found.fresh else "before; --anew measures again"

@@ -84,33 +84,29 @@ class Outcome:
         if not report.n_decoded:
             return []
         loads = max(report.n_hits + report.n_cpu + report.n_fetches, 1)
-        hits, cpu, fetches = (100 * n / loads for n in (report.n_hits, report.n_cpu, report.n_fetches))
+        hits, cpu, fetches = (_percent(n / loads) for n in (report.n_hits, report.n_cpu, report.n_fetches))
         tokens = report.n_decoded
+        read = {lane: round(report.read_bytes[lane] / tokens) for lane in LANES}
         return [
-            ("lanes busy", ", ".join(f"{LANES[lane]} {share:.0%}" for lane, share in _in_order(report.utilisation))),
-            (
-                "experts read",
-                ", ".join(f"{LANES[lane]} {size(round(n / tokens))}" for lane, n in _in_order(report.read_bytes))
-                + " a token",
-            ),
-            ("expert loads", f"{hits:.1f} % hits, {cpu:.1f} % on the CPU, {fetches:.1f} % copied in first"),
+            ("lanes busy", ", ".join(f"{LANES[lane]} {_percent(report.utilisation[lane])}" for lane in LANES)),
+            ("experts read", ", ".join(f"{LANES[lane]} {size(n)}" for lane, n in read.items()) + " a token"),
+            ("expert loads", f"{hits} hits, {cpu} on the CPU, {fetches} copied in first"),
             ("promotions", f"{report.n_promotions:,}, {report.n_promotions / tokens:.1f} a token"),
             ("two waves", f"{report.n_steps_in_two_waves:,} of {report.n_steps:,} steps"),
-            ("prediction", f"a layer's time is off by {_percent(report.prediction_error)} in the median"),
+            ("prediction", f"a layer's time is off by {_error(report.prediction_error)} in the median"),
             ("physical bound", self._bound()),
         ]
 
     def _bound(self) -> str:
         bound, report = self.report.bound, self.report
         longest = max((bound.gpu_s, "GPU"), (bound.cpu_s, "CPU"), (bound.link_s, "link"))[1]
-        return (
-            f"{bound.seconds:.3g} s to move these bytes at full rate ({longest}): {report.of_bound:.0%} of it reached"
-        )
+        return f"{bound.seconds:.3g} s of reading ({longest}): {_percent(report.of_bound)} of that speed reached"
 
     def _experts(self) -> str:
         shape = self.setting.shape
         slots = self.setting.n_slots
-        return f"{slots:,} of {shape.total_experts:,} experts ({self.resident:.0%}, {size(slots * shape.expert_bytes)})"
+        held = size(slots * shape.expert_bytes)
+        return f"{slots:,} of {shape.total_experts:,} experts ({_percent(self.resident)}, {held})"
 
     def _placement(self) -> str:
         setting = self.setting
@@ -148,11 +144,11 @@ def _figures(machine: Machine) -> Table:
     return table
 
 
-def _in_order(by_lane: Mapping[LaneName, Any]) -> Iterable[tuple[LaneName, Any]]:
-    return [(lane, by_lane[lane]) for lane in LANES]
-
-
 def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _error(share: float) -> str:
     return "less than 0.1 %" if share < 1e-3 else f"{100 * share:.1f} %"
 
 

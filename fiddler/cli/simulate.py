@@ -42,13 +42,12 @@ class MachineOptions:
 
     shape: Annotated[str | None, _machine(f"A model's shape: a name (see --list) or FILE.json; {SHAPE}.")] = None
     model: Annotated[
-        Path | None, _machine("A checkpoint's folder: its config.json is the shape.", "--model", "-m", metavar="DIR")
+        Path | None,
+        _machine("A checkpoint's folder: its config.json is the shape.", "--model", "-m", metavar="DIR"),
     ] = None
     machine: Annotated[str, _machine("A name (see --list) or FILE.json.")] = "rtx4090-desktop"
     slots: Annotated[int | None, _machine("Experts the GPU holds; what fits if left out.", min=0)] = None
-    resident: Annotated[
-        float | None, _machine("The same, as a share of all experts.", min=0.0, max=1.0)
-    ] = None
+    resident: Annotated[float | None, _machine("The same, as a share of all experts.", min=0.0, max=1.0)] = None
     show_list: Annotated[bool, typer.Option("--list", help="List machines and shapes, and exit.")] = False
 
 
@@ -56,7 +55,9 @@ class MachineOptions:
 class PlacementOptions:
     """How experts are placed; the names are those of `EngineConfig`."""
 
-    policy: Annotated[str, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = "aged-lfu"
+    policy: Annotated[str, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = (
+        "aged-lfu"
+    )
     half_life: Annotated[float, _placement("Tokens after which a visit counts half, for aged-lfu.")] = 32.0
     planner: Annotated[str, _placement("How loads are divided.", metavar="|".join(get_args(PlannerName)))] = "auto"
     waves: Annotated[
@@ -72,7 +73,9 @@ class WorkOptions:
     sequences: Annotated[int, _work("Sequences side by side.", min=1)] = 1
     prompt_tokens: Annotated[int, _work("Tokens of each prompt.", min=1)] = 128
     new_tokens: Annotated[int, _work("Tokens made for each.", min=1)] = 64
-    chunk_tokens: Annotated[int, _work("Prompt tokens that may join one step.", min=1)] = EngineConfig().chunk_tokens
+    chunk_tokens: Annotated[int, _work("Prompt tokens that may join one step.", min=1)] = (
+        EngineConfig().chunk_tokens
+    )
     routing: Annotated[
         str, _work("Made up; or drawn from a file's expert_popularity.", metavar="synthetic|FILE.json")
     ] = "synthetic"
@@ -97,7 +100,9 @@ class OutputOptions:
     ] = None
 
 
-def simulate(machine: MachineOptions, placement: PlacementOptions, work: WorkOptions, output: OutputOptions) -> None:
+def simulate(
+    machine: MachineOptions, placement: PlacementOptions, work: WorkOptions, output: OutputOptions
+) -> None:
     """Say how fast a model would be on a machine, from the machine's figures.
 
     Runs the engine's scheduler, cache and planner in virtual time, without the model and without the machine.
@@ -191,8 +196,6 @@ def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":
         raise ConfigError(f"unknown routing {name!r}; known: synthetic, or a JSON file with expert_popularity")
     counts = read_counts(file)
     if counts.shape != (shape.n_layers, shape.n_experts):
-        layers, experts = counts.shape
-        raise ConfigError(
-            f"{file} has {experts} experts in {layers} layers, {shape.name} has {shape.n_experts} in {shape.n_layers}"
-        )
+        found, expected = (f"{n} layers of {e} experts" for n, e in (counts.shape, (shape.n_layers, shape.n_experts)))
+        raise ConfigError(f"{file} has {found}, {shape.name} has {expected}")
     return counts

@@ -22,7 +22,7 @@ _CHARACTERS = 190
 """Of a label, across the whole picture."""
 
 _LANES = {"gpu": "GPU", "link": "link", "cpu": "CPU"}
-# Okabe and Ito's palette, whose colours stay apart under the common colour blindnesses; a hatch tells the two yellows.
+# Okabe and Ito's palette: its colours stay apart under the common colour blindnesses. A hatch tells two yellows.
 _LOOKS: Mapping[Kind, tuple[str, str, str]] = {
     "dense": ("dense part", "#BBBBBB", ""),
     "slots": ("experts from slots", "#0072B2", ""),
@@ -153,7 +153,8 @@ def _bar(axes: "Axes", span: Span, window: Window, *, faint: bool) -> None:
     label = next((label for label in _labels(span) if len(label) <= room), None)
     if label is not None:
         colour = "white" if span.kind in _WITH_WHITE and not faint else "black"
-        axes.text((start + end) / 2, row, label, ha="center", va="center", fontsize=8, color=colour)
+        under = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if hatch else None
+        axes.text((start + end) / 2, row, label, ha="center", va="center", fontsize=8, color=colour, bbox=under)
 
 
 def _labels(span: Span) -> tuple[str, ...]:
@@ -203,7 +204,14 @@ def _legend(axes: "Axes", kinds: Sequence[Kind], *, two: bool) -> None:
         handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="#333333", linewidth=0.5, label=label))
     handles.append(Line2D([], [], color="black", linewidth=0.9, label="end of a layer"))
     if two:
-        handles.append(Patch(facecolor="#DDDDDD", edgecolor="#777777", label="the second wave: paler, lines dotted"))
+        handles.append(
+            Patch(facecolor="#DDDDDD", edgecolor="#777777", label="the second wave: paler, lines dotted")
+        )
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles), frameon=False, fontsize=9
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
     )

@@ -1,14 +1,14 @@
 """What an expert and a copy take on this machine, alone and side by side: the numbers a cost model is made of.
 
-Experts of a decoding step come from memory, not from a cache: measurements walk over a sample of experts that together
-exceed the caches. Everything is measured more than once, and medians are taken; seconds, not minutes.
+Experts of a decoding step come from memory, not from a cache: measurements walk over a sample of experts that
+together exceed the caches. Row counts are measured in rounds, so that a busy moment of the machine does not hit one
+of them alone, and of all runs the fastest tenth counts, for noise only ever adds.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from statistics import median
 from threading import Event, Thread
 from time import perf_counter
 
@@ -27,15 +27,19 @@ FITTED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HELD_OUT = (3, 12, 48, 192)
 """Row counts that say how far the curves are off between them."""
 SAMPLE_BYTES = 768 << 20
-"""Experts of a sample together hold at least this much, if there are so many: more than the caches of large servers."""
-BUDGET_S = 0.02
-"""For one row count."""
-MOST_RUNS = 60
-"""Of one row count; at least two."""
-CURVE_S = 6.0
-"""A curve that has taken so long ends where it is; beyond, time grows as it did last."""
-BESIDE_S = 0.2
+"""A sample's experts together hold at least this much, if there are enough: more than the caches of large servers."""
+CURVE_S = 0.3
+"""Rounds over the row counts go on for so long; each is run at least `LEAST` times."""
+LEAST = 10
+LONG_S = 0.05
+"""A run that takes longer is made twice only."""
+TOO_LONG_S = 6.0
+"""A curve whose first round has taken so long ends there; beyond, time grows as it did last."""
+BESIDE_S = 0.15
 """For the CPU alone, the link alone, and both side by side, each."""
+
+_MOST = 1000
+"""Rounds."""
 
 Points = tuple[tuple[float, float], ...]
 """(rows, seconds)."""
@@ -75,7 +79,7 @@ class Bench:
             if self.accelerator is None:
                 return Measured(ExpertCosts(cpu, cpu, 0.0, nbytes), Contention(), cpu_held_out, ())
             gpu, gpu_held_out = self._curve(layers[0], _filled(self.accelerator, sample))
-            copy_s = median(_copies(self.accelerator, sample, BESIDE_S))
+            copy_s = typical(list(_copies(self.accelerator, sample, BESIDE_S)))
             contention = self._contention(layers[0], on_host, _Copying(self.accelerator, sample), copy_s)
             return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
 
@@ -83,13 +87,13 @@ class Bench:
         """Choose experts, the first of every layer first, and have them in memory."""
         keys = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
         n = max(2, SAMPLE_BYTES // self.host.weights(*keys[0]).nbytes + 1)
+        rows = self._rows(layers[0], 1)
         for key in keys[:n]:
-            self._run(key[0], 1, self.host.weights(*key))
+            self._run(key[0], 1, self.host.weights(*key), rows)
         return keys[:n]
 
-    def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor | None = None) -> float:
-        """Run an expert; returns its seconds."""
-        rows = self._rows(layer, n_rows) if rows is None else rows
+    def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor) -> float:
+        """Run an expert on the first of `rows`; returns its seconds."""
         started = perf_counter()
         self.host.expert(layer, Load(0, 0, n_rows), weights, rows)
         return perf_counter() - started
@@ -101,21 +105,21 @@ class Bench:
     def _curve(self, layer: int, sample: Sequence[ExpertWeights]) -> tuple[Curve, Points]:
         """Return a curve through the fitted row counts, and what the others took."""
         began, experts = perf_counter(), cycle(sample)
-        times: dict[int, float] = {}
+        taken: dict[int, list[float]] = {}
+        rows = self._rows(layer, max(FITTED))
         for n in sorted((*FITTED, *HELD_OUT)):
-            if perf_counter() - began > CURVE_S:
+            if perf_counter() - began < TOO_LONG_S:
+                taken[n] = [self._run(layer, n, next(experts), rows)]
+        for n_runs in range(2, _MOST):
+            spent = perf_counter() - began > CURVE_S
+            due = [n for n, runs in taken.items() if not spent or n_runs <= (2 if max(runs) > LONG_S else LEAST)]
+            for n in due:
+                taken[n].append(self._run(layer, n, next(experts), rows))
+            if not due:
                 break
-            times[n] = self._seconds(layer, n, experts)
-        fitted = rising([(float(n), s) for n, s in times.items() if n in FITTED])
-        return Curve(fitted), tuple((float(n), s) for n, s in times.items() if n in HELD_OUT)
-
-    def _seconds(self, layer: int, n_rows: int, experts: Iterator[ExpertWeights]) -> float:
-        """Return the median seconds of a row count; the first run prepares kernels, and counts only if it is long."""
-        rows = self._rows(layer, n_rows)
-        taken = [self._run(layer, n_rows, next(experts), rows)]
-        while len(taken) < 2 or (sum(taken) < BUDGET_S and len(taken) < MOST_RUNS):
-            taken.append(self._run(layer, n_rows, next(experts), rows))
-        return median(taken[1:]) if len(taken) > 2 else min(taken)
+        points = [(float(n), typical(runs)) for n, runs in taken.items()]
+        held_out = tuple((n, seconds) for n, seconds in points if n in HELD_OUT)
+        return Curve(rising([(n, seconds) for n, seconds in points if n in FITTED])), held_out
 
     def _contention(
         self, layer: int, sample: Sequence[ExpertWeights], copying: "_Copying", copy_s: float
@@ -129,14 +133,14 @@ class Bench:
                 taken.append(self._run(layer, 1, weights, rows))
                 if perf_counter() > deadline and len(taken) > 2:
                     break
-            return median(taken)
+            return typical(taken)
 
         alone_s = experts_s()
         with copying.beside() as copies:
             beside_s = experts_s()
             n_copied = len(copies)  # what ends later may have run alone
         within = copies[:n_copied] or copies
-        return Contention(max(1.0, beside_s / alone_s), max(1.0, median(within) / copy_s))
+        return Contention(max(1.0, beside_s / alone_s), max(1.0, typical(within) / copy_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,11 @@ def _copies(accelerator: SimDevice, sample: Sequence[tuple[int, int]], budget_s:
         yield perf_counter() - started
         if deadline is not None and perf_counter() > deadline and n > 1:
             return
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """Return the slowest of the fastest tenth: what it takes when nothing disturbs it; the fastest of few."""
+    return sorted(seconds)[len(seconds) // 10]
 
 
 def rising(points: Sequence[tuple[float, float]]) -> Points:

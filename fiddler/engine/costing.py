@@ -109,7 +109,8 @@ def calibrate(bench: Bench, loaded: LoadedModel, config: EngineConfig, *, anew: 
     by_shape: dict[str, Measured] = {}
     for layer, shape in enumerate(shapes):
         if shape not in by_shape:
-            alike = [i for i, s in enumerate(shapes) if s == shape and loaded.n_experts[i] == loaded.n_experts[layer]]
+            n_experts = loaded.n_experts[layer]
+            alike = [i for i, s in enumerate(shapes) if (s, loaded.n_experts[i]) == (shape, n_experts)]
             by_shape[shape] = bench.measure(alike[:N_LAYERS])
     first = next(iter(by_shape.values()))
     costs = CostModel(experts=tuple(by_shape[s].costs for s in shapes), contention=first.contention)

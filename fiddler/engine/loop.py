@@ -84,6 +84,7 @@ class EngineLoop:
         """Run until a `Close`; however it ends, requests still in flight then end with `EngineClosedError`."""
         try:
             with torch.inference_mode():
+                await self._rig.runner.preload()
                 while not self._closing:
                     await self._turn()
         finally:

@@ -84,6 +84,11 @@ class Runner:
                 self._end(number, EngineFailedError("the step was given up"))
             self._passed.clear()
 
+    async def preload(self) -> None:
+        """Fill the free slots, and wait until they are filled."""
+        self._apply(self.scheduler.preload())
+        await self.settle()
+
     async def settle(self) -> None:
         """Wait until no lane has anything to do: a copy that nobody waits for may outlive its step."""
         while self._in_lanes:

@@ -1,4 +1,4 @@
-"""A checkpoint opened for its experts alone, to measure what they take: no dense weight is read, and few experts."""
+"""A checkpoint opened for its experts alone, to measure them: no dense weight is read, and few experts are."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -77,9 +77,9 @@ class Scheduler:
         self._now_s = now_s
         match event:
             case LayerReady():
-                return [*self._begin(event), *self._promotion()]
+                return list(self._begin(event))
             case JobDone():
-                return [*self._done(event), *self._promotion()]
+                return list(self._done(event))
             case DenseQueued():
                 return [self._dense(event)]
             case LaneDied():
@@ -87,6 +87,10 @@ class Scheduler:
             case WaveDropped(wave):
                 self._drop(wave)
                 return []
+
+    def preload(self) -> list[Command]:
+        """Return the copies that fill the free slots with what is worth most, before anything runs."""
+        return [self._copy(reservation) for reservation in self.cache.fill(self.cache.best(self.cache.n_slots))]
 
     @property
     def idle(self) -> bool:
@@ -105,7 +109,8 @@ class Scheduler:
         rows: dict[int, int] = {}
         for load in (*work.loads, *work.deferred):  # an expert may have one of each
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
-        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
+        if self.cache.n_slots:
+            self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         run = LayerRun(event.wave, work, self._now_s)
         self._runs.begin(run)
         if "gpu" not in self._jobs.dead:
@@ -115,6 +120,7 @@ class Scheduler:
         yield from self._dispatch(run, run.plan)
         if work.deferred:
             yield from self._dispatch(run, self._plan(run, work.deferred))
+        yield from self._promotion(run)
         yield from self._settle(run)
 
     def _pin(self, run: LayerRun, expert: int) -> None:
@@ -125,13 +131,22 @@ class Scheduler:
             run.leased.append(expert)
 
     def _plan(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
+        if not self.cache.n_slots:
+            return self._cpu_alone(run, loads)
         dead = self._jobs.dead
         candidates = [self._candidate(run, load) for load in loads]
         n_fetch = 0
-        if self.cache.n_slots and not dead.keys() & {"link", "gpu"}:
-            n_fetch = self.cache.admissible([(run.layer, c.load.expert) for c in candidates if c.place == "miss"])
+        if not dead.keys() & {"link", "gpu"}:
+            best_first = sorted(candidates, key=lambda c: -c.score)  # one refusal ends the count
+            misses = [(run.layer, c.load.expert) for c in best_first if c.place == "miss"]
+            n_fetch = self.cache.admissible(misses)
         planner = all_fetch if "cpu" in dead else self._planner
         return planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
+
+    def _cpu_alone(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
+        """Return the plan where there is nothing to choose, at next to no cost."""
+        seconds = self.correction.costs.cpu_s(run.layer, [load.n_rows for load in loads])
+        return Plan(tuple(loads), (), (), self._jobs.backlog().cpu_s + seconds if loads else 0.0)
 
     def _candidate(self, run: LayerRun, load: Load) -> Candidate:
         key = (run.layer, load.expert)
@@ -207,10 +222,11 @@ class Scheduler:
             return DenseDone(event.wave)
         return self._jobs.dense(event)
 
-    def _promotion(self) -> Iterator[Command]:
-        """Copy a hot expert in while the link has nothing to do and waves are on their way."""
-        if self._promote and self.cache.n_slots and self._runs.n_awaited and not self._jobs.dead:
-            key = self.cache.promotion() if self._jobs.idle("link") else None
+    def _promotion(self, run: LayerRun) -> Iterator[Command]:
+        """Copy in the hottest expert of those a layer runs on the CPU, if the link has nothing to do."""
+        if self._promote and run.plan is not None and self.cache.n_slots and not self._jobs.dead:
+            missed = [(run.layer, load.expert) for load in run.plan.cpu] if self._jobs.idle("link") else []
+            key = self.cache.promotion(missed)
             reservation = self.cache.reserve(key, promotion=True) if key is not None else None
             if reservation is not None:
                 self.counters.n_promotions += 1

@@ -11,9 +11,17 @@ from fiddler.cache.static import uniform
 
 
 def cache(
-    name: str, n_slots: int, n_experts: tuple[int, ...], *, floor: int = 0, admission: float = 1.25
+    name: str,
+    n_slots: int,
+    n_experts: tuple[int, ...],
+    *,
+    floor: int = 0,
+    admission: float = 1.25,
+    hysteresis: float = 0.25,
 ) -> ExpertCache:
-    return ExpertCache(n_slots, n_experts, make_policy(name, n_experts), floor=floor, admission=admission)
+    return ExpertCache(
+        n_slots, n_experts, make_policy(name, n_experts), floor=floor, admission=admission, hysteresis=hysteresis
+    )
 
 
 def touch(cache: ExpertCache, key: Key, n_rows: int = 1) -> None:
@@ -91,20 +99,20 @@ def test_a_promotion_has_to_beat_its_victim_clearly() -> None:
     touch(lfu, (0, 0), 4)
     admit(lfu, (0, 0))
     touch(lfu, (0, 1), 5)
-    assert lfu.promotion() is None, "5 = 1.25 · 4"
+    assert lfu.promotion(uniform(lfu.history.n_experts)) is None, "5 = 1.25 · 4"
     assert lfu.reserve((0, 1), promotion=True) is None
     touch(lfu, (0, 1), 1)
-    assert lfu.promotion() == (0, 1)
+    assert lfu.promotion(uniform(lfu.history.n_experts)) == (0, 1)
     assert victim(lfu, (0, 1), promotion=True) == (0, 0)
 
 
 def test_a_promotion_takes_a_free_slot_if_it_is_worth_anything() -> None:
     lfu = cache("lfu", 2, (3,))
-    assert lfu.promotion() is None
+    assert lfu.promotion(uniform(lfu.history.n_experts)) is None
     touch(lfu, (0, 2))
-    assert lfu.promotion() == (0, 2)
+    assert lfu.promotion(uniform(lfu.history.n_experts)) == (0, 2)
     admit(lfu, (0, 2))
-    assert lfu.promotion() is None, "the others were never touched"
+    assert lfu.promotion(uniform(lfu.history.n_experts)) is None, "the others were never touched"
 
 
 def test_a_layer_keeps_its_floor_against_others_only() -> None:
@@ -159,12 +167,12 @@ def test_layers_are_compared_by_their_own_clocks() -> None:
 def test_a_static_placement_never_moves() -> None:
     static = cache("static", 2, (2, 2))
     assert static.reserve((0, 1)) is None, "a slot is free, but not for this one"
-    assert static.promotion() == (0, 0)
+    assert static.promotion(uniform(static.history.n_experts)) == (0, 0)
     admit(static, (0, 0), (1, 0))
     touch(static, (0, 1), 99)
     assert static.admissible([(0, 1)]) == 0
     assert static.reserve((0, 1)) is None
-    assert static.promotion() is None
+    assert static.promotion(uniform(static.history.n_experts)) is None
 
 
 def test_without_slots_nobody_is_let_in() -> None:
@@ -172,7 +180,7 @@ def test_without_slots_nobody_is_let_in() -> None:
     touch(none, (0, 0))
     assert none.admissible([(0, 0)]) == 0
     assert none.reserve((0, 0)) is None
-    assert none.promotion() is None
+    assert none.promotion(uniform(none.history.n_experts)) is None
     assert none.fill(none.best(3)) == []
 
 
@@ -203,7 +211,7 @@ def test_a_warm_start_holds_what_was_worth_most(name: str) -> None:
         touch(first, key, 1 + (3 * key[1] + key[0]) % 4)
     second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
     assert second.best(4) == first.best(4)
-    assert second.promotion() == first.promotion()
+    assert second.promotion(uniform(second.history.n_experts)) == first.promotion(uniform(first.history.n_experts))
     admit(second, *second.best(4))
     assert second.n_ready == second.n_slots
     second.check()

@@ -57,7 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def promote(self) -> None:
-        key = self.cache.promotion()
+        key = self.cache.promotion(KEYS)
         if key is not None:
             reservation = self.cache.reserve(key, promotion=True)
             assert reservation is not None

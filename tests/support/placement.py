@@ -64,7 +64,7 @@ class Script:
 class Placement:
     """A machine: its options and, where they are not to be its own, its costs and its lanes."""
 
-    config: EngineConfig = EngineConfig()
+    config: EngineConfig = field(default_factory=EngineConfig)
     costs: CostModel | None = None
     lanes: MakeLanes | None = None
 

@@ -1,0 +1,227 @@
+"""A scheduler with its lanes worked by hand, which keeps books of its own: what each slot holds and what has run."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fiddler.cache.cache import ExpertCache
+from fiddler.cache.policy import make_policy
+from fiddler.cost.curve import Curve
+from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.messages import (
+    Command,
+    CopyExpert,
+    DenseDone,
+    DenseQueued,
+    Event,
+    Failures,
+    Job,
+    JobDone,
+    LaneDied,
+    LayerDone,
+    LayerReady,
+    RunExperts,
+    WaveDropped,
+)
+from fiddler.scheduler.plan import Planner, all_cpu
+from fiddler.scheduler.routing import LayerWork, Load
+
+LAYERS = (6, 6, 6)
+COSTS = CostModel(
+    experts=(ExpertCosts(Curve(((1.0, 4e-3),)), Curve(((1.0, 1e-3),)), 3e-3, 1000),) * len(LAYERS),
+    contention=Contention(1.25, 1.5),
+    moves=Moves(1e-4, 1e-6),
+    dense=Dense(Curve(((1.0, 2e-3),)), head=Curve(((1.0, 1e-3),))),
+)
+BROKEN = RuntimeError("broken")
+Rows = Mapping[int, int]
+
+
+def work(layer: int, now: Rows, late: Rows | None = None) -> LayerWork:
+    """Return a layer's work from rows by expert."""
+    n = 0
+    parts: list[tuple[Load, ...]] = []
+    for rows in (now, late or {}):
+        loads = []
+        for expert, n_rows in sorted(rows.items()):
+            loads.append(Load(expert, n, n + n_rows))
+            n += n_rows
+        parts.append(tuple(loads))
+    return LayerWork(layer, parts[0], tuple(range(n)), parts[1])
+
+
+@dataclass
+class _Visit:
+    """A layer of a wave, as its loads are seen to run."""
+
+    work: LayerWork
+    ran: set[Load] = field(default_factory=set)
+    done: bool = False
+
+
+class Desk:
+    """Checks the scheduler after every event, and every command against its own books."""
+
+    def __init__(
+        self, *, n_slots: int = 4, planner: Planner = all_cpu, promote: bool = False, policy: str = "lru"
+    ) -> None:
+        self.cache = ExpertCache(n_slots, LAYERS, make_policy(policy, LAYERS))
+        self.core = Scheduler(self.cache, COSTS, planner=planner, promote=promote)
+        self.queues: dict[LaneName, list[Job]] = {lane: [] for lane in LANES}
+        self.dead: set[LaneName] = set()
+        self.done: list[LayerDone] = []
+        self.dense: list[int] = []
+        """Waves whose dense part is through."""
+        self.now_s = 0.0
+        self.holds: dict[int, tuple[int, int]] = {}
+        """By slot, what was copied there."""
+        self.visits: dict[tuple[int, int], _Visit] = {}
+        self.dropped: set[int] = set()
+
+    # Events
+
+    def ready(self, wave: int, layer: int, now: Rows, late: Rows | None = None) -> list[Command]:
+        """Let a wave arrive at a layer."""
+        asked = work(layer, now, late)
+        self.visits[wave, layer] = _Visit(asked)
+        return self.tell(LayerReady(wave, asked, max(1, len(asked.order)), 1))
+
+    def report(self, job: Job, failures: Failures | None = None, *, took_s: float | None = None) -> list[Command]:
+        """Let a lane be through with a job."""
+        self.queues[job.lane].remove(job)
+        failures = failures or {}
+        match job:
+            case RunExperts():
+                self._ran(job, failures)
+            case CopyExpert() if not failures:
+                self.holds[job.slot] = job.layer, job.expert
+        return self.tell(JobDone(job.job, job.predicted_s if took_s is None else took_s, failures))
+
+    def fail(self, job: Job) -> list[Command]:
+        """Let a lane fail to do any of a job."""
+        return self.report(job, dict.fromkeys(experts(job), BROKEN))
+
+    def die(self, lane: LaneName) -> list[Command]:
+        """Let a lane end."""
+        self.queues[lane].clear()
+        self.dead.add(lane)
+        return self.tell(LaneDied(lane, BROKEN))
+
+    def drop(self, wave: int) -> list[Command]:
+        """Let nobody wait for a wave any more."""
+        self.dropped.add(wave)
+        return self.tell(WaveDropped(wave))
+
+    def tell(self, event: Event) -> list[Command]:
+        """Let a millisecond pass and something happen."""
+        self.now_s += 1e-3
+        commands = self.core.handle(event, self.now_s)
+        for command in commands:
+            match command:
+                case LayerDone():
+                    self._passed(command)
+                case DenseDone(wave):
+                    self.dense.append(wave)
+                case job:
+                    self._started(job)
+        self.core.check()
+        self._check_leases()
+        return commands
+
+    def dense_queued(self, wave: int, *, head: bool = False) -> list[Command]:
+        """Let a wave go on to its next dense part."""
+        return self.tell(DenseQueued(wave, 1, 0, head=head))
+
+    # Reading
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every job in a lane."""
+        return [job for lane in LANES for job in self.queues[lane]]
+
+    def only(self, lane: LaneName) -> Job:
+        """Return the one job of a lane."""
+        (job,) = self.queues[lane]
+        return job
+
+    def finish(self) -> None:
+        """Let the lanes work until none has anything to do."""
+        while self.jobs:
+            for lane in LANES:
+                if self.queues[lane]:
+                    self.report(self.queues[lane][0])
+
+    def assert_nothing_is_left(self) -> None:
+        """Once all waves are dropped and the lanes are through."""
+        assert self.core.idle
+        assert not self.core._copies
+        assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
+        assert not self.cache._slots._leases
+        assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
+
+    # Its own books
+
+    def _started(self, job: Job) -> None:
+        assert job.lane not in self.dead, "a dead lane was given a job"
+        self.queues[job.lane].append(job)
+        match job:
+            case CopyExpert(slot=slot):
+                assert all(slot not in other.slots for other in self._on_gpu()), "a slot in use is written"
+                assert slot not in [c.slot for c in self._copies() if c is not job], "two copies into one slot"
+                self.holds.pop(slot, None)
+            case RunExperts(lane="gpu"):
+                self._holds_its_experts(job)
+
+    def _ran(self, job: RunExperts, failures: Failures) -> None:
+        if job.lane == "gpu":
+            self._holds_its_experts(job)
+        visit = self.visits[job.wave, job.layer]
+        for load in job.loads:
+            if load.expert not in failures:
+                assert load not in visit.ran, "a load ran twice"
+                visit.ran.add(load)
+
+    def _holds_its_experts(self, job: RunExperts) -> None:
+        assert [self.holds.get(slot) for slot in job.slots] == [(job.layer, load.expert) for load in job.loads]
+
+    def _on_gpu(self) -> list[RunExperts]:
+        return [job for job in self.queues["gpu"] if isinstance(job, RunExperts)]
+
+    def _copies(self) -> list[CopyExpert]:
+        return [job for job in self.queues["link"] if isinstance(job, CopyExpert)]
+
+    def _passed(self, done: LayerDone) -> None:
+        """A layer is passed once, with all its loads run or failed, and the deferred ones of the layer before."""
+        assert done.wave not in self.dropped
+        visit = self.visits[done.wave, done.layer]
+        assert not visit.done
+        visit.done = True
+        assert not missing(visit.work.loads, visit.ran, done.failures)
+        before = self.visits.get((done.wave, done.layer - 1))
+        if before is not None:
+            assert not missing(before.work.deferred, before.ran, done.late_failures)
+        else:
+            assert not done.late_failures
+        self.done.append(done)
+
+    def _check_leases(self) -> None:
+        held = Counter((run.layer, expert) for run in self.core._runs.all for expert in run.leased)
+        assert held == self.cache._slots._leases
+
+
+def missing(loads: tuple[Load, ...], ran: set[Load], failures: Failures) -> list[Load]:
+    """Return the loads that neither ran nor failed, or did both."""
+    return [load for load in loads if (load in ran) is (load.expert in failures)]
+
+
+def experts(job: Job) -> list[int]:
+    """Return the experts a job is about."""
+    match job:
+        case RunExperts():
+            return [load.expert for load in job.loads]
+        case CopyExpert():
+            return [job.expert]
+        case _:
+            return []
