@@ -2,8 +2,8 @@
 
     python -m bench.waves [--prompt 64] [--new 48] [--resident 0.25] [--json FILE]
 
-Everything is simulated, in virtual time, on made-up routing (`fiddler.cache.synthetic`): shapes and machines are those
-that ship with Fiddler, the same sequences on both sides.
+Everything is simulated, in virtual time, on made-up routing (`fiddler.cache.synthetic`): shapes and machines are
+those that ship with Fiddler, the same sequences on both sides.
 """
 
 import argparse

@@ -68,11 +68,11 @@ class Runner:
         """
         self._take(self.lanes.drain())
         self._in_order = in_order
+        numbered = {next(self._numbers): wave for wave in waves}
+        self._waves.update(numbered)
+        self._passed = dict.fromkeys(numbered, 0)
         try:
-            for wave in waves:
-                number = next(self._numbers)
-                self._waves[number] = wave
-                self._passed[number] = 0
+            for number in numbered:
                 self._apply(self._go(number))
             while self._waves:
                 if not self._in_lanes:  # an error is better than a wait without end
@@ -82,7 +82,6 @@ class Runner:
             self._held.clear()  # or the end of the wave in front would let them go on
             for number in list(self._waves):
                 self._end(number, EngineFailedError("the step was given up"))
-            self._passed.clear()
 
     async def preload(self) -> None:
         """Fill the free slots, and wait until they are filled."""

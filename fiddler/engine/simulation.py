@@ -168,21 +168,25 @@ class _Simulation:
         self._runner = Runner(self._scheduler, self._lanes)
         self._waves = Waves(setting.waves, self._scheduler, shape.top_k)
         self._scripts = [Script(routing, n_prompt) for routing, n_prompt in sequences]
-        self._dense_bytes = 0.0
+        self._dense_bytes = 0
         self._n_steps = 0
         self._n_two = 0
         self._n_decoded = 0
 
     async def run(self) -> Report:
         """Run every step."""
-        first: _Mark | None = None
-        while running := [script for script in self._scripts if not script.finished]:
-            if first is None and not any(script.prefilling for script in running):
-                first = self._mark()
-                self._dense_bytes, self._n_decoded, self._n_steps, self._n_two = 0.0, 0, 0, 0
+        while running := self._running():
+            if not any(script.prefilling for script in running):
+                break
             await self._step(running)
-        last = self._mark()
-        return self._report(first if first is not None else last, last)
+        first = self._mark()
+        self._dense_bytes = self._n_decoded = self._n_steps = self._n_two = 0
+        while running := self._running():
+            await self._step(running)
+        return self._report(first, self._mark())
+
+    def _running(self) -> list[Script]:
+        return [script for script in self._scripts if not script.finished]
 
     async def _step(self, running: list[Script]) -> None:
         spans = assemble(running, self._setting.chunk_tokens, chunked=True)

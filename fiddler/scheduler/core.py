@@ -7,12 +7,12 @@ all that cannot run from a slot goes to the CPU; without the CPU what can be fet
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from fiddler.cache.cache import ExpertCache, Reservation
 from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.model import CostModel
+from fiddler.scheduler.copies import Copies
 from fiddler.scheduler.counters import Counters
 from fiddler.scheduler.jobs import Jobs, undone
 from fiddler.scheduler.layer import LayerRun, LayerRuns
@@ -36,18 +36,8 @@ from fiddler.scheduler.routing import Load
 from fiddler.trace import Trace
 
 
-@dataclass(slots=True)
-class _Copy:
-    """A copy under way."""
-
-    job: int
-    reservation: Reservation
-    waiting: list[tuple[LayerRun, Load]] = field(default_factory=list)
-    """What will run once it has landed."""
-
-
 class Scheduler:
-    """Decides where every load of every layer runs; owner of the copies under way and what waits for them."""
+    """Decides where every load of every layer runs; the owners of all that is in flight are its own."""
 
     def __init__(
         self,
@@ -68,7 +58,7 @@ class Scheduler:
         self._trace = trace
         self._jobs = Jobs(self.correction)
         self._runs = LayerRuns()
-        self._copies: dict[Key, _Copy] = {}
+        self._copies = Copies(cache, self._jobs)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -152,9 +142,9 @@ class Scheduler:
         key = (run.layer, load.expert)
         if load.expert in run.leased:
             return Candidate(load, "hit")
-        copy = self._copies.get(key)
-        if copy is not None and "gpu" not in self._jobs.dead:
-            return Candidate(load, "landing", ahead_s=self._jobs.ahead_s(copy.job))
+        ahead_s = self._copies.ahead_s(key)
+        if ahead_s is not None and "gpu" not in self._jobs.dead:
+            return Candidate(load, "landing", ahead_s=ahead_s)
         return Candidate(load, "miss", score=self.cache.score(key))
 
     def _dispatch(self, run: LayerRun, plan: Plan) -> Iterator[Command]:
@@ -168,7 +158,7 @@ class Scheduler:
             yield self._run_gpu(run, ready)
         yield from self._run_cpu(run, cpu)
         for load in landing:
-            self._copies[run.layer, load.expert].waiting.append((run, load))
+            self._copies.wait(run, load)
         for load, reservation in fetches:
             if reservation is not None:
                 yield self._copy(reservation, (run, load))
@@ -212,10 +202,8 @@ class Scheduler:
             yield self._jobs.on_cpu(run, loads)
 
     def _copy(self, reservation: Reservation, *waiting: tuple[LayerRun, Load]) -> Command:
-        job = self._jobs.copy(reservation, urgent=bool(waiting))
-        self._copies[reservation.key] = _Copy(job.job, reservation, list(waiting))
-        self.counters.copied(self.correction.costs.experts[job.layer].nbytes)
-        return job
+        self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
+        return self._copies.start(reservation, *waiting)
 
     def _dense(self, event: DenseQueued) -> Command:
         if "gpu" in self._jobs.dead:  # its time is all that is asked for
@@ -254,9 +242,7 @@ class Scheduler:
         return isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
 
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
-        copy = self._copies.pop(key)
-        (self.cache.failed if failed else self.cache.landed)(copy.reservation)
-        for run, load in copy.waiting:
+        for run, load in self._copies.end(key, failed=failed):
             if failed or "gpu" in self._jobs.dead:
                 self.counters.n_fallbacks += 1
                 yield from self._run_cpu(run, (load,))
@@ -287,8 +273,7 @@ class Scheduler:
 
     def _drop(self, wave: int) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
-        for copy in self._copies.values():
-            copy.waiting = [(run, load) for run, load in copy.waiting if run.wave != wave]
+        self._copies.drop(wave)
         in_lanes = {pair for pair in self._in_lanes() if pair[0].wave == wave}
         for run in self._runs.drop(wave):
             run.ran([load for load in run.owed if (run, load) not in in_lanes])
@@ -303,13 +288,10 @@ class Scheduler:
         """Raise `AssertionError` unless every load is in exactly one place and every copy has its slot."""
         self.cache.check()
         self._jobs.check()
+        self._copies.check()
         runs = self._runs.all
-        placed = [*self._in_lanes(), *(pair for copy in self._copies.values() for pair in copy.waiting)]
+        placed = [*self._in_lanes(), *self._copies.waiting]
         owed = {(run, load) for run in runs for load in run.owed}
         assert len(placed) == len(set(placed)), "a load is in two places"
         assert set(placed) == owed, "a load that is owed is in no place, or one that is not is"
-        copies = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
-        assert copies == {copy.job: key for key, copy in self._copies.items()}, "copies and their jobs differ"
-        for key, copy in self._copies.items():
-            assert self.cache.loading(key) == copy.reservation, "a copy is under way into no slot"
         assert not any(run.complete and run.leased for run in runs), "a layer that is complete holds slots"

@@ -98,11 +98,6 @@ class LayerRuns:
     def __bool__(self) -> bool:
         return bool(self._latest or self._orphans)
 
-    @property
-    def n_awaited(self) -> int:
-        """Waves that somebody waits for."""
-        return len(self._latest)
-
     def awaited(self, wave: int) -> bool:
         """Whether somebody waits for a wave."""
         return wave in self._latest

@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from threading import Event, current_thread, enumerate as threads
+from threading import Event, current_thread
+from threading import enumerate as threads
 from typing import Any
 
 import anyio
@@ -368,7 +369,9 @@ async def test_what_a_job_took_does_not_count_its_wait() -> None:
 
 
 async def test_two_runs_give_the_same_times() -> None:
-    jobs = [copy(n, urgent=n % 2 == 0) if n % 3 == 0 else on(("cpu", "gpu")[n % 2], n, 1 + n % 4) for n in range(50)]
+    jobs = [
+        copy(n, urgent=n % 2 == 0) if n % 3 == 0 else on(("cpu", "gpu")[n % 2], n, 1 + n % 4) for n in range(50)
+    ]
     assert await times(jobs) == await times(jobs)
 
 

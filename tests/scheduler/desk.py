@@ -1,4 +1,4 @@
-"""A scheduler with its lanes worked by hand, which keeps books of its own: what each slot holds and what has run."""
+"""A scheduler with its lanes worked by hand, and books of its own: what each slot holds and what has run."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -156,7 +156,7 @@ class Desk:
     def assert_nothing_is_left(self) -> None:
         """Once all waves are dropped and the lanes are through."""
         assert self.core.idle
-        assert not self.core._copies
+        assert not self.core._copies.waiting
         assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
         assert not self.cache._slots._leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots

@@ -1,4 +1,4 @@
-"""The scheduler by hand: where each load goes, what waits for what, and what becomes of it when something breaks."""
+"""The scheduler by hand: where each load goes, what waits for what, and what happens when something breaks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,12 +142,14 @@ def test_a_finished_wave_is_gone_only_when_it_says_so() -> None:
 def test_a_hot_expert_is_promoted_only_while_the_link_is_idle() -> None:
     desk = Desk(promote=True)
     desk.ready(0, 0, {1: 5, 2: 1})
-    (copy,) = desk._copies()
+    copy = desk.only("link")
+    assert isinstance(copy, CopyExpert)
     assert not copy.urgent
     desk.ready(1, 0, {1: 5, 3: 1})
-    assert desk._copies() == [copy]
+    assert desk.queues["link"] == [copy]
     desk.report(copy)
-    assert len(desk._copies()) == 1
+    desk.ready(2, 0, {1: 5, 3: 1})
+    assert experts(desk.only("link")) == [3]
     assert desk.core.counters.n_promotions == 2
 
 
@@ -307,7 +309,7 @@ def test_immediate_and_deferred_rows_of_one_expert_share_a_fetch() -> None:
 
 
 def scenario(desk: Desk, n_events: int) -> int:
-    """Two waves through three layers with hits, fetches, deferral and an empty layer; returns the events it took."""
+    """Two waves with hits, fetches, deferral and an empty layer; returns the events it took."""
     loads = [({1: 2, 2: 1, 3: 1}, {4: 1}), ({}, {}), ({0: 1, 1: 1, 5: 3}, {})]
     begun = dict.fromkeys((0, 1), 0)
     for n in range(n_events):
@@ -549,7 +551,7 @@ def test_check_finds_a_load_that_is_lost() -> None:
 def test_check_finds_a_copy_without_a_slot() -> None:
     desk = Desk(planner=all_fetch)
     desk.ready(0, 0, {1: 1})
-    copy = desk.core._copies[0, 1]
+    copy = desk.core._copies._copies[0, 1]
     copy.reservation = replace(copy.reservation, generation=99)
     with pytest.raises(AssertionError, match="no slot"):
         desk.core.check()

@@ -1,4 +1,4 @@
-"""Anything that can happen to the scheduler, in any order: `Desk` checks its books and its own after every event."""
+"""Anything that can happen to the scheduler, in any order: `Desk` checks both their books after every event."""
 
 from typing import Any
 

@@ -1,0 +1,66 @@
+"""Copies under way, and the loads that wait for them."""
+
+from dataclasses import dataclass, field
+
+from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.keys import Key
+from fiddler.scheduler.jobs import Jobs
+from fiddler.scheduler.layer import LayerRun
+from fiddler.scheduler.messages import CopyExpert
+from fiddler.scheduler.routing import Load
+
+Waiting = tuple[LayerRun, Load]
+
+
+@dataclass(slots=True)
+class _Copy:
+    job: int
+    reservation: Reservation
+    waiting: list[Waiting] = field(default_factory=list)
+
+
+class Copies:
+    """Owner of every copy under way: the slot it goes into, and what will run once it has landed."""
+
+    def __init__(self, cache: ExpertCache, jobs: Jobs) -> None:
+        self._cache = cache
+        self._jobs = jobs
+        self._copies: dict[Key, _Copy] = {}
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """Every load that waits for a copy."""
+        return [pair for copy in self._copies.values() for pair in copy.waiting]
+
+    def start(self, reservation: Reservation, *waiting: Waiting) -> CopyExpert:
+        """Queue the copy that a slot was reserved for; it is urgent if loads wait for it."""
+        job = self._jobs.copy(reservation, urgent=bool(waiting))
+        self._copies[reservation.key] = _Copy(job.job, reservation, list(waiting))
+        return job
+
+    def ahead_s(self, key: Key) -> float | None:
+        """Return the link's seconds, as it takes alone, until an expert has landed; `None` if it is not copied."""
+        copy = self._copies.get(key)
+        return None if copy is None else self._jobs.ahead_s(copy.job)
+
+    def wait(self, run: LayerRun, load: Load) -> None:
+        """Let a load wait for a copy that is under way."""
+        self._copies[run.layer, load.expert].waiting.append((run, load))
+
+    def end(self, key: Key, *, failed: bool) -> list[Waiting]:
+        """Make a copy's slot READY, or free if it failed; returns what waited for it."""
+        copy = self._copies.pop(key)
+        (self._cache.failed if failed else self._cache.landed)(copy.reservation)
+        return copy.waiting
+
+    def drop(self, wave: int) -> None:
+        """Let go of a wave's loads; a copy that was started lands all the same."""
+        for copy in self._copies.values():
+            copy.waiting = [(run, load) for run, load in copy.waiting if run.wave != wave]
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless every copy has one job and its slot."""
+        jobs = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
+        assert jobs == {copy.job: key for key, copy in self._copies.items()}, "copies and their jobs differ"
+        for key, copy in self._copies.items():
+            assert self._cache.loading(key) == copy.reservation, "a copy is under way into no slot"

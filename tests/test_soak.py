@@ -1,0 +1,152 @@
+"""Ten thousand requests on a simulated machine on which copies and experts fail, and callers leave: all is free after."""
+
+from collections import Counter
+from random import Random
+
+import anyio
+import numpy as np
+import pytest
+
+from fiddler.cache.cache import ExpertCache
+from fiddler.cache.policy import make_policy
+from fiddler.cost.curve import Curve
+from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.engine.assemble import Span, assemble, halves
+from fiddler.engine.runner import Runner
+from fiddler.engine.script import Script, ScriptWave
+from fiddler.lanes.virtual import VirtualLanes
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.messages import CopyExpert, Failures, Job, LayerReady, RunExperts
+
+N_REQUESTS = 10_000
+N_EXPERTS = (8, 8, 8)
+N_SLOTS = 6
+TOP_K = 2
+MAX_RUNNING = 24
+MAX_TOKENS = 6
+P_COPY_FAILS, P_EXPERT_FAILS, P_LEAVES, P_WAVE_FAILS = 0.05, 0.01, 0.02, 0.05
+BROKEN = RuntimeError("broken")
+COSTS = CostModel(
+    (ExpertCosts(Curve(((1.0, 4e-3),)), Curve(((1.0, 1e-3),)), 3e-3, 1000),) * len(N_EXPERTS),
+    Contention(1.2, 1.1),
+    Moves(1e-4, 1e-6),
+    Dense(Curve(((1.0, 2e-3),)), head=Curve(((1.0, 1e-3),))),
+)
+
+
+class FailingWave(ScriptWave):
+    """A wave whose forward raises at a layer."""
+
+    def __init__(self, spans: list[Span[Script]], at: int) -> None:
+        super().__init__(spans, N_EXPERTS)
+        self._at = at
+
+    def advance(self, wave: int) -> LayerReady | None:
+        if self._layer + 1 == self._at:
+            raise BROKEN
+        return super().advance(wave)
+
+
+class Soak:
+    """Serves requests as the engine's loop does, without a model."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.numbers = np.random.default_rng(seed)
+        self.popular = self.numbers.dirichlet(np.full(8, 0.5), size=len(N_EXPERTS))
+        policy = make_policy("aged-lfu", N_EXPERTS)
+        self.scheduler = Scheduler(ExpertCache(N_SLOTS, N_EXPERTS, policy), COSTS)
+        self.lanes = VirtualLanes(COSTS, self.execute)
+        self.runner = Runner(self.scheduler, self.lanes)
+        self.running: list[Script] = []
+        self.ended: Counter[str] = Counter()
+        self.failed_rows = 0
+
+    def execute(self, job: Job) -> Failures:
+        match job:
+            case CopyExpert() if self.rng.random() < P_COPY_FAILS:
+                return {job.expert: BROKEN}
+            case RunExperts():
+                return {load.expert: BROKEN for load in job.loads if self.rng.random() < P_EXPERT_FAILS}
+        return {}
+
+    def request(self) -> Script:
+        n_tokens = self.rng.randint(1, MAX_TOKENS)
+        layers = [self.numbers.choice(8, size=n_tokens * TOP_K, p=p) for p in self.popular]
+        routing = np.stack(layers, axis=1).reshape(n_tokens, TOP_K, -1).transpose(0, 2, 1)
+        return Script(routing.astype(np.int16), self.rng.randint(1, n_tokens))
+
+    async def run(self) -> None:
+        n_left, n_steps = N_REQUESTS, 0
+        while n_left or self.running:
+            for _ in range(min(n_left, MAX_RUNNING - len(self.running), self.rng.randint(1, 8))):
+                self.running.append(self.request())
+                n_left -= 1
+            self.end([script for script in self.running if self.rng.random() < P_LEAVES], "left")
+            if self.running:
+                await self.step()
+            n_steps += 1
+            if n_steps % 50 == 0:
+                self.scheduler.check()
+
+    async def step(self) -> None:
+        spans = assemble(self.running, 32, chunked=True)
+        parts = halves(spans, cut=True) if self.rng.random() < 0.5 else [spans]
+        cut = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
+        waves = [self.wave(part) for part in parts]
+        await self.runner.run(waves, in_order=cut)
+        for wave, part in zip(waves, parts, strict=True):
+            scripts = [span.request for span in part if span.request in self.running]
+            if wave.error is not None:
+                assert wave.error is BROKEN
+                self.end(scripts, "failed")
+            elif wave.failed:
+                self.end(self.concerned(wave, part), "failed")
+        for span in spans:
+            span.request.n_past = max(span.request.n_past, span.stop)
+        self.end([script for script in self.running if script.finished], "finished")
+
+    def wave(self, spans: list[Span[Script]]) -> ScriptWave:
+        if self.rng.random() < P_WAVE_FAILS:
+            return FailingWave(spans, self.rng.randint(0, len(N_EXPERTS)))
+        return ScriptWave(spans, N_EXPERTS)
+
+    def concerned(self, wave: ScriptWave, spans: list[Span[Script]]) -> list[Script]:
+        """The requests with rows that visited an expert which failed."""
+        found = []
+        for span in spans:
+            rows = span.request.routing[span.start : span.stop]
+            if any(np.isin(rows[:, done.layer], [*done.failures]).any() for done in wave.failed):
+                found.append(span.request)
+        assert found, "experts failed that nobody visited"
+        return [script for script in found if script in self.running]
+
+    def end(self, scripts: list[Script], how: str) -> None:
+        for script in scripts:
+            self.running.remove(script)
+            self.ended[how] += 1
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_after_ten_thousand_requests_everything_is_free(seed: int) -> None:
+    async def run() -> None:
+        await soak.run()
+        await soak.runner.settle()
+        await soak.lanes.aclose()
+
+    soak = Soak(seed)
+    anyio.run(run)
+    assert soak.ended.total() == N_REQUESTS
+    assert min(soak.ended["finished"], soak.ended["left"], soak.ended["failed"]) > 100
+    scheduler, cache, counters = soak.scheduler, soak.scheduler.cache, soak.scheduler.counters
+    scheduler.check()
+    assert scheduler.idle
+    assert min(counters.n_hits, counters.n_fetches, counters.n_fallbacks, counters.n_cpu) > 100
+    assert cache.n_free + cache.n_ready == N_SLOTS
+    assert not cache._slots._leases
+    assert not soak.runner._waves
+    assert not soak.runner._in_lanes
+    assert not soak.runner._held
+    assert not soak.lanes._jobs
+    assert not soak.lanes._began
+    assert scheduler.backlog().cpu_s == scheduler.backlog().gpu_s == scheduler.backlog().link_s == 0.0
