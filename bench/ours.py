@@ -193,7 +193,7 @@ def _kernels_alone(probe: Probe, layer: int, hidden: Tensor, index: Tensor) -> f
     jobs = []
     for load in work.loads:
         weights = loaded.weights(layer, load.expert)
-        jobs.append((weights, rows[load.start : load.stop], *device.matmuls(layer, load.n_rows, weights)))
+        jobs.append((weights, rows[load.start : load.stop], *device.matmuls(layer, load.n_rows)))
     formula = device.formulas[layer]
     started = perf_counter()
     for job in jobs:

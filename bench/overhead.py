@@ -38,7 +38,6 @@ from fiddler.engine.runner import Runner
 from fiddler.engine.script import Script, ScriptWave
 from fiddler.engine.setup import compute_lane
 from fiddler.lanes.threads import ThreadLanes
-from fiddler.models import seam
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.core import Scheduler
@@ -112,7 +111,6 @@ async def demo_step_us(n_steps: int) -> dict[str, Spread]:
     """Return the microseconds of a step of the demo model with the machinery and without."""
     config = EngineConfig(kernels="linear")
     loaded = load(DEMO, config)
-    seam.bind(loaded.experts, compute_lane(loaded, Kernels()).run)
     rig = assemble_rig(loaded, Kernels(), config)
     managed, plain = Decoding(), Decoding()
     times: dict[str, list[float]] = {"scheduler": [], "plain call": []}

@@ -337,7 +337,7 @@ async def test_statistics_say_where_experts_ran(tiny: Path, device: str, planner
     assert now.n_fallbacks == 0
     assert now.n_slots == N_SLOTS
     assert 0 < now.n_slots_used <= now.n_slots
-    assert now.n_hits > 0
+    assert now.n_hits > 0 or planner == "auto"
     assert now.prediction_error >= 0
     assert now.step_s > 0
     if planner == "all-cpu":

@@ -53,6 +53,10 @@ class Walk:
         if self.raises == (name, self.layer):
             raise BROKEN
 
+    @property
+    def at_end(self) -> bool:
+        return self.layer + 1 == len(LAYERS)
+
     def advance(self, wave: int) -> LayerReady | None:
         self.layer += 1
         self._call("advance")
@@ -147,7 +151,8 @@ async def test_in_order_no_wave_overtakes_the_one_in_front(lanes: LaneSet) -> No
                 order.append((waves.index(self), self.layer + 1))
                 return super().advance(wave)
 
-        waves = [Noting(1), Noting(2), Noting(3)]
+        waves = [Noting(1, 2, 3, 4), Noting(5), Noting(5)]
+        waves[1].experts = waves[2].experts = ()  # nothing but the order holds them up
         await driver.run(waves, in_order=True)
     for layer in range(len(LAYERS) + 1):
         assert [order.index((wave, layer)) for wave in range(3)] == sorted(

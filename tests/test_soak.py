@@ -1,4 +1,4 @@
-"""Ten thousand requests on a simulated machine on which copies and experts fail, and callers leave: all is free after."""
+"""Ten thousand requests on a machine whose copies and experts fail, and callers leave: all is free after."""
 
 from collections import Counter
 from random import Random
@@ -22,7 +22,7 @@ N_REQUESTS = 10_000
 N_EXPERTS = (8, 8, 8)
 N_SLOTS = 6
 TOP_K = 2
-MAX_RUNNING = 24
+MAX_RUNNING = 48
 MAX_TOKENS = 6
 P_COPY_FAILS, P_EXPERT_FAILS, P_LEAVES, P_WAVE_FAILS = 0.05, 0.01, 0.02, 0.05
 BROKEN = RuntimeError("broken")

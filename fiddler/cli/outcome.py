@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -100,7 +101,7 @@ class Outcome:
     def _bound(self) -> str:
         bound, report = self.report.bound, self.report
         longest = max((bound.gpu_s, "GPU"), (bound.cpu_s, "CPU"), (bound.link_s, "link"))[1]
-        return f"{bound.seconds:.3g} s of reading ({longest}): {_percent(report.of_bound)} of that speed reached"
+        return f"{bound.seconds:.3g} s of reading ({longest}), {_percent(report.of_bound)} of the time it took"
 
     def _experts(self) -> str:
         shape = self.setting.shape
@@ -116,8 +117,8 @@ class Outcome:
     def _work(self) -> str:
         n, prompt, new = (self.work[name] for name in ("sequences", "prompt_tokens", "new_tokens"))
         sequences = "1 sequence" if n == 1 else f"{n:,} sequences"
-        routing = self.work["routing"] if self.work["routing"] != "synthetic" else "synthetic routing"
-        return f"{sequences} of {prompt:,} prompt and {new:,} new tokens, {routing}, seed {self.work['seed']}"
+        routing = f"routing {Path(self.work['routing']).stem}, seed {self.work['seed']}"
+        return f"{sequences} of {prompt:,} prompt and {new:,} new tokens, {routing}"
 
 
 def print_list() -> None:

@@ -196,6 +196,8 @@ def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":
         raise ConfigError(f"unknown routing {name!r}; known: synthetic, or a JSON file with expert_popularity")
     counts = read_counts(file)
     if counts.shape != (shape.n_layers, shape.n_experts):
-        found, expected = (f"{n} layers of {e} experts" for n, e in (counts.shape, (shape.n_layers, shape.n_experts)))
+        found, expected = (
+            f"{n} layers of {e} experts" for n, e in (counts.shape, (shape.n_layers, shape.n_experts))
+        )
         raise ConfigError(f"{file} has {found}, {shape.name} has {expected}")
     return counts

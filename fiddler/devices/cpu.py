@@ -33,13 +33,17 @@ class CpuDevice:
 
     def expert(self, layer: int, load: Load, weights: ExpertWeights, rows: Tensor) -> Tensor:
         """Return one load's output `[n_rows, H]` with these `weights`, wherever they are."""
-        up, down = self.matmuls(layer, load.n_rows, weights)
+        up, down = self.matmuls(layer, load.n_rows)
         return run_expert(self.formulas[layer], weights, rows[load.start : load.stop], up, down)
 
-    def matmuls(self, layer: int, n_rows: int, weights: ExpertWeights) -> tuple[Matmul, Matmul]:
-        """Return the kernels for up and down, looked up once per layer and row count: experts share a shape."""
+    def matmuls(self, layer: int, n_rows: int) -> tuple[Matmul, Matmul]:
+        """Return the kernels for up and down, looked up once per layer and row count: experts share a shape.
+
+        The layer's first expert decides, as in its blocks: a file may end between one's gate and up.
+        """
         found = self._picked.get((layer, n_rows))
         if found is None:
+            weights = self.weights(layer, 0)
             found = self.kernels.pick(weights.up[0], n_rows), self.kernels.pick(weights.down, n_rows)
             self._picked[layer, n_rows] = found
         return found

@@ -43,6 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same, computed as `(W xᵀ)ᵀ`: a transposed view."""
+    weight = _without_gaps(weight)
     if x.shape[0] == 1:  # one column would take torch's matrix-vector path: two keep the AMX tiles
         return rows_last(x.expand(2, -1), weight, bias)[:1]
     y = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
@@ -51,8 +52,19 @@ def rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same for exactly one row."""
+    weight = _without_gaps(weight)
     y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
     return y[None]
+
+
+def _without_gaps(weight: Tensor) -> Tensor:
+    """Return the weight in its own memory order, as its block has it; torch would copy one with gaps into another.
+
+    `linear` needs none of it: of a matrix with gaps torch copies the transpose, which comes to the same.
+    """
+    if 1 in weight.stride():
+        return weight
+    return weight.t().contiguous().t() if weight.stride(0) < weight.stride(1) else weight.contiguous()
 
 
 KERNELS: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}

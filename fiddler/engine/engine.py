@@ -16,10 +16,10 @@ from fiddler.lanes.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
-from fiddler.engine.setup import choose_kernels, choose_threads, compute_lane
+from fiddler.engine.setup import choose_kernels, choose_threads
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.errors import ConfigError, EngineClosedError
-from fiddler.models import dense, seam
+from fiddler.models import dense
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.sampling import read_options
 from fiddler.models.text import Prompt
@@ -157,7 +157,6 @@ class Engine:
             choose_threads(loaded, self.config, self._n_threads)
             kernels = choose_kernels(loaded, self.config)
             dense.accelerate(loaded.model, kernels)
-            seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
             rig = assemble_rig(loaded, kernels, self.config)
             self._loop = EngineLoop(
                 loaded,

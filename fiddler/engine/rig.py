@@ -21,6 +21,7 @@ from fiddler.engine import warm
 from fiddler.engine.costing import calibrate, costs_on, no_costs
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.runner import Runner
+from fiddler.engine.setup import compute_lane
 from fiddler.engine.wave import Experts
 from fiddler.errors import ConfigError
 from fiddler.lanes.experts import ExpertWork
@@ -28,6 +29,7 @@ from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
+from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
@@ -62,6 +64,7 @@ class Rig:
 
 def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) -> Rig:
     """Build a model's machine as `config` says. Raises `ConfigError`."""
+    seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
     resolved = loaded.resolved
     host = CpuDevice(loaded.weights, loaded.formulas, kernels)
     accelerator = _accelerator(loaded, config) if resolved.device == "sim" else None
@@ -76,9 +79,9 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
         promote=config.promote,
         trace=trace,
     )
-    lanes = _lanes(resolved, work, costs, trace)
-    runner = Runner(scheduler, lanes)
     experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
+    lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
+    runner = Runner(scheduler, lanes)
     steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k))
     return Rig(scheduler, lanes, work, runner, steps, trace, config)
 

@@ -33,6 +33,11 @@ class Wave(Protocol):
     n_context: int
     """Tokens of past its rows attend to, over all sequences."""
 
+    @property
+    def at_end(self) -> bool:
+        """Whether its last layer's experts were asked for: the output head comes next."""
+        ...
+
     def advance(self, wave: int) -> LayerReady | None:
         """Run the dense part up to the next layer's experts, as wave number `wave`; `None` at the end."""
         ...
@@ -55,7 +60,6 @@ class Runner:
         self._numbers = count()
         self._waves: dict[int, Wave] = {}
         self._in_lanes: dict[int, LaneName] = {}  # jobs that a report is to come for
-        self._in_head: set[int] = set()
         self._in_order = False
         self._passed: dict[int, int] = {}  # by wave of this run, the dense parts it has begun and ended
         self._held: set[int] = set()  # waves that wait for the one in front
@@ -147,26 +151,20 @@ class Runner:
         if not self.lanes.timed_dense:
             return self._route(number)
         wave = self._waves[number]
-        return self._tell(DenseQueued(number, wave.n_rows, wave.n_context))
+        return self._tell(DenseQueued(number, wave.n_rows, wave.n_context, head=wave.at_end))
 
     def _route(self, number: int) -> Sequence[Command]:
         """Run a wave's dense part and hand the layer it stops at to the scheduler."""
         if number not in self._waves:
             return []
-        if number in self._in_head:
-            return self._end(number, None)
-        wave = self._waves[number]
         try:
-            ready = wave.advance(number)
+            ready = self._waves[number].advance(number)
         except Exception as error:
             return self._end(number, error)
         self._passed[number] += 1
-        if ready is not None:
-            return [*self._tell(ready), *self._free(number + 1)]
-        if self.lanes.timed_dense:
-            self._in_head.add(number)
-            return [*self._tell(DenseQueued(number, wave.n_rows, 0, head=True)), *self._free(number + 1)]
-        return self._end(number, None)
+        if ready is None:
+            return self._end(number, None)
+        return [*self._tell(ready), *self._free(number + 1)]
 
     def _free(self, number: int) -> Sequence[Command]:
         """Let a wave that was held go on."""
@@ -176,6 +174,5 @@ class Runner:
         return self._go(number)
 
     def _end(self, number: int, error: Exception | None) -> Sequence[Command]:
-        self._in_head.discard(number)
         self._waves.pop(number).end(error)
         return [*self._tell(WaveDropped(number)), *self._free(number + 1)]

@@ -46,6 +46,11 @@ class ScriptWave:
         self._n_experts = n_experts
         self._layer = -1
 
+    @property
+    def at_end(self) -> bool:
+        """Whether its last layer's experts were asked for: the output head comes next."""
+        return self._layer + 1 == len(self._n_experts)
+
     def advance(self, wave: int) -> LayerReady | None:
         """Go to the next layer; `None` after the last."""
         self._layer += 1

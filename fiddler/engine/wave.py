@@ -64,6 +64,11 @@ class ModelWave:
         self._before: _Layer | None = None  # its deferred visits are not in yet
         self._outputs: Sequence[Tensor | None] = [None] * len(forwards)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether its last layer's experts were asked for: the output head comes next."""
+        return self._now is not None and self._now.routed.layer + 1 == len(self._experts.n_experts)
+
     def advance(self, wave: int) -> LayerReady | None:
         """Run forwards to their next experts call and take in the rows of those at the lowest layer."""
         meeting = self._now.meeting if self._now is not None else tuple(range(len(self._forwards)))

@@ -7,7 +7,7 @@ a push appends and, if somebody waits, asks that loop to wake him: asyncio's `ca
 
 from collections import deque
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -21,7 +21,7 @@ class Channel(Generic[T]):
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
-        self._lock = Lock()
+        self._lock = RLock()  # garbage collected while it is held may push: an abandoned stream ends its request
         self._wake: Callable[[], object] | None = None
         self._guard = anyio.ResourceGuard("receiving from this stream")
 
@@ -36,9 +36,8 @@ class Channel(Generic[T]):
     def drain(self) -> list[T]:
         """Take every item there is."""
         with self._lock:
-            items = list(self._items)
-            self._items.clear()
-        return items
+            items, self._items = self._items, deque()
+        return list(items)
 
     async def receive(self) -> T:
         """Take the next item, waiting for it. Raises `anyio.BusyResourceError` for a second receiver."""
@@ -46,10 +45,12 @@ class Channel(Generic[T]):
             await lowlevel.checkpoint()  # before an item is taken: a cancelled receive must lose none
             while True:
                 event = anyio.Event()
+                wake = _waker(event)
                 with self._lock:
+                    self._wake = wake  # before looking: what is pushed from now on wakes
                     if self._items:
+                        self._wake = None
                         return self._items.popleft()
-                    self._wake = _waker(event)
                 await event.wait()
 
 

@@ -1,6 +1,7 @@
 """Made-up routing: what it promises of every token, and the habits that were asked for."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,21 @@ def routing(
 
 def shares(rows: NDArray[np.int16], n_experts: int = 16) -> NDArray[np.float64]:
     """Of all visits, each expert's, by layer."""
-    counts = [np.bincount(rows[:, layer].ravel(), minlength=n_experts) for layer in range(rows.shape[1])]
-    return np.array(counts) / (rows.shape[0] * rows.shape[2])
+    counts = np.array([np.bincount(rows[:, layer].ravel(), minlength=n_experts) for layer in range(rows.shape[1])])
+    return np.asarray(counts / (rows.shape[0] * rows.shape[2]), dtype=np.float64)
 
 
 def recurring(rows: NDArray[np.int16]) -> float:
     """Of a token's experts, the share that the token before visited too."""
-    again = [
-        np.isin(now, before).mean()
-        for one, two in zip(rows, rows[1:], strict=False)
-        for before, now in zip(one, two, strict=True)
-    ]
-    return float(np.mean(again))
+    return float(
+        np.mean(
+            [
+                np.isin(now[layer], before[layer]).mean()
+                for before, now in pairwise(rows)
+                for layer in range(rows.shape[1])
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize(("n_experts", "top_k"), [(8, 2), (16, 4), (4, 4), (5, 1)])

@@ -1,7 +1,7 @@
 """A scheduler with its lanes worked by hand, and books of its own: what each slot holds and what has run."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fiddler.cache.cache import ExpertCache
@@ -25,7 +25,7 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Planner, all_cpu
+from fiddler.scheduler.plan import Planner, all_cpu, all_fetch
 from fiddler.scheduler.routing import LayerWork, Load
 
 LAYERS = (6, 6, 6)
@@ -209,6 +209,25 @@ class Desk:
     def _check_leases(self) -> None:
         held = Counter((run.layer, expert) for run in self.core._runs.all for expert in run.leased)
         assert held == self.cache._slots._leases
+        assert not any(run.reported and run.before for run in self.core._runs.all), "a layer is kept for nothing"
+
+
+def resident(desk: Desk, layer: int, *wanted: int) -> None:
+    """Bring experts in, by a wave that then ends."""
+    planner, desk.core._planner = desk.core._planner, all_fetch
+    desk.ready(1000, layer, dict.fromkeys(wanted, 1))
+    desk.finish()
+    desk.drop(1000)
+    desk.core._planner = planner
+    desk.visits.clear()
+    desk.done.clear()
+    desk.dropped.clear()
+    assert all(desk.cache.slot((layer, expert)) is not None for expert in wanted)
+
+
+def kinds(jobs: Sequence[Job]) -> list[tuple[str, list[int]]]:
+    """Return jobs as their lanes and experts."""
+    return [(job.lane, experts(job)) for job in jobs]
 
 
 def missing(loads: tuple[Load, ...], ran: set[Load], failures: Failures) -> list[Load]:

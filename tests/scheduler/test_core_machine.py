@@ -109,4 +109,4 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore: Any = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=150, stateful_step_count=40)
+TestCore.settings = settings(max_examples=100, stateful_step_count=40)

@@ -152,7 +152,7 @@ def varied_kernels(loaded: ServableModel) -> Kernels:
     choice: dict[tuple[Any, int], KernelName] = {}
     for matrix in matrices:
         for i, rows in enumerate(BUCKETS):
-            choice[shape_key(matrix), rows] = names[(i + matrix.shape[0]) % 2]
+            choice[shape_key(matrix), rows] = names[(i + matrix.shape[0]) % 2] if rows > 1 else "vector"
     return Kernels(choice)
 
 
