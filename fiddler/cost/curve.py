@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Self
 
 
@@ -19,12 +20,12 @@ class Curve:
 
     def __post_init__(self) -> None:
         rows = [n for n, _ in self.points]
-        if not rows or any(a >= b for a, b in zip(rows, rows[1:], strict=False)):
+        if not rows or any(a >= b for a, b in pairwise(rows)):
             raise ValueError("a curve needs points with ascending row counts")
 
     @classmethod
     def roofline(cls, fixed_s: float, read_s: float, row_s: float) -> Self:
-        """Return `fixed + max(read, n·row)`: a dispatch, then the weights' bytes or the arithmetic, whichever is longer.
+        """Return `fixed + max(read, n·row)`: a dispatch, then the weights' bytes or the arithmetic, the longer.
 
         Source: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009.
         """
@@ -55,6 +56,10 @@ class Curve:
         return Curve(tuple((n, s * factor) for n, s in self.points))
 
     def residual(self, measured: Sequence[tuple[float, float]]) -> float:
-        """Return the median of `|predicted / measured - 1|` over `(rows, seconds)` that the curve was not fitted to."""
+        """Return the median of `|predicted / measured - 1|` over `(rows, seconds)` it was not fitted to."""
         errors = sorted(abs(self(n) / s - 1.0) for n, s in measured)
         return errors[len(errors) // 2] if errors else 0.0
+
+
+NO_TIME = Curve(((1.0, 0.0),))
+"""Of what takes none."""

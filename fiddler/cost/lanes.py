@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fiddler.cost.model import Contention
+from fiddler.cost.model import NO_CONTENTION, Contention
 
 LaneName = Literal["cpu", "gpu", "link"]
 LANES: tuple[LaneName, ...] = ("cpu", "gpu", "link")
@@ -37,7 +37,7 @@ class Queued:
 class Lanes:
     """The queues; the first of each runs. Where CPU and link are both busy each is slowed by its factor."""
 
-    contention: Contention = Contention()
+    contention: Contention = NO_CONTENTION
     queues: dict[LaneName, deque[Queued]] = field(default_factory=lambda: {lane: deque() for lane in LANES})
 
     def put(self, lane: LaneName, job: int, seconds: float, *, urgent: bool = True) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fiddler.cost.curve import Curve
+from fiddler.cost.curve import NO_TIME, Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,16 @@ class Dense:
 
     rows: Curve
     context_s: float = 0.0
-    head: Curve = Curve(((1.0, 0.0),))
+    head: Curve = NO_TIME
 
     def layer_s(self, n_rows: int, n_context: int) -> float:
         """Return the seconds of one layer's dense part."""
         return self.rows(n_rows) + self.context_s * n_context
+
+
+NO_CONTENTION = Contention()
+_NO_MOVES = Moves()
+_NO_DENSE = Dense(NO_TIME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,9 @@ class CostModel:
     """Everything the plan knows about time. `experts` is by layer."""
 
     experts: tuple[ExpertCosts, ...]
-    contention: Contention = Contention()
-    moves: Moves = Moves()
-    dense: Dense = Dense(Curve(((1.0, 0.0),)))
+    contention: Contention = NO_CONTENTION
+    moves: Moves = _NO_MOVES
+    dense: Dense = _NO_DENSE
     host_s: float = 0.0
     """The host's own work per layer of a wave: launches and the scheduler."""
 

@@ -1,6 +1,7 @@
 """Which rows travel in the next step: every decoding sequence, and prompt chunks beside them."""
 
-from collections.abc import Iterable, Sequence as Ordered
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fiddler.config import EngineConfig
-from fiddler.cost.curve import Curve
+from fiddler.cost.curve import NO_TIME, Curve
 from fiddler.cost.machine import Machine
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.devices.calibrate import calibration_file
@@ -19,14 +19,13 @@ from fiddler.devices.measure import Bench, Measured
 from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 
-FREE = Curve(((1.0, 0.0),))
 N_LAYERS = 4
 """Layers whose experts a sample is made of."""
 
 
 def no_costs(n_layers: int) -> CostModel:
     """Return a model that knows nothing: for a machine where there is nothing to choose."""
-    return CostModel(experts=(ExpertCosts(FREE, FREE, 0.0, 0),) * n_layers)
+    return CostModel(experts=(ExpertCosts(NO_TIME, NO_TIME, 0.0, 0),) * n_layers)
 
 
 def costs_on(machine: Machine, loaded: LoadedModel) -> CostModel:

@@ -12,13 +12,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.config import EngineConfig
-from fiddler.lanes.channel import Channel
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
 from fiddler.engine.setup import choose_kernels, choose_threads
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.errors import ConfigError, EngineClosedError
+from fiddler.lanes.channel import Channel
 from fiddler.models import dense
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.sampling import read_options

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fiddler.engine.assemble import Span, assemble
-from fiddler.lanes.channel import Channel
 from fiddler.engine.forward import Outcome
-from fiddler.engine.rig import Rig
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
+from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
+from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
 from fiddler.types import Statistics

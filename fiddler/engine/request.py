@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from fiddler.lanes.channel import Channel
 from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
+from fiddler.lanes.channel import Channel
 from fiddler.models.kv import SequenceKV
 from fiddler.models.sampling import Sampler, SamplingOptions
 from fiddler.models.text import Decoder, Prompt
