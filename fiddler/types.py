@@ -120,6 +120,8 @@ class Statistics:
     """Copies made while the link was idle."""
     n_fallbacks: int
     """Copies and loads that failed on the accelerator and went to the CPU."""
+    dead_lanes: tuple[str, ...]
+    """Lanes that ended early; the CPU does their work."""
     prediction_error: float
     """Median of `|predicted / measured - 1|` of the latest layers' makespans; 0.0 where nothing is predicted."""
     step_s: float

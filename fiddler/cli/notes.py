@@ -66,10 +66,11 @@ def where_experts_ran(statistics: Statistics) -> str:
 def slots_used(statistics: Statistics) -> str:
     """Say what the accelerator's slots held and how experts got there."""
     fallbacks = f", {statistics.n_fallbacks:,} fell back to the CPU" if statistics.n_fallbacks else ""
+    dead = f"; dead: {', '.join(statistics.dead_lanes)}" if statistics.dead_lanes else ""
     return (
         f"{statistics.n_slots_used:,} of {statistics.n_slots:,} used; {statistics.n_hits:,} hits, "
         f"{statistics.n_fetches:,} fetches, {statistics.n_promotions:,} promotions, "
-        f"{size(statistics.link.n_bytes)} copied{fallbacks}"
+        f"{size(statistics.link.n_bytes)} copied{fallbacks}{dead}"
     )
 
 

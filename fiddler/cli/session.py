@@ -67,6 +67,7 @@ def experts_json(statistics: Statistics) -> dict[str, Any]:
         "fetches": statistics.n_fetches,
         "promotions": statistics.n_promotions,
         "fallbacks": statistics.n_fallbacks,
+        "dead_lanes": list(statistics.dead_lanes),
         "copied_bytes": statistics.link.n_bytes,
         "prediction_error": statistics.prediction_error,
     }

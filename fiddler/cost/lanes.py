@@ -116,7 +116,7 @@ class Lanes:
         return queue[0].left_s if queue else 0.0
 
     def _factors(self) -> dict[LaneName, float]:
-        both = bool(self.queues["cpu"]) and bool(self.queues["link"])
+        both = self._left("cpu") > 0.0 and self._left("link") > 0.0
         return {
             "cpu": self.contention.cpu if both else 1.0,
             "gpu": 1.0,

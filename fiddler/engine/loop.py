@@ -235,6 +235,7 @@ class EngineLoop:
             n_fetches=decided.n_fetches,
             n_promotions=decided.n_promotions,
             n_fallbacks=decided.n_fallbacks,
+            dead_lanes=tuple(rig.scheduler.dead),
             prediction_error=decided.median_error(),
             step_s=counters.step_s,
         )

@@ -57,9 +57,11 @@ class Rig:
 
     async def aclose(self) -> None:
         """Let the lanes finish, end them, and save what the cache has learnt."""
-        await self.runner.settle()
-        await self.lanes.aclose()
-        warm.save(self.scheduler.cache, self.config.warm_start)
+        try:
+            await self.runner.settle()
+        finally:
+            await self.lanes.aclose()
+            warm.save(self.scheduler.cache, self.config.warm_start)
 
 
 def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) -> Rig:

@@ -6,11 +6,12 @@ all that cannot run from a slot goes to the CPU; without the CPU what can be fet
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache, Reservation
 from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
+from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.copies import Copies
 from fiddler.scheduler.counters import Counters
@@ -87,11 +88,14 @@ class Scheduler:
         """Whether no wave is on its way and no lane has anything to do."""
         return not self._jobs and not self._runs
 
+    @property
+    def dead(self) -> Mapping[LaneName, Exception]:
+        """Lanes that are done without, and why."""
+        return self._jobs.dead
+
     def backlog(self) -> Backlog:
         """Return the work queued in each lane."""
         return self._jobs.backlog()
-
-    # A layer's way
 
     def _begin(self, event: LayerReady) -> Iterator[Command]:
         work = event.work
@@ -185,8 +189,6 @@ class Scheduler:
         if self._trace is not None:
             self._trace.decision(decision)
 
-    # Jobs
-
     def _run_gpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Command:
         slots = [self.cache.slot((run.layer, load.expert)) for load in loads]
         ready = tuple(slot for slot in slots if slot is not None)
@@ -219,8 +221,6 @@ class Scheduler:
             if reservation is not None:
                 self.counters.n_promotions += 1
                 yield self._copy(reservation)
-
-    # What lanes report
 
     def _done(self, event: JobDone) -> Iterator[Command]:
         ended = self._jobs.end(event.job)
