@@ -32,6 +32,7 @@ from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
 from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.planners import planner
 from fiddler.scheduler.waves import Waves
 from fiddler.store.packed import PackedStore
@@ -47,7 +48,7 @@ DEFER_FROM = 6
 class Rig:
     """One engine's machine; it lives as long as the engine."""
 
-    scheduler: Scheduler
+    scheduler: Scheduler | CpuOnly
     lanes: LaneSet
     work: ExpertWork
     runner: Runner
@@ -74,18 +75,20 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     costs = _costs(loaded, host, accelerator, config)
     trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
-    scheduler = Scheduler(
-        _cache(loaded, n_slots, config),
-        costs,
-        planner=planner(config.planner),
-        promote=config.promote,
-        trace=trace,
-    )
+    scheduler = _scheduler(_cache(loaded, n_slots, config), costs, config, trace)
     experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
     lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)
     steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k))
     return Rig(scheduler, lanes, work, runner, steps, trace, config)
+
+
+def _scheduler(
+    cache: ExpertCache, costs: CostModel, config: EngineConfig, trace: Trace | None
+) -> Scheduler | CpuOnly:
+    if config.device in ("auto", "cpu"):
+        return CpuOnly(cache, costs, trace)
+    return Scheduler(cache, costs, planner=planner(config.planner), promote=config.promote, trace=trace)
 
 
 def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:

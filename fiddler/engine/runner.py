@@ -12,6 +12,7 @@ from fiddler.cost.lanes import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
 from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.messages import (
     Command,
     DenseDone,
@@ -54,7 +55,7 @@ class Wave(Protocol):
 class Runner:
     """One machine's driver. Its methods belong to the engine's thread."""
 
-    def __init__(self, scheduler: Scheduler, lanes: LaneSet) -> None:
+    def __init__(self, scheduler: Scheduler | CpuOnly, lanes: LaneSet) -> None:
         self.scheduler = scheduler
         self.lanes = lanes
         self._numbers = count()

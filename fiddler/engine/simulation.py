@@ -71,6 +71,8 @@ class Bound:
 class Report:
     """What a run took. Seconds are virtual."""
 
+    preload_s: float
+    """Until the slots were filled, before the sequences came."""
     first_token_s: float
     """Until every sequence has its first token."""
     decode_s: float
@@ -172,9 +174,12 @@ class _Simulation:
         self._n_steps = 0
         self._n_two = 0
         self._n_decoded = 0
+        self._began_s = 0.0
 
     async def run(self) -> Report:
-        """Run every step."""
+        """Fill the slots, then run every step."""
+        await self._runner.preload()
+        self._began_s = self._lanes.now_s()
         while running := self._running():
             if not any(script.prefilling for script in running):
                 break
@@ -227,7 +232,8 @@ class _Simulation:
         busy = {lane: last.busy_s[lane] - first.busy_s[lane] for lane in LANES}
         bound = self._bound(read, busy["link"])
         return Report(
-            first_token_s=first.at_s,
+            preload_s=self._began_s,
+            first_token_s=first.at_s - self._began_s,
             decode_s=decode_s,
             n_decoded=self._n_decoded,
             utilisation={lane: seconds / decode_s if decode_s else 0.0 for lane, seconds in busy.items()},

@@ -82,7 +82,7 @@ class ModelWave:
         calls = [self.results[i] for i in meeting]
         call = _joined(calls)
         self._wave = wave
-        self._before = self._now
+        self._before = self._now if self._now is not None and self._now.routed.deferred else None
         self._now = now = _Layer(call, self._route(call), meeting, [c.hidden.shape[0] for c in calls])
         self._experts.work.open(wave, layer, gather(call.hidden, now.routed, call.index.shape[1]))
         return LayerReady(wave, now.routed, call.hidden.shape[0], call.index.shape[1])
@@ -101,9 +101,10 @@ class ModelWave:
         assert now is not None
         total = self._combined(now, done.failures, deferred=False)
         if before is not None:
-            if before.routed.deferred:
-                total = total + self._combined(before, done.late_failures, deferred=True)
+            total = total + self._combined(before, done.late_failures, deferred=True)
             self._experts.work.let_go(self._wave, before.routed.layer)
+        if not now.routed.deferred:
+            self._experts.work.let_go(self._wave, now.routed.layer)
         self._outputs = total.split(now.n_rows) if len(now.meeting) > 1 else [total]
 
     def _combined(self, layer: _Layer, failures: Failures, *, deferred: bool) -> Tensor:
@@ -115,8 +116,10 @@ class ModelWave:
         for load in failed:
             for position in routed.order[load.start : load.stop]:
                 self.failed[self._row(layer, position // call.index.shape[1])] = failures[load.expert]
-        part = slice(layer.n_now, None) if deferred else slice(0, layer.n_now)
         outputs = self._experts.work.results(self._wave, routed.layer, failed)
+        if not routed.deferred:
+            return combine(outputs, routed.order, call.weights)
+        part = slice(layer.n_now, None) if deferred else slice(0, layer.n_now)
         return combine(outputs[part], routed.order[part], call.weights)
 
     def _row(self, layer: _Layer, token: int) -> tuple[int, int]:

@@ -103,8 +103,7 @@ class Scheduler:
         rows: dict[int, int] = {}
         for load in (*work.loads, *work.deferred):  # an expert may have one of each
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
-        if self.cache.n_slots:
-            self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
+        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         run = LayerRun(event.wave, work, self._now_s)
         self._runs.begin(run)
         if "gpu" not in self._jobs.dead:
@@ -125,8 +124,6 @@ class Scheduler:
             run.leased.append(expert)
 
     def _plan(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
-        if not self.cache.n_slots:
-            return self._cpu_alone(run, loads)
         dead = self._jobs.dead
         candidates = [self._candidate(run, load) for load in loads]
         n_fetch = 0
@@ -136,11 +133,6 @@ class Scheduler:
             n_fetch = self.cache.admissible(misses)
         planner = all_fetch if "cpu" in dead else self._planner
         return planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
-
-    def _cpu_alone(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
-        """Return the plan where there is nothing to choose, at next to no cost."""
-        seconds = self.correction.costs.cpu_s(run.layer, [load.n_rows for load in loads])
-        return Plan(tuple(loads), (), (), self._jobs.backlog().cpu_s + seconds if loads else 0.0)
 
     def _candidate(self, run: LayerRun, load: Load) -> Candidate:
         key = (run.layer, load.expert)

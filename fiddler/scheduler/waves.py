@@ -11,6 +11,7 @@ from typing import Literal
 
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, descent
 from fiddler.scheduler.routing import Load
@@ -61,7 +62,7 @@ class Waves:
     """Decides for every step; owner of what it has learnt about its own predictions."""
 
     mode: WaveMode
-    scheduler: Scheduler
+    scheduler: Scheduler | CpuOnly
     top_k: int
     _one: _Kind = field(default_factory=_Kind)
     _two: _Kind = field(default_factory=_Kind)
