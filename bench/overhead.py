@@ -1,13 +1,13 @@
 """What deciding costs: the scheduler, the runner and the lanes beside a bare hop to two lanes, and on a plain CPU.
 
-    python -m bench.overhead [--layers 48] [--steps 60] [--json FILE]
+    python -m bench.overhead [--layers 48] [--steps 60] [--model DIR] [--threads 1] [--json FILE]
 
 Three figures, each a median:
 
 - one layer of a step through runner, scheduler and three lane threads whose jobs do nothing;
 - beside it, a bare hop: two jobs handed to the same lane threads and both reports awaited, nothing decided;
-- a decoding step of the demo model on the CPU through all of it, against the same step with each layer's experts
-  computed by a plain call, in turns within one run.
+- a decoding step of a model (the demo model unless given) on the CPU through all of it, against the same step with
+  each layer's experts computed by a plain call, in turns within one run.
 """
 
 import argparse
@@ -92,14 +92,15 @@ async def hop_us(n_hops: int) -> Spread:
 
 @dataclass(slots=True, eq=False)
 class Decoding:
-    """A sequence that repeats one token: all that a step needs of a request."""
+    """A sequence of made-up tokens, others for another `step`: all that a step needs of a request."""
 
+    step: int
     past: SequenceKV = field(default_factory=SequenceKV)
     n_past: int = 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Return the same token over and over, some of them others so that routing varies."""
-        return [100 + 37 * i % 3000 for i in range(start, stop)]
+        """Return the tokens; two sequences visit other experts, or the second would find them in a cache."""
+        return [100 + self.step * i % 3001 for i in range(start, stop)]
 
     def span(self) -> Any:
         """Return the next token as a span."""
@@ -107,12 +108,12 @@ class Decoding:
         return Span(self, self.n_past - 1, self.n_past, last=True)
 
 
-async def demo_step_us(n_steps: int) -> dict[str, Spread]:
-    """Return the microseconds of a step of the demo model with the machinery and without."""
+async def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:
+    """Return the microseconds of a step of a model with the machinery and without."""
     config = EngineConfig(kernels="linear")
-    loaded = load(DEMO, config)
+    loaded = load(model, config)
     rig = assemble_rig(loaded, Kernels(), config)
-    managed, plain = Decoding(), Decoding()
+    managed, plain = Decoding(37), Decoding(53)
     times: dict[str, list[float]] = {"scheduler": [], "plain call": []}
     for i in range(n_steps):
         turns = [("scheduler", lambda: _managed(rig, managed)), ("plain call", lambda: _plain(rig, loaded, plain))]
@@ -134,33 +135,44 @@ async def _plain(rig: Rig, loaded: ServableModel, sequence: Decoding) -> None:
     result = forward.send()
     while not forward.dead:
         result = forward.send(lane.run(*result))
+    list(result)  # the logits' rows, as a step returns them
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the demo model's experts are tiny")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # tiny experts are not shared between threads
+    torch.set_num_threads(options.threads)
     where = machine.describe()
     gc.disable()
     with torch.inference_mode():
         hop = _run(lambda: hop_us(options.layers * options.steps))
         layer = _run(lambda: layer_us(options.layers, options.steps))
-        steps = _run(lambda: demo_step_us(10 * options.steps))
+        steps = _run(lambda: model_step_us(options.model, options.steps))
     cost = steps["scheduler"].median / steps["plain call"].median - 1.0
     rows = [
         ("a layer: runner, scheduler, three lanes", f"{layer:.0f}"),
         ("a bare hop to two lanes and back", f"{hop:.0f}"),
-        *((f"a step of the demo model, {name}", f"{taken:.0f}") for name, taken in steps.items()),
+        *((f"a step of {options.model.name}, {name}", f"{taken:.0f}") for name, taken in steps.items()),
     ]
     print(heading(where))
     print(table("What deciding costs: median (least to most)", ("", "us"), rows))
     print(f"\nOn the plain CPU the machinery costs {100 * cost:.1f} % of a step.")
     if options.json is not None:
         write_json(
-            options.json, {"machine": where, "layer_us": layer, "hop_us": hop, "demo_step_us": steps, "cost": cost}
+            options.json,
+            {
+                "machine": where,
+                "layer_us": layer,
+                "hop_us": hop,
+                "model": options.model.name,
+                "step_us": steps,
+                "cost": cost,
+            },
         )
 
 

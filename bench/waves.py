@@ -91,11 +91,12 @@ def main() -> None:
     ]
     header = ("sequences", "one: tok/s", "chosen: tok/s", "ratio", "one: first s", "chosen: first s", "of bound")
     print(table("One wave or two, simulated, virtual time", header, rows))
+    setting = {"prompt": options.prompt, "new": options.new, "resident": options.resident}
     where = machine.describe()
     print(f"\nLeast ratio {min(cell.gain for cell in cells):.4f}, most {max(cell.gain for cell in cells):.4f}")
     print(heading(where))
     if options.json is not None:
-        write_json(options.json, {"machine": where, "virtual": True, "options": vars(options), "cells": cells})
+        write_json(options.json, {"machine": where, "virtual": True, "setting": setting, "cells": cells})
 
 
 if __name__ == "__main__":

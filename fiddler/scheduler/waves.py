@@ -20,7 +20,7 @@ WaveMode = Literal["auto", "one", "two"]
 Rows = Mapping[int, int]
 """Rows by expert."""
 
-MARGIN = 0.05
+MARGIN = 0.07
 """Two waves must be predicted to be faster by this share: it is a typical layer that is predicted."""
 DOUBT = 1.1
 """How much longer than predicted two waves are held to take until some were measured: what each lane loses to the
