@@ -59,7 +59,7 @@ class EngineConfig:
     """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned
     block of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
     slots: int | None = None
-    """Experts the accelerator holds; `None` is a quarter of all, or what its memory has room for."""
+    """Experts the accelerator holds; `None` is a quarter of all."""
     policy: PolicyName = "aged-lfu"
     """Which expert gives way in a full cache."""
     half_life: float = 32.0

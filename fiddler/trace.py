@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["dense", "slots", "cpu", "copy", "promote"]
-"""What a job does: the dense part, experts from slots, experts on the CPU, a demand copy, a promotion."""
+"""What a job does: the dense part, experts from slots, experts on the CPU, a demand copy, a copy that no layer
+waits for."""
 
 
 @dataclass(frozen=True, slots=True)

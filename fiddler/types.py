@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -160,9 +160,9 @@ class ExpertWeights:
     down: Tensor
     up_bias: tuple[Tensor, ...] = ()
     down_bias: Tensor | None = None
+    nbytes: int = field(init=False)
+    """Bytes read when the expert runs."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes read when the expert runs."""
+    def __post_init__(self) -> None:
         biases = self.up_bias if self.down_bias is None else (*self.up_bias, self.down_bias)
-        return sum(t.nbytes for t in (*self.up, self.down, *biases))
+        object.__setattr__(self, "nbytes", sum(t.nbytes for t in (*self.up, self.down, *biases)))

@@ -1,4 +1,4 @@
-"""What routing did so far. One object records it; policies, prefetch and traces read it."""
+"""What routing did so far. One object records it; the policies read it."""
 
 from collections.abc import Mapping
 

@@ -43,7 +43,7 @@ class Dense:
     """The part of the model that is not experts, per layer: attention, norms, router, shared experts.
 
     `rows` is the seconds of a layer's dense part by rows of a wave; `context_s` is added per token of context that
-    the wave's sequences attend to, all of them together; `head_s` is the output head, by rows, at a step's end.
+    the wave's sequences attend to, all of them together; `head` is the output head, by rows, at a step's end.
     """
 
     rows: Curve

@@ -29,7 +29,10 @@ def no_costs(n_layers: int) -> CostModel:
 
 
 def costs_on(machine: Machine, loaded: LoadedModel) -> CostModel:
-    """Return what a loaded model takes on a described machine: rooflines of its bytes and operations."""
+    """Return what a loaded model takes on a described machine: rooflines of its bytes and operations.
+
+    Attention to the context is not counted: its time does not grow with the past.
+    """
     experts = tuple(_expert_on(machine, loaded.weights(layer, 0)) for layer in range(len(loaded.n_experts)))
     embeddings: Any = loaded.model.get_input_embeddings()
     head: Any = loaded.model.get_output_embeddings() or embeddings

@@ -1,4 +1,4 @@
-"""Puts the parts together: a loaded model, a device, its calibrated kernels, a lane."""
+"""What a loaded model runs with: its calibrated kernels, the threads, a lane for a forward that nobody drives."""
 
 import torch
 

@@ -71,21 +71,28 @@ class ModelWave:
 
     def advance(self, wave: int) -> LayerReady | None:
         """Run forwards to their next experts call and take in the rows of those at the lowest layer."""
-        meeting = self._now.meeting if self._now is not None else tuple(range(len(self._forwards)))
-        for i, output in zip(meeting, self._outputs, strict=True):
-            self.results[i] = self._forwards[i].send(output)
-        waiting = [i for i, forward in enumerate(self._forwards) if not forward.dead]
-        if not waiting:
+        meeting = self._resume()
+        if not meeting:
             return None
-        layer = min(self.results[i].layer for i in waiting)
-        meeting = tuple(i for i in waiting if self.results[i].layer == layer)
         calls = [self.results[i] for i in meeting]
         call = _joined(calls)
         self._wave = wave
         self._before = self._now if self._now is not None and self._now.routed.deferred else None
         self._now = now = _Layer(call, self._route(call), meeting, [c.hidden.shape[0] for c in calls])
-        self._experts.work.open(wave, layer, gather(call.hidden, now.routed, call.index.shape[1]))
-        return LayerReady(wave, now.routed, call.hidden.shape[0], call.index.shape[1])
+        n_tokens, top_k = call.index.shape
+        self._experts.work.open(wave, call.layer, gather(call.hidden, now.routed, top_k))
+        return LayerReady(wave, now.routed, n_tokens, top_k)
+
+    def _resume(self) -> tuple[int, ...]:
+        """Let forwards have their outputs; return those that then wait at the lowest layer."""
+        meeting = self._now.meeting if self._now is not None else tuple(range(len(self._forwards)))
+        for i, output in zip(meeting, self._outputs, strict=True):
+            self.results[i] = self._forwards[i].send(output)
+        waiting = [i for i, forward in enumerate(self._forwards) if not forward.dead]
+        if len(waiting) <= 1:
+            return tuple(waiting)
+        layer = min(self.results[i].layer for i in waiting)
+        return tuple(i for i in waiting if self.results[i].layer == layer)
 
     def _route(self, call: ExpertsCall) -> LayerWork:
         n_experts = self._experts.n_experts

@@ -21,8 +21,6 @@ class Counters:
     n_fallbacks: int = 0
     """Loads that went to the CPU because their copy or the GPU failed."""
     copied_bytes: int = 0
-    predicted_s: float = 0.0
-    measured_s: float = 0.0
     _errors: deque[float] = field(default_factory=deque)
     _sorted: list[float] = field(default_factory=list)  # the same: statistics are asked for after every step
 
@@ -39,8 +37,6 @@ class Counters:
     def measured(self, predicted_s: float, measured_s: float) -> None:
         """Take note of a layer's predicted and measured time."""
         self.n_layers += 1
-        self.predicted_s += predicted_s
-        self.measured_s += measured_s
         if predicted_s > 0.0 and measured_s > 0.0:
             if len(self._errors) == KEEP:
                 del self._sorted[bisect_left(self._sorted, self._errors.popleft())]

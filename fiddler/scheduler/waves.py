@@ -7,8 +7,8 @@ by what steps then took.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from fiddler.config import WaveMode
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
@@ -16,7 +16,6 @@ from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, descent
 from fiddler.scheduler.routing import Load
 
-WaveMode = Literal["auto", "one", "two"]
 Rows = Mapping[int, int]
 """Rows by expert."""
 
@@ -24,7 +23,7 @@ MARGIN = 0.07
 """Two waves must be predicted to be faster by this share: it is a typical layer that is predicted."""
 DOUBT = 1.1
 """How much longer than predicted two waves are held to take until some were measured: what each lane loses to the
-others is predicted for one wave at a time. Measured on the profiles in `bench/machines`: 1.0 to 1.2."""
+others is predicted for one wave at a time. Simulations of the profiles in `bench/machines` gave 1.0 to 1.2."""
 ENOUGH = 3
 """Steps of one kind after which their bias is believed."""
 EVERY = 16
