@@ -70,12 +70,13 @@ class EngineConfig:
     """How a layer's experts are divided: by predicted time; `"all-cpu"` runs every miss on the CPU, `"all-fetch"`
     copies in as many as it may."""
     waves: WaveMode = "auto"
-    """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay."""
+    """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay. Rows
+    in other company may differ in their last bits: `"one"` or `"two"` is the same on every device."""
     defer: int = 0
     """Of each token, experts of least weight whose results join one layer late. Lossy: changes the output. For
-    models with at least 6 experts a token."""
+    models with at least 6 experts a token; without an accelerator it gains nothing."""
     warm_start: Path | None = None
-    """File the cache's scores are read from at the start and written to at the end."""
+    """File the cache's scores are read from at the start and written to at the end, beside an accelerator."""
     trace: bool = False
     """Whether to record every job and decision, for `Engine.trace()`."""
     calibration_dir: Path | None = None

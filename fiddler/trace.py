@@ -3,7 +3,7 @@
 A `Trace` is given to what records into it; without one nothing is recorded and nothing is paid.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -73,12 +73,13 @@ class Trace:
 
         `about` is kept beside the events. Source: "Trace Event Format", Google, 2016; times in microseconds.
         """
-        lanes = sorted({span.lane for span in self.spans})
-        events = [*_names(lanes), *self._events(lanes)]
+        spans = list(self.spans)  # lanes may still be adding to them
+        lanes = sorted({span.lane for span in spans})
+        events = [*_names(lanes), *self._events(spans, lanes)]
         return {"displayTimeUnit": "ms", "otherData": dict(about or {}), "traceEvents": events}
 
-    def _events(self, lanes: list[str]) -> Iterator[dict[str, Any]]:
-        for span in self.spans:
+    def _events(self, spans: Sequence[Span], lanes: list[str]) -> Iterator[dict[str, Any]]:
+        for span in spans:
             arguments = {"wave": span.wave, "layer": span.layer, "predicted_us": span.predicted_s * 1e6}
             yield {
                 "name": span.name,

@@ -164,5 +164,10 @@ class ExpertWeights:
     """Bytes read when the expert runs."""
 
     def __post_init__(self) -> None:
-        biases = self.up_bias if self.down_bias is None else (*self.up_bias, self.down_bias)
-        object.__setattr__(self, "nbytes", sum(t.nbytes for t in (*self.up, self.down, *biases)))
+        object.__setattr__(self, "nbytes", sum(part.nbytes for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Every matrix and bias."""
+        down_bias = () if self.down_bias is None else (self.down_bias,)
+        return (*self.up, self.down, *self.up_bias, *down_bias)

@@ -42,9 +42,10 @@ class CalibrateOptions:
 
 
 def calibrate(checkpoint: CheckpointOptions, options: CalibrateOptions) -> None:
-    """Measure what a model's experts take on this machine, and store it for the engine.
+    """Measure what a model's experts take on this machine, and store it for engines with an accelerator.
 
-    Takes seconds, and reads few of the model's experts; what is stored already is shown.
+    Takes seconds, and reads few of the model's experts; what is stored already is shown. An engine on the CPU alone
+    has nothing to choose and uses the calibration of its kernels only.
     """
     notes = Notes(quiet=options.as_json)
     with guarded():

@@ -1,7 +1,6 @@
 """Seconds as a function of rows."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Self
@@ -54,11 +53,6 @@ class Curve:
     def scaled(self, factor: float) -> "Curve":
         """Return the curve with every time multiplied."""
         return Curve(tuple((n, s * factor) for n, s in self.points))
-
-    def residual(self, measured: Sequence[tuple[float, float]]) -> float:
-        """Return the median of `|predicted / measured - 1|` over `(rows, seconds)` it was not fitted to."""
-        errors = sorted(abs(self(n) / s - 1.0) for n, s in measured)
-        return errors[len(errors) // 2] if errors else 0.0
 
 
 NO_TIME = Curve(((1.0, 0.0),))

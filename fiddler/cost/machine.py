@@ -107,8 +107,20 @@ def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
     side, and bytes / link rate to be copied. Not modelled: ramps of small products, dequantisation, the attention's
     operations on a long context, and windows that bound its reads (its seconds are the bytes of keys and values).
     """
-    nbytes, flops = shape.expert_bytes, shape.expert_flops_per_row
-    expert = ExpertCosts(
+    expert = expert_costs(machine, shape.expert_bytes, shape.expert_flops_per_row)
+    there_and_back = 2 * shape.hidden * DENSE_BYTES
+    return CostModel(
+        experts=(expert,) * shape.n_layers,
+        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
+        moves=Moves(machine.move_fixed_s, there_and_back / machine.link_bytes_per_s),
+        dense=_dense(shape, machine),
+        host_s=machine.host_layer_s,
+    )
+
+
+def expert_costs(machine: Machine, nbytes: int, flops: float) -> ExpertCosts:
+    """Return the rooflines of an expert of `nbytes` that takes `flops` operations a row."""
+    return ExpertCosts(
         cpu=Curve.roofline(
             machine.cpu_expert_dispatch_s, nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
         ),
@@ -117,14 +129,6 @@ def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
         ),
         copy_s=nbytes / machine.link_bytes_per_s,
         nbytes=nbytes,
-    )
-    there_and_back = 2 * shape.hidden * DENSE_BYTES
-    return CostModel(
-        experts=(expert,) * shape.n_layers,
-        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
-        moves=Moves(machine.move_fixed_s, there_and_back / machine.link_bytes_per_s),
-        dense=_dense(shape, machine),
-        host_s=machine.host_layer_s,
     )
 
 

@@ -69,15 +69,10 @@ class Arena:
         assert self._slots.data_ptr() % ALIGNMENT == 0 == self.slot_bytes % ALIGNMENT
         for slot, kept in enumerate(self._views):
             start = self._slots.data_ptr() + slot * self.slot_bytes
-            for part in () if kept is None else _tensors(kept[1]):
+            for part in () if kept is None else kept[1].parts:
                 assert start <= part.data_ptr() <= start + self.slot_bytes - part.nbytes, f"slot {slot}"
 
     def _slot(self, slot: int) -> Tensor:
         if not 0 <= slot < self.n_slots:
             raise IndexError(f"slot {slot} of {self.n_slots}")
         return self._slots[slot]
-
-
-def _tensors(weights: ExpertWeights) -> tuple[Tensor, ...]:
-    down_bias = () if weights.down_bias is None else (weights.down_bias,)
-    return (*weights.up, weights.down, *weights.up_bias, *down_bias)

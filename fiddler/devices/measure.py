@@ -157,11 +157,14 @@ class _Copying:
 
         def work() -> None:
             torch.set_num_threads(n_threads)  # each thread has its own setting
-            for seconds in _copies(self.accelerator, self.sample, None):
-                taken.append(seconds)
-                begun.set()
-                if stop.is_set():
-                    return
+            try:
+                for seconds in _copies(self.accelerator, self.sample, None):
+                    taken.append(seconds)
+                    begun.set()
+                    if stop.is_set():
+                        return
+            finally:
+                begun.set()  # also where a copy failed: nobody waits for ever
 
         thread = Thread(target=work, name="fiddler-measure")
         thread.start()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from fiddler.config import EngineConfig
 from fiddler.cost.curve import NO_TIME, Curve
-from fiddler.cost.machine import Machine
+from fiddler.cost.machine import Machine, expert_costs
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.devices.calibrate import calibration_file
 from fiddler.devices.cpu import CpuDevice
@@ -55,18 +56,7 @@ def _dense_on(machine: Machine, nbytes: float) -> Curve:
 
 
 def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
-    flops = 2.0 * sum(matrix.numel() for matrix in (*weights.up, weights.down))
-    nbytes = weights.nbytes
-    return ExpertCosts(
-        cpu=Curve.roofline(
-            machine.cpu_expert_dispatch_s, nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
-        ),
-        gpu=Curve.roofline(
-            machine.gpu_expert_launch_s, nbytes / machine.gpu_read_bytes_per_s, flops / machine.gpu_flop_per_s
-        ),
-        copy_s=nbytes / machine.link_bytes_per_s,
-        nbytes=nbytes,
-    )
+    return expert_costs(machine, weights.nbytes, 2.0 * sum(m.numel() for m in (*weights.up, weights.down)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +148,16 @@ def _shape(host: CpuDevice, layer: int) -> str:
     return ", ".join(f"{tuple(m.shape)} {m.dtype}" for m in (*weights.up, weights.down))
 
 
+def _cpu() -> str:
+    """Return the CPU's name: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def _file(shapes: list[str], bench: Bench, config: EngineConfig) -> Path:
-    key = hashlib.sha256("; ".join([*shapes, bench.device_name]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("; ".join([*shapes, bench.device_name, config.kernels, _cpu()]).encode()).hexdigest()[:12]
     kernels = calibration_file(config)
     return kernels.with_name(kernels.name.replace("kernels-", f"costs-{key}-"))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fiddler.engine.assemble import Span, halves
+from fiddler.engine.assemble import Span
 from fiddler.engine.request import Request
 from fiddler.engine.runner import Runner
+from fiddler.engine.stepping import run_step
 from fiddler.engine.wave import Experts, ModelWave
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.models.loaded import ServableModel
@@ -45,16 +46,9 @@ class StepRunner:
 
     async def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
         """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
-        n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
-        two = self._waves.choose(n_rows, n_context) == 2
-        parts = halves(spans, cut=self._packed) if two else [list(spans)]
-        waves = [self._wave(part) for part in parts]
-        started_s = self._runner.lanes.now_s()
-        cut = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
-        await self._runner.run(waves, in_order=cut)
-        self._waves.took(len(waves), self._runner.lanes.now_s() - started_s)
+        waves = await run_step(self._runner, self._waves, spans, self._wave, cut=self._packed)
         outcomes: dict[int, Outcome] = {}
-        for part, wave in zip(parts, waves, strict=True):
+        for part, wave in waves:
             for span, outcome in zip(part, self._outcomes(part, wave), strict=True):
                 earlier = outcomes.get(id(span.request))
                 if earlier is None or earlier.error is None:

@@ -62,7 +62,8 @@ class Rig:
             await self.runner.settle()
         finally:
             await self.lanes.aclose()
-            warm.save(self.scheduler.cache, self.config.warm_start)
+            if self.scheduler.cache.n_slots:
+                warm.save(self.scheduler.cache, self.config.warm_start)
 
 
 def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) -> Rig:
@@ -75,7 +76,7 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     costs = _costs(loaded, host, accelerator, config)
     trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
-    scheduler = _scheduler(_cache(loaded, n_slots, config), costs, config, trace)
+    scheduler = _scheduler(resolved, _cache(loaded, n_slots, config), costs, config, trace)
     experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
     lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)
@@ -84,9 +85,9 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
 
 
 def _scheduler(
-    cache: ExpertCache, costs: CostModel, config: EngineConfig, trace: Trace | None
+    resolved: Resolved, cache: ExpertCache, costs: CostModel, config: EngineConfig, trace: Trace | None
 ) -> Scheduler | CpuOnly:
-    if config.device in ("auto", "cpu"):
+    if resolved.device == "cpu":
         return CpuOnly(cache, costs, trace)
     return Scheduler(cache, costs, planner=planner(config.planner), promote=config.promote, trace=trace)
 
@@ -96,7 +97,10 @@ def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
     assert isinstance(store, PackedStore)
     total = sum(loaded.n_experts)
     n_slots = min(total, round(total * SHARE) if config.slots is None else config.slots)
-    arena = Arena(n_slots, store.block_bytes)
+    try:
+        arena = Arena(n_slots, store.block_bytes)
+    except RuntimeError as error:  # torch's out of memory
+        raise ConfigError(f"no memory for slots={n_slots} of {store.block_bytes} bytes; set fewer") from error
     if loaded.resolved.machine is not None:  # its clock says what a copy takes
         return SimDevice(arena, store.block, store.layout, link_bytes_per_s=None)
     return SimDevice(arena, store.block, store.layout)

@@ -82,7 +82,7 @@ class Runner:
             while self._waves:
                 if not self._in_lanes:  # an error is better than a wait without end
                     raise RuntimeError("waves wait for their experts and no lane has any of them")
-                self._take([await self.lanes.report()])
+                self._take([await self.lanes.report(), *self.lanes.drain()])
         finally:
             self._held.clear()  # or the end of the wave in front would let them go on
             for number in list(self._waves):
@@ -96,7 +96,7 @@ class Runner:
     async def settle(self) -> None:
         """Wait until no lane has anything to do: a copy that nobody waits for may outlive its step."""
         while self._in_lanes:
-            self._take([await self.lanes.report()])
+            self._take([await self.lanes.report(), *self.lanes.drain()])
 
     def _take(self, reports: Sequence[JobDone | LaneDied]) -> None:
         for report in reports:

@@ -12,10 +12,11 @@ from fiddler.config import WaveMode
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.machine import Machine, cost_model
 from fiddler.cost.shape import ModelShape
-from fiddler.engine.assemble import assemble, halves
+from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.runner import Runner
 from fiddler.engine.script import Routing, Script, ScriptWave
-from fiddler.errors import ConfigError
+from fiddler.engine.stepping import run_step
+from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
@@ -195,18 +196,19 @@ class _Simulation:
 
     async def _step(self, running: list[Script]) -> None:
         spans = assemble(running, self._setting.chunk_tokens, chunked=True)
-        n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
-        parts = halves(spans, cut=True) if self._waves.choose(n_rows, n_context) == 2 else [spans]
-        cut = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
-        started_s = self._lanes.now_s()
-        await self._runner.run([ScriptWave(part, self._n_experts) for part in parts], in_order=cut)
-        self._waves.took(len(parts), self._lanes.now_s() - started_s)
+        waves = await run_step(self._runner, self._waves, spans, self._wave, cut=True)
+        for _, wave in waves:
+            if wave.error is not None or wave.failed:
+                raise EngineFailedError("a simulated step failed") from wave.error
         for span in spans:
             span.request.n_past = span.stop
         self._n_steps += 1
-        self._n_two += len(parts) == 2
+        self._n_two += len(waves) == 2
         self._n_decoded += len(spans)
-        self._dense_bytes += sum(self._dense_read(sum(span.stop for span in part)) for part in parts)
+        self._dense_bytes += sum(self._dense_read(wave.n_context) for _, wave in waves)
+
+    def _wave(self, spans: Sequence[Span[Script]]) -> ScriptWave:
+        return ScriptWave(spans, self._n_experts)
 
     def _dense_read(self, n_context: int) -> int:
         """Return what the GPU reads beside experts for a wave that attends to so much: an embedding is not read."""

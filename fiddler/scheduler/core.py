@@ -54,7 +54,7 @@ class Scheduler:
         self.counters = Counters()
         self.recent: defaultdict[int, deque[LayerReady]] = defaultdict(lambda: deque(maxlen=2))
         """By layer, the latest: one or two waves of a step."""
-        self._planner = planner
+        self.planner = planner
         self._promote = promote
         self._trace = trace
         self._jobs = Jobs(self.correction)
@@ -131,7 +131,7 @@ class Scheduler:
             best_first = sorted(candidates, key=lambda c: -c.score)  # one refusal ends the count
             misses = [(run.layer, c.load.expert) for c in best_first if c.place == "miss"]
             n_fetch = self.cache.admissible(misses)
-        planner = all_fetch if "cpu" in dead else self._planner
+        planner = all_fetch if "cpu" in dead else self.planner
         return planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
 
     def _candidate(self, run: LayerRun, load: Load) -> Candidate:

@@ -21,6 +21,7 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
+from fiddler.scheduler.plan import Planner, all_cpu
 from fiddler.trace import Decision, Trace
 
 
@@ -31,6 +32,7 @@ class CpuOnly:
         self.cache = cache
         self.correction = Correction(costs)
         self.counters = Counters()
+        self.planner: Planner = all_cpu
         self.recent: defaultdict[int, deque[LayerReady]] = defaultdict(deque)
         """Empty: nothing is predicted from it here."""
         self._trace = trace

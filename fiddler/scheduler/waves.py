@@ -13,7 +13,7 @@ from fiddler.cost.model import CostModel
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.messages import LayerReady
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Plan
 from fiddler.scheduler.routing import Load
 
 Rows = Mapping[int, int]
@@ -67,10 +67,13 @@ class Waves:
     _two: _Kind = field(default_factory=_Kind)
     _n_rows: int = 0
     _age: int = 0
+    _learns: bool = False
+    """Whether the step under way was chosen by prediction."""
 
     def choose(self, n_rows: int, n_context: int) -> int:
         """Return how many waves a step of `n_rows` rows over `n_context` tokens of past should be: 1 or 2."""
-        if self.mode != "auto" or n_rows < 2:
+        self._learns = self.mode == "auto" and n_rows >= 2
+        if not self._learns:
             return 2 if self.mode == "two" and n_rows >= 2 else 1
         if not self._n_rows / LIKE <= n_rows <= self._n_rows * LIKE:
             self._n_rows, self._age, self._one, self._two = n_rows, 0, _Kind(), _Kind()
@@ -82,7 +85,8 @@ class Waves:
 
     def took(self, n_waves: int, seconds: float) -> None:
         """Report a step's time."""
-        (self._one if n_waves == 1 else self._two).took(seconds)
+        if self._learns:
+            (self._one if n_waves == 1 else self._two).took(seconds)
 
     def _pays(self) -> bool:
         one, two = self._one, self._two
@@ -125,7 +129,7 @@ class Waves:
         there = [expert in fetched or cache.slot((layer, expert)) is not None for expert in rows]
         loads = [Load(expert, 0, n) for expert, n in rows.items()]
         candidates = [Candidate(load, "hit" if hit else "miss") for load, hit in zip(loads, there, strict=True)]
-        return descent(layer, candidates, costs, Backlog(), min(cache.n_slots, there.count(False)))
+        return self.scheduler.planner(layer, candidates, costs, Backlog(), min(cache.n_slots, there.count(False)))
 
     def _halves(self, layer: int, n_rows: int) -> tuple[Rows, Rows]:
         """Return the rows of a step's two halves: as in the latest step if it was alike, or spread evenly."""

@@ -89,6 +89,8 @@ class Checkpoint:
         Raises `KeyError` for a tensor that is not in the checkpoint.
         """
         entry = self.entries[name]
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: its pages go when others need the memory
+            return
         # Outward to whole pages, into the neighbours: nothing is lost, since the mapping is read-only.
         start = entry.offset - entry.offset % mmap.PAGESIZE
         length = entry.offset + entry.nbytes - start

@@ -69,9 +69,3 @@ def test_a_roofline_without_computing_is_flat() -> None:
 def test_scaled() -> None:
     curve = Curve(((1.0, 2.0), (3.0, 4.0)))
     assert curve.scaled(0.5)(5) == curve(5) / 2
-
-
-def test_the_residual_is_the_median_error() -> None:
-    curve = Curve(((1.0, 1.0), (2.0, 2.0)))
-    assert curve.residual([(1.0, 1.0), (2.0, 1.0), (4.0, 5.0)]) == pytest.approx(0.2)
-    assert curve.residual([]) == 0.0

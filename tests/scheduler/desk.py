@@ -214,11 +214,11 @@ class Desk:
 
 def resident(desk: Desk, layer: int, *wanted: int) -> None:
     """Bring experts in, by a wave that then ends."""
-    planner, desk.core._planner = desk.core._planner, all_fetch
+    planner, desk.core.planner = desk.core.planner, all_fetch
     desk.ready(1000, layer, dict.fromkeys(wanted, 1))
     desk.finish()
     desk.drop(1000)
-    desk.core._planner = planner
+    desk.core.planner = planner
     desk.visits.clear()
     desk.done.clear()
     desk.dropped.clear()
