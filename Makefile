@@ -19,8 +19,9 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 demo: $(VENV)/.runtime
 	$(RUN) fiddler generate
 
+# One worker a core, whole files each: what a file's tests share is made once.
 test: check lowest
-	$(RUN) pytest
+	$(RUN) pytest -n auto --dist loadfile
 
 check: $(VENV)/.dev
 	$(RUN) ruff check .

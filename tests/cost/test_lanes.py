@@ -103,11 +103,11 @@ def test_advance_takes_out_what_is_done_and_pass_by_leaves_it() -> None:
     assert passed.backlog_s("cpu") == 0.0
 
 
-def test_a_late_job_holds_up_its_lane_and_still_contends() -> None:
+def test_a_late_job_holds_up_its_lane_and_is_not_held_to_contend_any_more() -> None:
     lanes = filled([("link", 1.0), ("link", 1.0), ("cpu", 4.0)], Contention(cpu=2.0))
     lanes.pass_by(3.0)
     assert lanes.backlog_s("link") == 1.0, "the second copy waits for word of the first"
-    assert lanes.backlog_s("cpu") == 2.5
+    assert lanes.backlog_s("cpu") == 1.5
     lanes.remove("link", 0)
     lanes.pass_by(1.0)
     assert lanes.backlog_s("link") == 0.0
