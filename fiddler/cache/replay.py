@@ -6,10 +6,10 @@ from heapq import heappop, heappush
 from math import inf
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
+from fiddler.cache.keys import Key, Rows
 from fiddler.cache.worth import Policy
 
-Visit = tuple[int, tuple[tuple[int, int], ...], int]
+Visit = tuple[int, Rows, int]
 """One layer of one step: (layer, ((expert, n_rows), …), n_tokens)."""
 
 
