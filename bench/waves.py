@@ -7,15 +7,18 @@ those that ship with Fiddler, the same sequences on both sides.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import machine
 from bench.report import heading, table, write_json
+from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.config import WaveMode
 from fiddler.cost.machine import Machine, n_slots
 from fiddler.cost.shape import ModelShape, shapes
 from fiddler.engine.simulation import Report, Setting, simulate
+from fiddler.scheduler.systems import SYSTEMS
 
 MACHINES = ("fiddler-env1", "fiddler-env2", "rtx4090-desktop", "h100-server")
 SEQUENCES = (1, 2, 8, 16)
@@ -47,11 +50,13 @@ def measure(shape: ModelShape, name: str, n_sequences: int, options: argparse.Na
     """Simulate one cell both ways."""
     where = Machine.load(name)
     routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
-    prompts = [(routing.sequence(i, options.prompt + options.new), options.prompt) for i in range(n_sequences)]
+    made = [routing.sequence(i, options.prompt + options.new) for i in range(n_sequences)]
+    prompts = [Recording(str(i), options.prompt, rows, ahead=guesses(rows, seed=i)) for i, rows in enumerate(made)]
 
-    def run(waves: str) -> Report:
+    def run(waves: WaveMode) -> Report:
         slots = n_slots(shape, where, share=options.resident)
-        return simulate(Setting(shape=shape, machine=where, n_slots=slots, waves=waves), prompts)
+        system = replace(SYSTEMS["fiddler"], waves=waves)
+        return simulate(Setting(shape=shape, machine=where, n_slots=slots, system=system), prompts)
 
     one, auto = run("one"), run("auto")
     return Cell(

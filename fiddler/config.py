@@ -13,8 +13,11 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KernelMode = Literal["auto", "linear"]
 StoreMode = Literal["auto", "mapped", "packed"]
 WaveMode = Literal["auto", "one", "two"]
-PolicyName = Literal["aged-lfu", "lfu", "lru", "lfru", "hybrimoe", "static"]
-PlannerName = Literal["auto", "all-cpu", "all-fetch"]
+PolicyName = Literal["aged-lfu", "forecast", "lfu", "lru", "layer-lru", "lfru", "hybrimoe", "static"]
+PlannerName = Literal[
+    "auto", "all-cpu", "all-fetch", "bandwidth-split", "cheapest-each", "cpu-or-stream", "two-ended"
+]
+PrefetchMode = Literal["auto", "off", "look-ahead", "transitions", "frequency", "eager", "impact"]
 
 _CHOICES = {
     "dtype": DtypeName,
@@ -23,9 +26,10 @@ _CHOICES = {
     "waves": WaveMode,
     "policy": PolicyName,
     "planner": PlannerName,
+    "prefetch": PrefetchMode,
 }
 _AT_LEAST = {"max_running": 1, "chunk_tokens": 1, "max_context": 1, "threads": 1, "slots": 0, "defer": 0}
-_FLAGS = ("promote", "trace", "trust_remote_code")
+_FLAGS = ("promote", "trace", "record", "trust_remote_code")
 _PATHS = ("warm_start", "calibration_dir")
 
 
@@ -68,7 +72,11 @@ class EngineConfig:
     """Whether hot experts are copied in while the link is idle."""
     planner: PlannerName = "auto"
     """How a layer's experts are divided: by predicted time; `"all-cpu"` runs every miss on the CPU, `"all-fetch"`
-    copies in as many as it may."""
+    copies in as many as it may; the others are rules of other systems (docs/policies.md)."""
+    prefetch: PrefetchMode = "auto"
+    """By what a wave's next experts are guessed and copied ahead while that pays; `"auto"` is the next layer's
+    router applied to this layer's rows, or transition counts where a model does not allow that. `"eager"` and
+    `"impact"` are rules of other systems."""
     waves: WaveMode = "auto"
     """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay. Rows
     in other company may differ in their last bits: `"one"` or `"two"` is the same on every device."""
@@ -79,6 +87,8 @@ class EngineConfig:
     """File the cache's scores are read from at the start and written to at the end, beside an accelerator."""
     trace: bool = False
     """Whether to record every job and decision, for `Engine.trace()`."""
+    record: bool = False
+    """Whether to record which experts every token visits, for `Engine.routing()`."""
     calibration_dir: Path | None = None
     """Where calibrations are stored; `None` is `$XDG_CACHE_HOME/fiddler` or `~/.cache/fiddler`."""
     trust_remote_code: bool = False

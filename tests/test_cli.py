@@ -146,7 +146,7 @@ def test_shares_add_up() -> None:
 def test_engine_options_are_those_of_the_engine_s_configuration() -> None:
     plain = EngineOptions().config(CheckpointOptions())
     assert plain == EngineConfig()
-    left_out = {"max_running", "trace", "calibration_dir", "trust_remote_code"}
+    left_out = {"max_running", "trace", "record", "calibration_dir", "trust_remote_code"}
     assert {f.name for f in fields(EngineOptions)} == {f.name for f in fields(EngineConfig)} - left_out
 
 

@@ -156,6 +156,7 @@ class TestEngineConfig:
             defer=1,
             warm_start=Path("scores"),
             trace=True,
+            record=True,
             calibration_dir=Path("x"),
             trust_remote_code=True,
         )

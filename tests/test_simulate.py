@@ -1,19 +1,20 @@
 """Simulations in virtual time: what they promise of every report, on a small shape and on shipped ones."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fiddler.cache.recorded import Recording
 from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cost.lanes import LANES
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
-from fiddler.engine.script import Routing
 from fiddler.engine.simulation import Bound, Report, Setting, simulate
 from fiddler.errors import ConfigError
+from fiddler.scheduler.systems import System
 from fiddler.trace import Decision, Trace
 
 SMALL = ModelShape(
@@ -35,19 +36,22 @@ PLANNERS = ("auto", "all-cpu", "all-fetch")
 
 
 def setting(**changes: Any) -> Setting:
-    return Setting(**{"shape": SMALL, "machine": DESKTOP, "n_slots": 24, **changes})
+    """A setting, or its system, with changes; nothing is copied ahead unless asked for."""
+    parts = {f.name: changes.pop(f.name) for f in fields(System) if f.name in changes}
+    system = System(**{"prefetch": "off", **parts})
+    return Setting(**{"shape": SMALL, "machine": DESKTOP, "n_slots": 24, "system": system, **changes})
 
 
 def text(
     n: int = 1, *, prompt: int = 20, new: int = 24, shape: ModelShape = SMALL, seed: int = 0
-) -> list[tuple[Routing, int]]:
+) -> list[Recording]:
     made = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, seed=seed)
-    return [(made.sequence(i, prompt + new - 1), prompt) for i in range(n)]
+    return [Recording(str(i), prompt, made.sequence(i, prompt + new - 1)) for i in range(n)]
 
 
-def visits(sequences: Sequence[tuple[Routing, int]]) -> int:
+def visits(sequences: Sequence[Recording]) -> int:
     """Loads of decoding, one sequence alone: every token visits its experts by itself."""
-    return sum((len(routing) - prompt) * routing.shape[1] * routing.shape[2] for routing, prompt in sequences)
+    return sum(recording.experts[recording.n_prompt :].size for recording in sequences)
 
 
 @pytest.mark.parametrize("policy", ["aged-lfu", "lru", "hybrimoe"])
@@ -170,7 +174,7 @@ def test_a_prompt_longer_than_a_chunk_is_run_in_several_steps() -> None:
 def test_sequences_of_any_lengths_are_run_to_their_ends() -> None:
     made = SyntheticRouting(SMALL.n_layers, SMALL.n_experts, SMALL.top_k)
     lengths = [(1, 1), (5, 3), (70, 40), (30, 30)]
-    sequences = [(made.sequence(i, prompt + new), prompt) for i, (prompt, new) in enumerate(lengths)]
+    sequences = [Recording(str(i), n, made.sequence(i, n + new)) for i, (n, new) in enumerate(lengths)]
 
     trace = Trace()
     report = simulate(setting(chunk_tokens=16), sequences, trace=trace)
@@ -242,11 +246,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones(changes: dict[str, Any],
 
 
 def test_a_routing_of_another_model_is_refused() -> None:
-    (routing, prompt), *_ = text()
+    recording, *_ = text()
 
     with pytest.raises(ConfigError, match="layers"):
-        simulate(setting(), [(routing[:, :3], prompt)])
+        simulate(setting(), [replace(recording, experts=recording.experts[:, :3])])
     with pytest.raises(ConfigError, match="experts"):
-        simulate(setting(), [(routing + 16, prompt)])
+        simulate(setting(), [replace(recording, experts=recording.experts + 16)])
     with pytest.raises(ConfigError, match="prompt"):
-        simulate(setting(), [(routing, len(routing) + 1)])
+        simulate(setting(), [replace(recording, n_prompt=len(recording.experts) + 1)])

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from fiddler.cache.recorded import Recording
 from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cli import timeline
 from fiddler.cli.timeline import Window, choose_window
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
 from fiddler.engine.simulation import Report, Setting, simulate
+from fiddler.scheduler.systems import System
 from fiddler.errors import ConfigError
 from fiddler.trace import Decision, Span, Trace
 
@@ -33,8 +35,9 @@ def traced(waves: Any = "one", *, n: int = 2, n_slots: int = 48) -> tuple[Trace,
     machine = Machine.load("rtx4090-desktop")
     made = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
     trace = Trace()
-    setting = Setting(shape=shape, machine=machine, n_slots=n_slots, waves=waves)
-    return trace, simulate(setting, [(made.sequence(i, 40), 20) for i in range(n)], trace=trace)
+    system = System(waves=waves, prefetch="off")
+    setting = Setting(shape=shape, machine=machine, n_slots=n_slots, system=system)
+    return trace, simulate(setting, [Recording(str(i), 20, made.sequence(i, 40)) for i in range(n)], trace=trace)
 
 
 @pytest.fixture(params=["one", "two"])

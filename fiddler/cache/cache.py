@@ -6,6 +6,7 @@ from fiddler.cache.keys import Key, Rows
 from fiddler.cache.room import Room
 from fiddler.cache.saved import counts, part, text
 from fiddler.cache.slots import Reservation, Slots
+from fiddler.cache.staging import Staging
 from fiddler.cache.standings import Place, Standings
 from fiddler.cache.worth import Policy
 
@@ -23,6 +24,9 @@ class ExpertCache:
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).
+
+    `n_staging` of the slots are for those that are refused: they pass through. One that is worth more than a victim
+    when it was used stays, without another copy, and the victim goes.
     """
 
     def __init__(
@@ -34,19 +38,25 @@ class ExpertCache:
         floor: int | None = None,
         admission: float = 4.0,
         hysteresis: float = 1.0,
+        n_staging: int = 0,
     ) -> None:
+        n_kept = n_slots - n_staging
         if floor is None:
-            floor = n_slots // (4 * len(n_experts))
+            floor = n_kept // (4 * len(n_experts))
         if policy.history.n_experts != n_experts:
             raise ValueError(f"the policy knows layers of {policy.history.n_experts} experts, not {n_experts}")
-        if n_slots < 0 or floor < 0 or not hysteresis >= 0 or not admission >= 1:
-            raise ValueError("n_slots, floor and hysteresis are not negative, admission is at least 1")
+        if not 0 <= n_staging <= n_slots or floor < 0 or not hysteresis >= 0 or not admission >= 1:
+            raise ValueError(
+                "n_staging is within n_slots, floor and hysteresis are not negative, admission is at least 1"
+            )
         self.policy = policy
         self.history = policy.history
         self._admission = admission
         self._margin = 1 + hysteresis
         self._slots = Slots(n_slots)
-        self._room = Room(n_slots, len(n_experts), per_layer=policy.per_layer, floor=floor)
+        self._room = Room(n_kept, len(n_experts), per_layer=policy.per_layer, floor=floor)
+        self._staging = Staging(n_staging)
+        self._n_kept = n_kept
         self._keys = [[(layer, expert) for expert in range(n)] for layer, n in enumerate(n_experts)]
         self._rank_anew()
 
@@ -92,6 +102,10 @@ class ExpertCache:
         """The READY slot of an expert."""
         return self._slots.slot(key)
 
+    def holds(self, key: Key) -> bool:
+        """Whether the expert has a slot, LOADING or READY."""
+        return key in self._room or key in self._staging
+
     def loading(self, key: Key) -> Reservation | None:
         """The copy under way for an expert."""
         return self._slots.loading(key)
@@ -102,31 +116,43 @@ class ExpertCache:
         The count is highest with the experts worth most first. ValueError where one is not absent, or comes twice.
         """
         moves: list[tuple[Key, Key | None]] = []
+        n_staged = 0
+        n_open = self._staging.n_open(self._slots.idle)
         try:
             for key in keys:
-                if not self._may_enter(key):
+                admitted, victim = self._admitted(key)
+                if admitted:
+                    self._replace(victim, key)
+                    moves.append((key, victim))
+                elif n_staged < n_open:
+                    n_staged += 1
+                else:
                     break
-                victim = None
-                if not self._room.vacant(key[0]) and (victim := self._gives_way(key)) is None:
-                    break
-                self._replace(victim, key)
-                moves.append((key, victim))
         finally:
             for key, victim in reversed(moves):
                 self._replace(key, victim)
-        return len(moves)
+        return len(moves) + n_staged
 
     def reserve(self, key: Key, *, promotion: bool = False) -> Reservation | None:
         """A slot for an absent expert: a free one, or the worst expert's; None where the newcomer is refused.
 
         ValueError where the expert is not absent.
         """
-        if not self._may_enter(key):
-            return None
-        victim = None
-        if not self._room.vacant(key[0]) and (victim := self._gives_way(key, promotion=promotion)) is None:
-            return None
+        admitted, victim = self._admitted(key, promotion=promotion)
+        if not admitted:
+            return None if promotion else self.stage(key)
         self._replace(victim, key)
+        return self._slots.begin(key, victim)
+
+    def stage(self, key: Key) -> Reservation | None:
+        """A slot in passing for an absent expert; None where all of those are in use."""
+        victim = None
+        if not self._staging.vacant:
+            victim = self._staging.oldest(self._slots.idle)
+            if victim is None:
+                return None
+            self._staging.leave(victim)
+        self._staging.enter(key)
         return self._slots.begin(key, victim)
 
     def landed(self, reservation: Reservation) -> None:
@@ -137,7 +163,10 @@ class ExpertCache:
     def failed(self, reservation: Reservation) -> None:
         """LOADING → absent, its slot free; ValueError for a stale reservation."""
         self._slots.failed(reservation)
-        self._replace(reservation.key, None)
+        if reservation.key in self._staging:
+            self._staging.leave(reservation.key)
+        else:
+            self._replace(reservation.key, None)
 
     def lease(self, key: Key) -> int:
         """Pin a READY expert while it is used, and say in which slot it is; ValueError where it is not READY."""
@@ -146,6 +175,8 @@ class ExpertCache:
     def release(self, key: Key) -> None:
         """End one lease; ValueError where there is none."""
         self._slots.release(key)
+        if key in self._staging and self._slots.idle(key):
+            self._pass_on(key)
         self._worst.touch(key[0], (key,))
 
     def promotion(self, keys: Sequence[Key]) -> Key | None:
@@ -153,7 +184,7 @@ class ExpertCache:
 
         None where even that one does not beat its victim, or is worth nothing.
         """
-        absent = [key for key in keys if key not in self._room and self.policy.admits(key, self.n_slots)]
+        absent = [key for key in keys if not self.holds(key) and self.policy.admits(key, self._n_kept)]
         best = min(absent, key=self._highest, default=None)
         if best is None or self.policy.score(best) <= 0:
             return None
@@ -163,7 +194,7 @@ class ExpertCache:
         """Reserve for a warm start, in order, whatever is absent and finds a free slot."""
         reservations = []
         for key in keys:
-            if key not in self._room and self._may_enter(key) and self._room.vacant(key[0]):
+            if not self.holds(key) and self.policy.admits(key, self._n_kept) and self._room.vacant(key[0]):
                 self._replace(None, key)
                 reservations.append(self._slots.begin(key))
         return reservations
@@ -173,7 +204,7 @@ class ExpertCache:
         chosen: list[Key] = []
         left = [self._room.quota(layer) for layer in range(len(self._keys))]
         for key in sorted((key for keys in self._keys for key in keys), key=self._highest):
-            if len(chosen) < n and left[key[0]] and self.policy.admits(key, self.n_slots):
+            if len(chosen) < n and left[key[0]] and self.policy.admits(key, self._n_kept):
                 left[key[0]] -= 1
                 chosen.append(key)
         return chosen
@@ -206,13 +237,35 @@ class ExpertCache:
     def check(self) -> None:
         """AssertionError where the books do not agree, or the standings are not what a full search finds."""
         self._slots.check()
-        self._room.check(self._slots.held())
+        held = self._slots.held()
+        self._staging.check(held)
+        self._room.check({key for key in held if key not in self._staging})
         self._worst.check(self._keys)
 
-    def _may_enter(self, key: Key) -> bool:
-        if key in self._room:
+    def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
+        """Whether an absent expert may stay, and who gives way to it if nothing is free."""
+        if self.holds(key):
             raise ValueError(f"expert {key} has a slot already")
-        return self.policy.admits(key, self.n_slots)
+        if not self.policy.admits(key, self._n_kept):
+            return False, None
+        if self._room.vacant(key[0]):
+            return True, None
+        victim = self._gives_way(key, promotion=promotion)
+        return victim is not None, victim
+
+    def _pass_on(self, key: Key) -> None:
+        """Let a staged expert that was used take the place of one that is worth less; whoever loses is let go."""
+        leaving: Key | None = key
+        if self.policy.admits(key, self._n_kept):
+            victim = None if self._room.vacant(key[0]) else self._victim(key)
+            if self._room.vacant(key[0]) or (
+                victim is not None and self.policy.score(victim) < self.policy.score(key)
+            ):
+                self._replace(victim, key)
+                leaving = victim
+        self._staging.leave(key)
+        if leaving is not None:
+            self._slots.evict(leaving)
 
     def _replace(self, leaving: Key | None, entering: Key | None) -> None:
         # with its arguments swapped it undoes itself: `admissible` tries on the room what `reserve` does for good

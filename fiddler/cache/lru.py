@@ -23,3 +23,10 @@ class Lru(Policy):
         """As a share, so that hysteresis compares ages."""
         last = self.history.last_visit(key)
         return 1 / (self.history.n_visits - last + 1) if last else 0.0
+
+
+class LayerLru(Lru):
+    """The same with an equal quota for every layer: mixtral-offloading's cache (Eliseev and Mazur, 2023)."""
+
+    name: ClassVar[str] = "layer-lru"
+    per_layer: ClassVar[bool] = True

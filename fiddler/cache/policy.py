@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fiddler.cache.forecast import Forecast
 from fiddler.cache.history import History
 from fiddler.cache.hybrimoe import HybriMoe
 from fiddler.cache.keys import Key
 from fiddler.cache.lfru import Lfru
 from fiddler.cache.lfu import AgedLfu, Lfu
-from fiddler.cache.lru import Lru
+from fiddler.cache.lru import LayerLru, Lru
 from fiddler.cache.static import Static
 from fiddler.cache.worth import Policy
 from fiddler.errors import ConfigError
@@ -29,7 +30,9 @@ class Options:
 POLICIES: Mapping[str, Callable[[History, Options], Policy]] = MappingProxyType(
     {
         AgedLfu.name: lambda history, options: AgedLfu(history, options.half_life),
+        Forecast.name: lambda history, options: Forecast(history),
         HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
+        LayerLru.name: lambda history, options: LayerLru(history),
         Lfru.name: lambda history, options: Lfru(history),
         Lfu.name: lambda history, options: Lfu(history),
         Lru.name: lambda history, options: Lru(history),

@@ -43,10 +43,35 @@ def visits(recordings: Sequence[Recording], chunk_tokens: int = 512) -> Iterator
             stop = min(start + chunk_tokens, recording.n_prompt) if start < recording.n_prompt else start + 1
             step = recording.experts[start:stop]
             for layer in range(step.shape[1]):
-                yield layer, _rows(step[:, layer]), stop - start
+                yield layer, count_rows(step[:, layer]), stop - start
             start = stop
 
 
-def _rows(visited: NDArray[np.int16]) -> Rows:
+RECALL = 0.75
+"""Share of a look-ahead's guesses that come true, over the layers of the demo model (bench/lookahead.py)."""
+SPREAD = 0.15
+"""How much more often the first comes true, and less often the last: 0.91 and 0.60 there."""
+
+
+def guesses(experts: NDArray[np.int16], recall: float = RECALL, seed: int = 0) -> NDArray[np.int16]:
+    """Return a made-up look-ahead, `[T, L, K]` and likeliest first, right in a share `recall` of its guesses.
+
+    In place of a wrong one there is an expert that another token of the sequence visited in that layer, as popular
+    but not visited now; or -1 where that token's was visited.
+    """
+    random = np.random.default_rng([seed, 2])
+    n_tokens, n_layers, top_k = experts.shape
+    experts = random.permuted(experts, axis=2)
+    others = experts[random.integers(0, max(n_tokens, 1), (n_tokens, n_layers)), np.arange(n_layers)]  # [T, L, K]
+    right = recall + np.linspace(SPREAD, -SPREAD, top_k) * (recall < 1.0)
+    wrong = random.random(experts.shape) >= right
+    known = (others[..., :, None] == experts[..., None, :]).any(axis=-1)
+    ahead = np.where(wrong, np.where(known, -1, others), experts)
+    ahead[:, 0] = -1
+    return ahead
+
+
+def count_rows(visited: NDArray[np.int16]) -> Rows:
+    """Return (expert, n_rows) of a layer's visits, `[T, K]`; those that visit nobody are left out."""
     experts, counts = np.unique(visited[visited >= 0], return_counts=True)
     return tuple(zip(experts.tolist(), counts.tolist(), strict=True))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 
-from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key, Rows
+from fiddler.cache.residents import Residents
 from fiddler.cache.worth import Policy
 
 Visit = tuple[int, Rows, int]
@@ -21,32 +21,38 @@ class Replay:
     n_misses: int
     n_tokens: int
 
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all; 1 where nothing was needed."""
+        n_visits = self.n_hits + self.n_misses
+        return self.n_hits / n_visits if n_visits else 1.0
 
-def replay(trace: Iterable[Visit], policy: Policy, n_slots: int, floor: int = 0) -> Replay:
-    """Run a trace through a cache that is empty at first; every miss is fetched, worth it or not.
+    @property
+    def reads_per_token(self) -> float:
+        """Experts copied in or read elsewhere, for every token, be it of a prompt or made."""
+        return self.n_misses / self.n_tokens if self.n_tokens else 0.0
 
-    A visit's experts stay until the visit is over; misses that find no slot beside them are fetched and not kept.
+
+def replay(
+    trace: Iterable[Visit], policy: Policy, n_slots: int, floor: int = 0, *, admission: float | None = None
+) -> Replay:
+    """Run a trace through a cache that is empty at first.
+
+    A newcomer is refused where its victim is worth more than `admission` times as much: `inf` keeps every miss,
+    worth it or not; 1 keeps what is worth most. Unless given, the policy says which of the two it means
+    (`Policy.bypasses`). A visit's experts stay until the visit is over; misses that find no slot beside them, or
+    are refused, are fetched and not kept.
     """
-    # no score can refuse a newcomer under infinite admission
-    cache = ExpertCache(n_slots, policy.history.n_experts, policy, floor=floor, admission=inf)
-    n_hits = n_misses = 0
+    if admission is None:
+        admission = 1.0 if policy.bypasses else inf
+    residents = Residents(policy, n_slots, floor, admission=admission)
+    n_hits = n_visits = 0
     for layer, rows, n_tokens in trace:
-        cache.observe(layer, rows, n_tokens)
-        keys = [(layer, expert) for expert, _ in rows]
-        leased = [key for key in keys if cache.slot(key) is not None]
-        missing = [key for key in keys if cache.slot(key) is None]
-        n_hits += len(leased)
-        n_misses += len(missing)
-        for key in leased:
-            cache.lease(key)
-        for key in missing:
-            if reservation := cache.reserve(key):
-                cache.landed(reservation)
-                cache.lease(key)
-                leased.append(key)
-        for key in leased:
-            cache.release(key)
-    return Replay(n_hits, n_misses, policy.history.n_tokens)
+        policy.history.observe(layer, rows, n_tokens)
+        policy.observe(layer, rows, n_tokens)
+        n_visits += len(rows)
+        n_hits += residents.visit(layer, [expert for expert, _ in rows])
+    return Replay(n_hits, n_visits - n_hits, policy.history.n_tokens)
 
 
 def belady(trace: Sequence[Visit], n_slots: int) -> Replay:
@@ -57,7 +63,7 @@ def belady(trace: Sequence[Visit], n_slots: int) -> Replay:
     `n_slots` intervals may overlap, and dropping the one that ends last keeps most of them (Faigle and Nawijn,
     1995); so floors, quotas and forced admission can only add misses.
     """
-    upcoming = _next_uses(trace)
+    upcoming = next_uses(trace)
     clocks: dict[int, int] = {}
     kept: dict[Key, float] = {}
     farthest: list[tuple[float, Key]] = []
@@ -77,7 +83,7 @@ def belady(trace: Sequence[Visit], n_slots: int) -> Replay:
     return Replay(n_hits, n_misses, max(clocks.values(), default=0))
 
 
-def _next_uses(trace: Sequence[Visit]) -> list[list[float]]:
+def next_uses(trace: Sequence[Visit]) -> list[list[float]]:
     """For every expert of every visit: the number of the visit that needs it next, or inf."""
     following: dict[Key, float] = {}
     uses: list[list[float]] = []

@@ -53,9 +53,7 @@ class Slots:
         if key in self._loading or key in self._ready:
             raise ValueError(f"expert {key} has a slot already")
         if victim is not None:
-            if not self.idle(victim):
-                raise ValueError(f"expert {victim} cannot be evicted: not ready, or leased")
-            self._free.append(self._ready.pop(victim))
+            self.evict(victim)
         if not self._free:
             raise ValueError("no slot is free")
         slot = self._free.pop()
@@ -63,6 +61,12 @@ class Slots:
         reservation = Reservation(key, slot, self._generations[slot], victim)
         self._loading[key] = reservation
         return reservation
+
+    def evict(self, key: Key) -> None:
+        """READY → FREE; ValueError for an expert that is not idle."""
+        if not self.idle(key):
+            raise ValueError(f"expert {key} cannot be evicted: not ready, or leased")
+        self._free.append(self._ready.pop(key))
 
     def landed(self, reservation: Reservation) -> None:
         """LOADING → READY; ValueError for a reservation that is not the slot's present one."""

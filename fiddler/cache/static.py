@@ -37,3 +37,14 @@ def by_popularity(table: Sequence[Sequence[float]]) -> tuple[Key, ...]:
     """The order of a popularity table [L][E], most popular first; ties as in `uniform`."""
     keys = uniform([len(row) for row in table])
     return tuple(sorted(keys, key=lambda key: -table[key[0]][key[1]]))
+
+
+def share_of_visits(order: Sequence[Key], n_slots: int, counts: Sequence[Sequence[float]]) -> float:
+    """Of visits counted by layer and expert, [L][E], the share that meets the first `n_slots` of `order`.
+
+    That is the hit rate of the placement on a text with these counts. ValueError where nothing was counted.
+    """
+    total = sum(map(sum, counts))
+    if not total:
+        raise ValueError("no visits were counted")
+    return float(sum(counts[layer][expert] for layer, expert in order[:n_slots]) / total)

@@ -1,8 +1,9 @@
 """Routing made up: popular experts, experts that recur from token to token, topics that drift.
 
 An expert's chance is its popularity in the layer, raised for those the sequence visited a moment ago and for those
-its topic favours; experts are then drawn without replacement (Gumbel top-k: Kool et al., "Stochastic beams and
-where to find them", ICML 2019). The popularity may be that of a real model, from counts of its visits.
+its topic, or the passage of its text, favours; experts are then drawn without replacement (Gumbel top-k: Kool et
+al., "Stochastic beams and where to find them", ICML 2019). The popularity may be that of a real model, from counts
+of its visits.
 """
 
 import json
@@ -21,7 +22,7 @@ _RAREST, _OFTENEST = 1e-4, 1.0 - 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """How far routing is from uniform. All zero is uniform and independent.
+    """How far routing is from uniform. Without skew, topic, passage and recurrence it is uniform and independent.
 
     By default 0.45 of a token's experts recur in the next token of Mixtral's shape (chance: 0.25) and 0.18 in
     Qwen3-30B-A3B's (0.06), and a third to a half of a layer's favourites change within 100 tokens. Assumed, within
@@ -37,6 +38,31 @@ class Habits:
     """Added to the log chance of an expert visited by the token before."""
     drift: float = 0.01
     """Chance per token that a sequence takes up another topic."""
+    memory: float = 1.0
+    """Tokens after which what recurrence added counts half."""
+    passage: float = 0.0
+    """As `topic`, of what the passage of the text adds; passages change faster than topics."""
+    passage_drift: float = 0.0
+    """Chance per token that a sequence comes to another passage."""
+    spread: float = 0.0
+    """Layers differ: standard deviation of the log of how strong all of the above is in a layer."""
+    fineness: float = 0.0
+    """Models of many small experts have stronger habits: all is multiplied by (½·log2(E / k))^fineness, which is 1
+    for Mixtral's shape and 2^fineness for Qwen3-30B-A3B's."""
+
+
+PUBLISHED = Habits(
+    skew=0.3,
+    topic=0.7,
+    recurrence=0.25,
+    drift=0.002,
+    memory=3.5,
+    passage=0.5,
+    passage_drift=0.03,
+    spread=0.4,
+    fineness=1.3,
+)
+"""Fitted to published replays, see `docs/experiments.md`. Kept for judging: no policy is tuned on them."""
 
 
 @dataclass(slots=True)
@@ -61,25 +87,36 @@ class SyntheticRouting:
         share = top_k * counts / counts.sum(axis=1, keepdims=True)
         popularity = np.log(-np.log1p(-np.clip(share, _RAREST, _OFTENEST)))
         n_layers, n_experts = counts.shape
-        return cls(n_layers, n_experts, top_k, replace(habits, topic=0.0), seed, popularity)
+        habits = replace(habits, topic=0.0, passage=0.0, spread=0.0, fineness=0.0)
+        return cls(n_layers, n_experts, top_k, habits, seed, popularity)
 
     def sequence(self, number: int, n_tokens: int) -> NDArray[np.int16]:
         """Return the experts that sequence `number` visits, `[T, L, K]`."""
-        popularity = self._popularity()
-        random = np.random.default_rng([self.seed, 1, number])
+        popularity, strength = self._popularity(), self._strength()
+        # passages have a source of chance of their own, so that they leave everything else as it is without them
+        random, passages = (np.random.default_rng([self.seed, kind, number]) for kind in (1, 2))
         habits, shape = self.habits, (self.n_layers, self.n_experts)
         topic = random.normal(0.0, habits.topic, shape)
+        passage = passages.normal(0.0, habits.passage, shape)
         visited = np.zeros(shape)
+        fading = 2.0 ** (-1.0 / habits.memory)
         rows = np.empty((n_tokens, self.n_layers, self.top_k), dtype=np.int16)
         for token in range(n_tokens):
             if random.random() < habits.drift:
                 topic = random.normal(0.0, habits.topic, shape)
-            chance = popularity + topic + visited + random.gumbel(size=shape)
+            if passages.random() < habits.passage_drift:
+                passage = passages.normal(0.0, habits.passage, shape)
+            chance = strength * (popularity + topic + passage + visited) + random.gumbel(size=shape)
             chosen = np.argpartition(chance, -self.top_k, axis=1)[:, -self.top_k :]
             rows[token] = np.sort(chosen, axis=1)
-            visited *= 0.5
+            visited *= fading
             np.put_along_axis(visited, chosen, habits.recurrence, axis=1)
         return rows
+
+    def _strength(self) -> NDArray[np.float64]:
+        fine = (0.5 * np.log2(self.n_experts / self.top_k)) ** self.habits.fineness
+        layers = np.random.default_rng([self.seed, 3]).normal(0.0, self.habits.spread, (self.n_layers, 1))
+        return np.asarray(fine * np.exp(layers))
 
     def _popularity(self) -> NDArray[np.float64]:
         if self.popularity is not None:

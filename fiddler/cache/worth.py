@@ -20,6 +20,8 @@ class Policy(Protocol):
     per_layer: ClassVar[bool] = False
     """True: slots are divided equally over the layers. False: one pool for all."""
     steady: ClassVar[bool] = True
+    bypasses: ClassVar[bool] = False
+    """True: an expert that was fetched and is worth less than its victim is not kept. False: the latest is kept."""
     history: History
 
     def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fiddler generate`, `chat`, `inspect`, `simulate`, `calibrate`.
+"""The command line: `fiddler generate`, `chat`, `inspect`, `simulate`, `replay`, `trace`, `calibrate`.
 
 Nothing here imports torch or transformers before a command runs: help and usage errors come at once.
 """
@@ -13,7 +13,9 @@ from fiddler.cli.chat import chat
 from fiddler.cli.flatten import flattened
 from fiddler.cli.generate import generate
 from fiddler.cli.inspect import inspect
+from fiddler.cli.replay import replay
 from fiddler.cli.simulate import simulate
+from fiddler.cli.trace import trace
 
 app = typer.Typer(
     name="fiddler",
@@ -21,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, inspect, simulate, calibrate):
+for _command in (generate, chat, inspect, simulate, replay, trace, calibrate):
     app.command()(flattened(_command))
 
 

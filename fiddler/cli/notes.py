@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +34,20 @@ class Notes:
             return
         with self._console.status(Text(f"{line} ...")) as status:
             yield status.stop
+
+    @contextmanager
+    def counting(self, line: str, n: int) -> Generator[Callable[[], None]]:
+        """Show how much of `n` parts is done, until the context ends; what it gives is called after each.
+
+        A bar on a terminal; one plain line elsewhere.
+        """
+        if not self._console.is_terminal:
+            self.say(f"{line} ...")
+            yield lambda: None
+            return
+        with Progress(console=self._console, transient=True) as progress:
+            task = progress.add_task(line, total=n)
+            yield lambda: progress.advance(task)
 
     def summary(self, usage: Usage, timing: Timing, statistics: Statistics, machine: str | None = None) -> None:
         """Write what a completion took as a table; `machine` is what was simulated in virtual time, if anything."""

@@ -37,10 +37,7 @@ class Outcome:
         machine = {name: getattr(setting.machine, name) for name in ("name", "description", *sorted(FIGURES))}
         if sources:
             machine["sources"] = dict(setting.machine.sources)
-        placement = {
-            name: getattr(setting, name)
-            for name in ("n_slots", "policy", "planner", "half_life", "promote", "waves")
-        }
+        placement = {"n_slots": setting.n_slots, **asdict(setting.system)}
         return {
             "clock": "virtual",
             "setting": {"model": setting.shape.name, "resident": self.resident, **placement, **self.work},
@@ -110,9 +107,10 @@ class Outcome:
         return f"{slots:,} of {shape.total_experts:,} experts ({_percent(self.resident)}, {held})"
 
     def _placement(self) -> str:
-        setting = self.setting
-        promote = "promotions" if setting.promote else "no promotions"
-        return f"policy {setting.policy}, planner {setting.planner}, {promote}, waves {setting.waves}"
+        placed = self.setting.system
+        promote = "promotions" if placed.promote else "no promotions"
+        how = f"planner {placed.planner}, prefetch {placed.prefetch}, {promote}, waves {placed.waves}"
+        return f"{placed.name}: policy {placed.policy}, {how}"
 
     def _work(self) -> str:
         n, prompt, new = (self.work[name] for name in ("sequences", "prompt_tokens", "new_tokens"))

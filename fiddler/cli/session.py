@@ -1,8 +1,8 @@
 """Asking an engine from a terminal. Importing this imports torch and transformers."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGINT, signal
 from time import perf_counter
@@ -11,9 +11,12 @@ from typing import Any, Literal
 import anyio
 from anyio import lowlevel
 
+from fiddler.cache.recorded import RoutingTrace
 from fiddler.cli.ending import leave_at_once, on_sigint
+from fiddler.cli.prompts import Named
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
+from fiddler.errors import PromptError
 from fiddler.models.text import Prompt
 from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
 
@@ -91,8 +94,7 @@ async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: C
     Raises what `Engine.generate_stream` and its stream raise.
     """
     n_prompt = engine.count_tokens(prompt)
-    room = max(engine.max_context - n_prompt, 1)
-    options = {"max_new_tokens": min(DEFAULT_NEW_TOKENS, room), **overrides}
+    options = _options(engine, n_prompt, overrides)
     started = perf_counter()
     first_s = 0.0
     tokens: list[Token] = []
@@ -111,6 +113,12 @@ async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: C
     )
 
 
+def _options(engine: Engine, n_prompt: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return a request's options, with a length that the context has room for where nobody gave one."""
+    room = max(engine.max_context - n_prompt, 1)
+    return {"max_new_tokens": min(DEFAULT_NEW_TOKENS, room), **overrides}
+
+
 async def ask_once(
     model: str | Path,
     config: EngineConfig,
@@ -126,6 +134,45 @@ async def ask_once(
         opened()
         answer = await ask(engine, prompt, overrides, emit)
     return answer, engine.statistics()
+
+
+async def record(
+    model: str | Path,
+    config: EngineConfig,
+    prompts: Sequence[Named],
+    overrides: dict[str, Any],
+    *,
+    opened: Callable[[], None],
+) -> tuple[RoutingTrace, bool]:
+    """Open an engine, run prompts side by side, close it; `opened` is called when it is ready.
+
+    Returns their routing under their names, and whether ctrl-C ended them before their time. Raises what
+    `Engine.generate_stream` and its streams raise; a `PromptError` says of which prompt.
+    """
+    engine = Engine(model, config)
+    interrupted = True
+    async with engine:
+        lengths = [_count(engine, *named) for named in prompts]
+        streams = [
+            engine.generate_stream(prompt, **_options(engine, n_prompt, overrides))
+            for (_, prompt), n_prompt in zip(prompts, lengths, strict=True)
+        ]
+        opened()
+        with interruptible():
+            for stream in streams:
+                async for _ in stream:
+                    pass
+            interrupted = False
+    routing = engine.routing()
+    named = tuple(replace(recording, name=prompts[int(recording.name)][0]) for recording in routing.recordings)
+    return replace(routing, recordings=named), interrupted
+
+
+def _count(engine: Engine, name: str, prompt: Prompt) -> int:
+    try:
+        return engine.count_tokens(prompt)
+    except PromptError as error:
+        raise PromptError(f"prompt {name!r}: {error}") from error
 
 
 @contextmanager

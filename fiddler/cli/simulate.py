@@ -2,23 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from fiddler.cli.ending import guarded
 from fiddler.cli.notes import Notes
-from fiddler.config import EngineConfig, PlannerName, PolicyName, WaveMode
+from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
+    from fiddler.cache.synthetic import SyntheticRouting
     from fiddler.cost.shape import ModelShape
     from fiddler.engine.simulation import Report, Setting
+    from fiddler.scheduler.systems import System
 
 SHAPE = "qwen3-30b-a3b"
 """What is simulated if nothing was named."""
@@ -55,15 +57,30 @@ class MachineOptions:
 class PlacementOptions:
     """How experts are placed; the names are those of `EngineConfig`."""
 
-    policy: Annotated[str, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = (
-        "aged-lfu"
+    system: Annotated[
+        str, _placement("Fiddler's own way or another system's; see --list. The others change parts of it.")
+    ] = "fiddler"
+    policy: Annotated[str | None, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = (
+        None
     )
-    half_life: Annotated[float, _placement("Tokens after which a visit counts half, for aged-lfu.")] = 32.0
-    planner: Annotated[str, _placement("How loads are divided.", metavar="|".join(get_args(PlannerName)))] = "auto"
+    half_life: Annotated[float | None, _placement("Tokens after which a visit counts half, for aged-lfu.")] = None
+    planner: Annotated[
+        str | None, _placement("How loads are divided.", metavar="|".join(get_args(PlannerName)))
+    ] = None
+    prefetch: Annotated[
+        str | None, _placement("What is copied ahead.", metavar="|".join(get_args(PrefetchMode)))
+    ] = None
     waves: Annotated[
-        str, _placement("Whether a step is one wave or two.", metavar="|".join(get_args(WaveMode)))
-    ] = "auto"
-    promote: Annotated[bool, _placement("Copy hot experts in while the link is idle.")] = True
+        str | None, _placement("Whether a step is one wave or two.", metavar="|".join(get_args(WaveMode)))
+    ] = None
+    promote: Annotated[bool | None, _placement("Copy hot experts in while the link is idle.")] = None
+
+    def chosen(self) -> "System":
+        """Return the system, with the parts that were asked for."""
+        from fiddler.scheduler.systems import system
+
+        asked = {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
+        return replace(system(self.system), **asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +164,8 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
         shape=shape,
         machine=machine,
         n_slots=min(slots, shape.total_experts),
-        policy=placement.policy,
-        planner=placement.planner,
-        half_life=placement.half_life,
-        promote=placement.promote,
-        waves=cast("WaveMode", placement.waves),  # Setting refuses any other
+        system=placement.chosen(),
+        popular=None,
         chunk_tokens=work.chunk_tokens,
     )
 
@@ -174,18 +188,28 @@ def _shape(options: MachineOptions) -> "ModelShape":
 
 
 def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":
-    from fiddler.cache.synthetic import SyntheticRouting
+    from fiddler.cache.recorded import Recording, guesses
     from fiddler.engine import simulation
     from fiddler.trace import Trace
 
-    shape = setting.shape
-    if work.routing == "synthetic":
-        routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, seed=work.seed)
-    else:
-        routing = SyntheticRouting.counted(_counts(work.routing, shape), shape.top_k, seed=work.seed)
+    routing = make_up(work.routing, setting.shape, work.seed)
     n_tokens = work.prompt_tokens + work.new_tokens - 1  # the last token is not run
-    sequences = [(routing.sequence(i, n_tokens), work.prompt_tokens) for i in range(work.sequences)]
+    made = [routing.sequence(i, n_tokens) for i in range(work.sequences)]
+    ahead = [guesses(experts, seed=work.seed + i) for i, experts in enumerate(made)]
+    sequences = [Recording(str(i), work.prompt_tokens, experts, ahead=ahead[i]) for i, experts in enumerate(made)]
     return simulation.simulate(setting, sequences, trace=Trace() if traced else None)
+
+
+def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
+    """Return what draws a shape's routing: "synthetic", or as often as the counts in a file say.
+
+    Raises `ConfigError` for a file that has no counts of this shape.
+    """
+    from fiddler.cache.synthetic import SyntheticRouting
+
+    if routing == "synthetic":
+        return SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, seed=seed)
+    return SyntheticRouting.counted(_counts(routing, shape), shape.top_k, seed=seed)
 
 
 def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":

@@ -38,6 +38,8 @@ class Lanes:
     """The queues; the first of each runs. Where CPU and link are both busy each is slowed by its factor."""
 
     contention: Contention = NO_CONTENTION
+    overlap: bool = True
+    """False: the CPU works only while nothing is copied and the GPU rests, as one thread driving both in turn."""
     queues: dict[LaneName, deque[Queued]] = field(default_factory=lambda: {lane: deque() for lane in LANES})
 
     def put(self, lane: LaneName, job: int, seconds: float, *, urgent: bool = True) -> None:
@@ -61,36 +63,33 @@ class Lanes:
 
     def next_s(self) -> float | None:
         """Return the seconds until the next job is done, if none is added; `None` if none runs."""
-        ends = [self._left(lane) * factor for lane, factor in self._factors().items() if self.queues[lane]]
-        return min(ends, default=None)
+        return min((self._left(lane) * factor for lane, factor in self.working().items()), default=None)
 
     def advance(self, seconds: float) -> list[tuple[LaneName, int]]:
         """Let time pass, no further than `next_s`; return the jobs done, taken out of their lanes."""
         done: list[tuple[LaneName, int]] = []
-        for lane, factor in self._factors().items():
+        for lane, factor in self.working().items():
             queue = self.queues[lane]
-            if queue:
-                head = queue[0]
-                if head.left_s * factor <= seconds:
-                    done.append((lane, queue.popleft().job))
-                    if queue:
-                        queue[0].started = True
-                else:
-                    head.left_s -= seconds / factor
-                    head.ran_s += seconds
+            head = queue[0]
+            if head.left_s * factor <= seconds:
+                done.append((lane, queue.popleft().job))
+                if queue:
+                    queue[0].started = True
+            else:
+                head.left_s -= seconds / factor
+                head.ran_s += seconds
         return done
 
     def pass_by(self, seconds: float) -> None:
         """Let time pass beside real lanes: a job whose time is up stays, with nothing left, until it is removed."""
         while seconds > 0.0:
-            busy = [lane for lane, factor in self._factors().items() if self._left(lane) * factor > 0.0]
+            busy = {lane: factor for lane, factor in self.working().items() if self._left(lane) > 0.0}
             if not busy:
                 return
-            factors = self._factors()
-            step = min(seconds, *(self._left(lane) * factors[lane] for lane in busy))
-            for lane in busy:
+            step = min(seconds, *(self._left(lane) * factor for lane, factor in busy.items()))
+            for lane, factor in busy.items():
                 head = self.queues[lane][0]
-                head.left_s = max(0.0, head.left_s - step / factors[lane])
+                head.left_s = max(0.0, head.left_s - step / factor)
                 head.ran_s += step
             seconds -= step
 
@@ -115,10 +114,14 @@ class Lanes:
         queue = self.queues[lane]
         return queue[0].left_s if queue else 0.0
 
-    def _factors(self) -> dict[LaneName, float]:
-        both = self._left("cpu") > 0.0 and self._left("link") > 0.0
-        return {
+    def working(self) -> dict[LaneName, float]:
+        """Return the lanes whose first job runs, each with how many times longer than alone it takes now."""
+        cpu, link = self._left("cpu") > 0.0, self._left("link") > 0.0
+        waits = not self.overlap and (link or self._left("gpu") > 0.0)
+        both = cpu and link and not waits
+        factors: dict[LaneName, float] = {
             "cpu": self.contention.cpu if both else 1.0,
             "gpu": 1.0,
             "link": self.contention.link if both else 1.0,
         }
+        return {lane: factors[lane] for lane in LANES if self.queues[lane] and not (waits and lane == "cpu")}

@@ -11,6 +11,7 @@ import anyio
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.request import Submission
@@ -149,6 +150,19 @@ class Engine:
         if recorded is None:
             raise ConfigError("nothing is recorded; set trace=True in EngineConfig")
         return recorded
+
+    def routing(self) -> RoutingTrace:
+        """Return a copy of the recorded routing of all requests so far, named by their order of admission from 0.
+
+        A request that ran to its end has as many rows as its prompt and its tokens have, less one: the last token
+        is not run. One that ended early, or has not ended, has the rows of the steps that succeeded; one without
+        any is left out. Raises `ConfigError` unless `EngineConfig.record` is on.
+        """
+        recorder = self._loop.recorder if self._loop is not None else None
+        if recorder is None:
+            raise ConfigError("no routing is recorded; set record=True in EngineConfig and open the engine")
+        folder = Path(self._model).expanduser()
+        return recorder.trace(folder.absolute().name if folder.is_dir() else str(self._model))
 
     def _run(self) -> None:
         """Be the engine's thread."""

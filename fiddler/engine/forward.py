@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from fiddler.engine.assemble import Span
+from fiddler.engine.recorder import Recorder, WaveRecord
 from fiddler.engine.request import Request
 from fiddler.engine.runner import Runner
 from fiddler.engine.stepping import run_step
@@ -31,12 +32,20 @@ class Outcome:
 class StepRunner:
     """Runs steps of one model; knows how its rows travel."""
 
-    def __init__(self, loaded: ServableModel, runner: Runner, experts: Experts, waves: Waves) -> None:
+    def __init__(
+        self,
+        loaded: ServableModel,
+        runner: Runner,
+        experts: Experts,
+        waves: Waves,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._model = loaded.model
         self._packed = loaded.packed
         self._runner = runner
         self._experts = experts
         self._waves = waves
+        self._recorder = recorder
         self._directness = Directness()
         self._keeps_rows = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
@@ -53,12 +62,30 @@ class StepRunner:
                 earlier = outcomes.get(id(span.request))
                 if earlier is None or earlier.error is None:
                     outcomes[id(span.request)] = outcome
+        for part, wave in waves:
+            self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
     def _wave(self, spans: Sequence[Span[Request]]) -> ModelWave:
         forwards = [self._packed_forward(spans)] if self._packed else [self._single(span) for span in spans]
         n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
-        return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context)
+        record = self._recorder.wave(self._lengths(spans)) if self._recorder is not None else None
+        return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
+
+    def _lengths(self, spans: Sequence[Span[Request]]) -> list[int]:
+        """Return the rows of each forward."""
+        lengths = [span.n_rows for span in spans]
+        return [sum(lengths)] if self._packed else lengths
+
+    def _keep(self, record: WaveRecord | None, spans: Sequence[tuple[Span[Request], bool]]) -> None:
+        """Give each span that succeeded its recorded rows; they lie in the spans' order, however they travelled."""
+        if record is None or not any(succeeded for _, succeeded in spans):
+            return
+        rows, start = record.rows(), 0
+        for span, succeeded in spans:
+            if succeeded and span.request.record is not None:
+                span.request.record.parts.append(rows.part(start, start + span.n_rows))
+            start += span.n_rows
 
     def _packed_forward(self, spans: Sequence[Span[Request]]) -> Forward:
         """All spans as one forward."""

@@ -72,6 +72,7 @@ class EngineLoop:
         self._chunk_tokens = chunk_tokens
         self._steps = rig.steps
         self.trace = rig.trace
+        self.recorder = rig.recorder
         self._waiting: deque[Submission] = deque()
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
@@ -139,7 +140,7 @@ class EngineLoop:
         text = self._loaded.text
         prompt_ids = text.encode(submission.prompt)
         self._check_ids(prompt_ids)
-        return Request(
+        request = Request(
             submission=submission,
             prompt_ids=prompt_ids,
             n_limit=token_limit(len(prompt_ids), options, self._loaded.resolved.max_context),
@@ -147,6 +148,9 @@ class EngineLoop:
             decoder=text.decoder(prompt_ids, options.stop_strings),
             past=self._steps.new_past(),
         )
+        if self.recorder is not None:  # last of what can fail: a refused request takes no number
+            request.record = self.recorder.open(len(prompt_ids))
+        return request
 
     def _check_ids(self, prompt_ids: list[int]) -> None:
         embeddings: Any = self._loaded.model.get_input_embeddings()

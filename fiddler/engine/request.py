@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
+from fiddler.engine.recorder import SequenceRecord
 from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
 from fiddler.lanes.channel import Channel
@@ -36,6 +37,8 @@ class Request:
     sampler: Sampler
     decoder: Decoder
     past: SequenceKV | Cache | None
+    record: SequenceRecord | None = None
+    """Where its routing is recorded, if it is."""
     n_past: int = 0
     """Tokens whose keys and values are in `past`."""
     made: list[int] = field(default_factory=list)

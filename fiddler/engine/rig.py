@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
 from fiddler.config import EngineConfig, Resolved
 from fiddler.cost.machine import Machine
 from fiddler.cost.model import CostModel
@@ -20,6 +19,7 @@ from fiddler.devices.sim import SimDevice
 from fiddler.engine import warm
 from fiddler.engine.costing import calibrate, costs_on, no_costs
 from fiddler.engine.forward import StepRunner
+from fiddler.engine.recorder import Recorder
 from fiddler.engine.runner import Runner
 from fiddler.engine.setup import compute_lane
 from fiddler.engine.wave import Experts
@@ -31,9 +31,11 @@ from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
+from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.planners import planner
+from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.store.packed import PackedStore
 from fiddler.trace import Trace
@@ -42,6 +44,9 @@ SHARE = 0.25
 """Of all experts, how many a simulated accelerator holds unless told."""
 DEFER_FROM = 6
 """Experts a token from which on deferring one is sound. Source: KTransformers, SOSP 2025."""
+
+_ASKS_NO_ROUTER = ("off", "transitions", "frequency")
+"""Ways to prefetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class Rig:
     runner: Runner
     steps: StepRunner
     trace: Trace | None
+    recorder: Recorder | None
     config: EngineConfig
 
     async def aclose(self) -> None:
@@ -77,11 +83,12 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
     scheduler = _scheduler(resolved, _cache(loaded, n_slots, config), costs, config, trace)
-    experts = Experts(work, loaded.n_experts, _deferred(loaded, config))
+    experts = Experts(work, loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, config))
+    recorder = Recorder(loaded.n_experts) if config.record else None
     lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)
-    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k))
-    return Rig(scheduler, lanes, work, runner, steps, trace, config)
+    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k), recorder)
+    return Rig(scheduler, lanes, work, runner, steps, trace, recorder, config)
 
 
 def _scheduler(
@@ -89,7 +96,14 @@ def _scheduler(
 ) -> Scheduler | CpuOnly:
     if resolved.device == "cpu":
         return CpuOnly(cache, costs, trace)
-    return Scheduler(cache, costs, planner=planner(config.planner), promote=config.promote, trace=trace)
+    return Scheduler(
+        cache,
+        costs,
+        planner=planner(config.planner),
+        promote=config.promote,
+        ahead=prefetch_of(config.prefetch, cache),
+        trace=trace,
+    )
 
 
 def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
@@ -117,8 +131,8 @@ def _costs(
 
 
 def _cache(loaded: ServableModel, n_slots: int, config: EngineConfig) -> ExpertCache:
-    policy = make_policy(config.policy, loaded.n_experts, half_life=config.half_life, top_k=loaded.top_k)
-    cache = ExpertCache(n_slots, loaded.n_experts, policy)
+    placed = System(policy=config.policy, half_life=config.half_life)
+    cache = cache_of(placed, n_slots, loaded.n_experts, loaded.top_k)
     warm.restore(cache, config.warm_start)
     return cache
 
@@ -137,6 +151,12 @@ def _torch_worker(n_threads: int) -> Generator[None]:
     torch.set_num_threads(n_threads)
     with torch.inference_mode():
         yield
+
+
+def _lookahead(loaded: ServableModel, config: EngineConfig) -> Lookahead | None:
+    """Return what asks routers early, where somebody wants to know: what copies ahead by it, or a recording."""
+    asked = loaded.resolved.device != "cpu" and config.prefetch not in _ASKS_NO_ROUTER
+    return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
 
 
 def _deferred(loaded: ServableModel, config: EngineConfig) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
 
+from fiddler.cache.keys import Key
 from fiddler.cost.lanes import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
@@ -88,9 +89,9 @@ class Runner:
             for number in list(self._waves):
                 self._end(number, EngineFailedError("the step was given up"))
 
-    async def preload(self) -> None:
-        """Fill the free slots, and wait until they are filled."""
-        self._apply(self.scheduler.preload())
+    async def preload(self, order: Sequence[Key] | None = None) -> None:
+        """Fill the free slots, and wait until they are filled; in this order, or by what the cache knows."""
+        self._apply(self.scheduler.preload(order))
         await self.settle()
 
     async def settle(self) -> None:

@@ -1,36 +1,40 @@
 """A forward without a model: waves that visit the experts a routing says, and do nothing else."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fiddler.cache.keys import Rows
+from fiddler.cache.recorded import Recording
 from fiddler.engine.assemble import Span
 from fiddler.scheduler.messages import LayerDone, LayerReady
 from fiddler.scheduler.routing import route
 
-Routing = NDArray[np.int16]
-"""Experts by token, layer and choice, `[T, L, K]`."""
-
 
 @dataclass(slots=True, eq=False)
 class Script:
-    """One sequence: a prompt of `n_prompt` tokens, then one token a step, as its routing goes on."""
+    """One sequence: its prompt, then one token a step, as it was recorded."""
 
-    routing: Routing
-    n_prompt: int
+    recording: Recording
     n_past: int = 0
 
     @property
     def prefilling(self) -> bool:
         """Whether part of the prompt has not been run yet."""
-        return self.n_past < self.n_prompt
+        return self.n_past < self.recording.n_prompt
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.recording.n_prompt
 
     @property
     def finished(self) -> bool:
         """Whether all of it has been run."""
-        return self.n_past >= len(self.routing)
+        return self.n_past >= len(self.recording.experts)
 
 
 class ScriptWave:
@@ -42,7 +46,9 @@ class ScriptWave:
         self.error: Exception | None = None
         self.failed: list[LayerDone] = []
         """Layers in which experts failed."""
-        self._rows = np.concatenate([span.request.routing[span.start : span.stop] for span in spans])
+        self._rows = _joined([(span, span.request.recording.experts) for span in spans])
+        ahead = [(span, span.request.recording.ahead) for span in spans if span.request.recording.ahead is not None]
+        self._ahead = _joined(ahead) if len(ahead) == len(spans) else None
         self._n_experts = n_experts
         self._layer = -1
 
@@ -58,7 +64,16 @@ class ScriptWave:
             return None
         visits = self._rows[:, self._layer]  # [T, K]
         work = route(self._layer, visits.ravel().tolist(), self._n_experts[self._layer])
-        return LayerReady(wave, work, *visits.shape)
+        n_tokens, top_k = visits.shape
+        return LayerReady(wave, work, n_tokens, top_k, ahead=self._expected())
+
+    def _expected(self) -> Rows:
+        """Return what a look-ahead expects in the next layer, most rows first, then the likeliest of each token."""
+        if self._ahead is None or self.at_end:
+            return ()
+        rows = Counter(self._ahead[:, self._layer + 1].T.ravel().tolist())
+        del rows[-1]
+        return rows.most_common()
 
     def take(self, done: LayerDone) -> None:
         """Note what failed."""
@@ -68,3 +83,8 @@ class ScriptWave:
     def end(self, error: Exception | None) -> None:
         """Note what ended it early."""
         self.error = error
+
+
+def _joined(parts: Sequence[tuple[Span[Script], NDArray[np.int16]]]) -> NDArray[np.int16]:
+    """Return the rows of some spans, `[ΣT, L, K]`."""
+    return np.concatenate([rows[span.start : span.stop] for span, rows in parts])

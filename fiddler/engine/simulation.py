@@ -5,21 +5,24 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import anyio
+import numpy as np
+from numpy.typing import NDArray
 
-from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
+from fiddler.cache.keys import Key
+from fiddler.cache.recorded import Recording
 from fiddler.config import WaveMode
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.machine import Machine, cost_model
 from fiddler.cost.shape import ModelShape
 from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.runner import Runner
-from fiddler.engine.script import Routing, Script, ScriptWave
+from fiddler.engine.script import Script, ScriptWave
 from fiddler.engine.stepping import run_step
 from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
+from fiddler.scheduler.systems import SYSTEMS, System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.trace import Trace
 
@@ -34,11 +37,10 @@ class Setting:
     shape: ModelShape
     machine: Machine
     n_slots: int
-    policy: str = "aged-lfu"
-    planner: str = "auto"
-    half_life: float = 32.0
-    promote: bool = True
-    waves: WaveMode = "auto"
+    system: System = SYSTEMS["fiddler"]
+    popular: Sequence[Key] | None = None
+    """Every expert, those first that other text visited most: what a static placement goes by, and what any other
+    begins with."""
     chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -46,8 +48,8 @@ class Setting:
             raise ConfigError(f"n_slots={self.n_slots!r} must be at least 0")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens={self.chunk_tokens!r} must be at least 1")
-        if self.waves not in get_args(WaveMode):
-            raise ConfigError(f"unknown wave mode {self.waves!r}; known: {', '.join(get_args(WaveMode))}")
+        if self.system.waves not in get_args(WaveMode):
+            raise ConfigError(f"unknown wave mode {self.system.waves!r}; known: {', '.join(get_args(WaveMode))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +123,24 @@ class Report:
         }
 
 
-def simulate(setting: Setting, sequences: Sequence[tuple[Routing, int]], *, trace: Trace | None = None) -> Report:
-    """Run sequences, each a routing `[T, L, K]` and the length of its prompt, side by side to their ends.
+def simulate(setting: Setting, sequences: Sequence[Recording], *, trace: Trace | None = None) -> Report:
+    """Run sequences side by side to their ends, as they were recorded.
 
-    Raises `ConfigError` for a routing of another shape than the model's, and for a policy or planner that there is
-    not.
+    Raises `ConfigError` for a routing of another shape than the model's, and for a policy, planner or prefetch that
+    there is not.
     """
-    for routing, n_prompt in sequences:
-        _check(setting.shape, routing, n_prompt)
+    for recording in sequences:
+        _check(setting.shape, recording.experts, recording.n_prompt)
     return anyio.run(_Simulation(setting, sequences, trace).run)
 
 
-def _check(shape: ModelShape, routing: Routing, n_prompt: int) -> None:
+def _check(shape: ModelShape, routing: NDArray[np.int16], n_prompt: int) -> None:
     expected = (shape.n_layers, shape.top_k)
     if routing.shape[1:] != expected:
         raise ConfigError(f"a routing of {routing.shape[1:]} layers and choices; {shape.name} has {expected}")
     if not 0 <= n_prompt <= len(routing):
         raise ConfigError(f"a prompt of {n_prompt} tokens in a routing of {len(routing)}")
-    if routing.size and not (routing.min() >= 0 and routing.max() < shape.n_experts):
+    if routing.size and not (routing.min() >= -1 and routing.max() < shape.n_experts):
         raise ConfigError(f"a routing visits experts that {shape.name} does not have")
 
 
@@ -156,21 +158,25 @@ class _Mark:
 
 
 class _Simulation:
-    def __init__(self, setting: Setting, sequences: Sequence[tuple[Routing, int]], trace: Trace | None) -> None:
-        shape = setting.shape
+    def __init__(self, setting: Setting, sequences: Sequence[Recording], trace: Trace | None) -> None:
+        shape, placed = setting.shape, setting.system
         costs = cost_model(shape, setting.machine)
         self._setting = setting
         self._n_experts = (shape.n_experts,) * shape.n_layers
-        policy = make_policy(setting.policy, self._n_experts, half_life=setting.half_life, top_k=shape.top_k)
-        cache = ExpertCache(setting.n_slots, self._n_experts, policy)
+        cache = cache_of(placed, setting.n_slots, self._n_experts, shape.top_k, setting.popular)
         self._trace = trace
         self._scheduler = Scheduler(
-            cache, costs, planner=planner(setting.planner), promote=setting.promote, trace=trace
+            cache,
+            costs,
+            planner=planner(placed.planner),
+            promote=placed.promote,
+            ahead=prefetch_of(placed.prefetch, cache),
+            trace=trace,
         )
-        self._lanes = VirtualLanes(costs, trace=trace)
+        self._lanes = VirtualLanes(costs, trace=trace, overlap=placed.overlap)
         self._runner = Runner(self._scheduler, self._lanes)
-        self._waves = Waves(setting.waves, self._scheduler, shape.top_k)
-        self._scripts = [Script(routing, n_prompt) for routing, n_prompt in sequences]
+        self._waves = Waves(placed.waves, self._scheduler, shape.top_k)
+        self._scripts = [Script(recording) for recording in sequences]
         self._dense_bytes = 0
         self._n_steps = 0
         self._n_two = 0
@@ -179,7 +185,7 @@ class _Simulation:
 
     async def run(self) -> Report:
         """Fill the slots, then run every step."""
-        await self._runner.preload()
+        await self._runner.preload(self._setting.popular)
         self._began_s = self._lanes.now_s()
         while running := self._running():
             if not any(script.prefilling for script in running):

@@ -1,5 +1,6 @@
 """A wave of a real model: forwards that meet at each layer's experts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fiddler.cache.keys import Rows
+from fiddler.engine.recorder import WaveRecord
 from fiddler.lanes.combine import combine, gather
 from fiddler.lanes.experts import ExpertWork
+from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.messages import Failures, LayerDone, LayerReady
 from fiddler.scheduler.routing import LayerWork, defer, route
@@ -23,6 +27,8 @@ class Experts:
     """By layer."""
     n_deferred: int = 0
     """Visits of least weight per token that join one layer late."""
+    lookahead: Lookahead | None = None
+    """What asks the next layer's router early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +54,18 @@ class ModelWave:
     Forwards that wait at one layer share its experts.
     """
 
-    def __init__(self, forwards: Sequence[Forward], experts: Experts, *, n_rows: int, n_context: int) -> None:
+    def __init__(
+        self,
+        forwards: Sequence[Forward],
+        experts: Experts,
+        *,
+        n_rows: int,
+        n_context: int,
+        record: WaveRecord | None = None,
+    ) -> None:
         self.n_rows = n_rows
         self.n_context = n_context
+        self.record = record
         self.results: list[Any] = [None] * len(forwards)
         """What each forward returned, once the wave has ended; its latest call before."""
         self.error: Exception | None = None
@@ -81,7 +96,22 @@ class ModelWave:
         self._now = now = _Layer(call, self._route(call), meeting, [c.hidden.shape[0] for c in calls])
         n_tokens, top_k = call.index.shape
         self._experts.work.open(wave, call.layer, gather(call.hidden, now.routed, top_k))
-        return LayerReady(wave, now.routed, n_tokens, top_k)
+        if self.record is not None:
+            self.record.visit(call, meeting)
+        ahead = self._look_ahead(call, meeting)
+        return LayerReady(wave, now.routed, n_tokens, top_k, ahead=ahead)
+
+    def _look_ahead(self, call: ExpertsCall, meeting: Sequence[int]) -> Rows:
+        """Return which experts of the next layer are expected, with the rows of each; likeliest first."""
+        layer, lookahead = call.layer + 1, self._experts.lookahead
+        index = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
+        if index is None:
+            return ()
+        if self.record is not None:
+            self.record.expect(layer, index, meeting)
+        n_experts = self._experts.n_experts[layer]
+        ranked = index.t().flatten().tolist()  # routers name the likeliest first, and ties keep this order
+        return tuple(Counter(expert for expert in ranked if 0 <= expert < n_experts).most_common())
 
     def _resume(self) -> tuple[int, ...]:
         """Let forwards have their outputs; return those that then wait at the lowest layer."""

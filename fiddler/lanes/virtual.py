@@ -14,15 +14,25 @@ from fiddler.trace import Trace
 
 
 class VirtualLanes:
-    """Runs jobs for as long as `costs` says; without `execute` nothing but time passes."""
+    """Runs jobs for as long as `costs` says; without `execute` nothing but time passes.
+
+    `overlap=False` is a machine that one thread drives: the CPU lane waits for the other two.
+    """
 
     timed_dense = True
 
-    def __init__(self, costs: CostModel, execute: Execute | None = None, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        costs: CostModel,
+        execute: Execute | None = None,
+        trace: Trace | None = None,
+        *,
+        overlap: bool = True,
+    ) -> None:
         self._costs = costs
         self._execute = execute
         self._trace = trace
-        self._lanes = Lanes(costs.contention)
+        self._lanes = Lanes(costs.contention, overlap)
         self._jobs: dict[int, Job] = {}
         self._began: dict[int, float] = {}
         self._reports: deque[JobDone | LaneDied] = deque()
@@ -44,7 +54,7 @@ class VirtualLanes:
         self._jobs[job.job] = job
         urgent = job.urgent if isinstance(job, CopyExpert) else True
         self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
-        self._note_begun(job.lane)
+        self._note_begun()
 
     async def report(self) -> JobDone | LaneDied:
         """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
@@ -65,14 +75,14 @@ class VirtualLanes:
         seconds = self._lanes.next_s()
         if seconds is None:
             raise RuntimeError("a report is waited for and no job is in flight")
-        busy = [lane for lane in LANES if self._lanes.queues[lane]]
+        busy = self._lanes.working()
         done = self._lanes.advance(seconds)
         self._now_s += seconds
         for lane in busy:
             self.busy_s[lane] += seconds
-        for lane, number in done:
+        for _, number in done:
             self._end(self._jobs.pop(number))
-            self._note_begun(lane)
+        self._note_begun()
 
     def _end(self, job: Job) -> None:
         began_s = self._began.pop(job.job)
@@ -93,10 +103,9 @@ class VirtualLanes:
             self._began.pop(number, None)
         self._reports.append(LaneDied(lane, error))
 
-    def _note_begun(self, lane: LaneName) -> None:
-        queue = self._lanes.queues[lane]
-        if queue:
-            self._began.setdefault(queue[0].job, self._now_s)
+    def _note_begun(self) -> None:
+        for lane in self._lanes.working():
+            self._began.setdefault(self._lanes.queues[lane][0].job, self._now_s)
 
     def _seconds(self, job: Job) -> float:
         if not isinstance(job, RunDense):

@@ -33,6 +33,8 @@ from fiddler.scheduler.messages import (
     WaveDropped,
 )
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, descent
+from fiddler.scheduler.predictors import Predictor
+from fiddler.scheduler.prefetch import Prefetcher, Rule
 from fiddler.scheduler.routing import Load
 from fiddler.trace import Trace
 
@@ -47,6 +49,7 @@ class Scheduler:
         *,
         planner: Planner = descent,
         promote: bool = True,
+        ahead: tuple[Predictor, Rule] | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.cache = cache
@@ -60,6 +63,7 @@ class Scheduler:
         self._jobs = Jobs(self.correction)
         self._runs = LayerRuns()
         self._copies = Copies(cache, self._jobs)
+        self.prefetcher = Prefetcher(ahead[0], cache, self._copies.ahead_s, ahead[1]) if ahead else None
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -79,9 +83,10 @@ class Scheduler:
                 self._drop(wave)
                 return []
 
-    def preload(self) -> list[Command]:
-        """Return the copies that fill the free slots with what is worth most, before anything runs."""
-        return [self._copy(reservation) for reservation in self.cache.fill(self.cache.best(self.cache.n_slots))]
+    def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
+        """Return the copies that fill the free slots before anything runs: in this order, or by worth."""
+        order = self.cache.best(self.cache.n_slots) if order is None else order
+        return [self._copy(reservation) for reservation in self.cache.fill(order)]
 
     @property
     def idle(self) -> bool:
@@ -103,6 +108,8 @@ class Scheduler:
         rows: dict[int, int] = {}
         for load in (*work.loads, *work.deferred):  # an expert may have one of each
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
+        if self.prefetcher is not None:
+            self.prefetcher.come(event, self._now_s, self.correction.costs)
         self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         run = LayerRun(event.wave, work, self._now_s)
         self._runs.begin(run)
@@ -113,6 +120,7 @@ class Scheduler:
         yield from self._dispatch(run, run.plan)
         if work.deferred:
             yield from self._dispatch(run, self._plan(run, work.deferred))
+        yield from self._prefetch()
         yield from self._promotion(run)
         yield from self._settle(run)
 
@@ -166,6 +174,8 @@ class Scheduler:
         latest = self._runs.latest(run.wave)
         if latest is not None and latest.passable and not latest.reported:
             self._record(latest)
+            if self.prefetcher is not None:
+                self.prefetcher.passed(run.wave, self._now_s)
             yield latest.report()
 
     def _release(self, run: LayerRun) -> None:
@@ -196,6 +206,8 @@ class Scheduler:
             yield self._jobs.on_cpu(run, loads)
 
     def _copy(self, reservation: Reservation, *waiting: tuple[LayerRun, Load]) -> Command:
+        if waiting and self.prefetcher is not None:
+            self.prefetcher.waited(self._jobs.ahead_of_demand_s())
         self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
         return self._copies.start(reservation, *waiting)
 
@@ -203,6 +215,14 @@ class Scheduler:
         if "gpu" in self._jobs.dead:  # its time is all that is asked for
             return DenseDone(event.wave)
         return self._jobs.dense(event)
+
+    def _prefetch(self) -> Iterator[Command]:
+        """Copy in an expert that a next layer is likely to visit, if the link has nothing to do."""
+        if self.prefetcher is None or not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
+            return
+        reservation = self.prefetcher.choose(self.correction.costs, self.backlog(), self.planner)
+        if reservation is not None:
+            yield self._copy(reservation)
 
     def _promotion(self, run: LayerRun) -> Iterator[Command]:
         """Copy in the hottest expert of those a layer runs on the CPU, if the link has nothing to do."""
@@ -228,6 +248,7 @@ class Scheduler:
                 yield from self._ran(job, event.failures)
             case RunDense():
                 yield DenseDone(job.wave)
+        yield from self._prefetch()
 
     def _worked(self, job: Job) -> bool:
         """Whether a job's time tells of its costs: the rows of a layer whose wave is gone may be gone as well."""
@@ -266,6 +287,8 @@ class Scheduler:
     def _drop(self, wave: int) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
         self._copies.drop(wave)
+        if self.prefetcher is not None:
+            self.prefetcher.drop(wave)
         in_lanes = {pair for pair in self._in_lanes() if pair[0].wave == wave}
         for run in self._runs.drop(wave):
             run.ran([load for load in run.owed if (run, load) not in in_lanes])

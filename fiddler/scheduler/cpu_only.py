@@ -1,9 +1,10 @@
 """The scheduler of a machine with nothing but a CPU: nothing is decided, so nothing is paid for deciding."""
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
+from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
@@ -61,7 +62,7 @@ class CpuOnly:
             case DenseQueued(wave):
                 return [DenseDone(wave)]
 
-    def preload(self) -> list[Command]:
+    def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
         """Return nothing: there is no slot."""
         return []
 

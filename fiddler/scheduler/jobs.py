@@ -84,6 +84,11 @@ class Jobs:
         """Return the link's seconds, as it takes alone, until a copy has landed."""
         return self._lanes.ahead_s(number)
 
+    def ahead_of_demand_s(self) -> float:
+        """Return the link's seconds, as it takes alone, that a demand copy waits for one that nobody demanded."""
+        queue = self._lanes.queues["link"]
+        return queue[0].left_s if len(queue) == 1 and not queue[0].urgent else 0.0
+
     def idle(self, lane: LaneName) -> bool:
         """Whether a lane has nothing to do."""
         return not self._lanes.queues[lane]

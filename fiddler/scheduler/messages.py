@@ -7,6 +7,7 @@ DenseQueued ─► RunDense ─────────────────�
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fiddler.cache.keys import Rows
 from fiddler.cost.lanes import LaneName
 from fiddler.scheduler.routing import LayerWork, Load
 
@@ -24,6 +25,8 @@ class LayerReady:
     top_k: int
     scores: Sequence[float] | None = None
     """Router probability by expert, summed over the tokens, where a policy wants it."""
+    ahead: Rows = ()
+    """(expert, n_rows) that a look-ahead expects in the next layer, likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def test_orders_of_a_placement() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("best", {}, "known are aged-lfu, hybrimoe, lfru, lfu, lru, static"),
+        ("best", {}, "known are aged-lfu, forecast, hybrimoe, layer-lru, lfru, lfu, lru, static"),
         ("aged-lfu", {"half_life": 0}, "half_life"),
         ("aged-lfu", {"half_life": math.inf}, "half_life"),
         ("hybrimoe", {"top_k": 0}, "top_k"),

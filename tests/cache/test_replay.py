@@ -1,12 +1,15 @@
 """Replays by hand, and the bound that nobody beats."""
 
 from itertools import combinations
+from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
+from fiddler.cache.lfu import Lfu
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.replay import Replay, Visit, belady, replay
 
@@ -19,9 +22,9 @@ def visits(*sets: str) -> list[Visit]:
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> list[Visit]:
+def traces(draw: st.DrawFn, n_most: int = 24) -> list[Visit]:
     trace: list[Visit] = []
-    for number in range(draw(st.integers(0, 24))):
+    for number in range(draw(st.integers(0, n_most))):
         experts = draw(st.dictionaries(st.integers(0, 3), st.integers(1, 3), max_size=3))
         trace.append((number % 2, tuple(sorted(experts.items())), max([1, *experts.values()])))
     return trace
@@ -56,12 +59,86 @@ def test_tokens_are_counted_once_for_all_layers() -> None:
     assert belady([], 2) == Replay(0, 0, 0)
 
 
+def test_a_newcomer_worth_less_may_be_refused() -> None:
+    trace = visits("a", "a", "a", "b", "b", "b")
+
+    def n_hits(admission: float) -> int:
+        return replay(trace, make_policy("lfu", (2,)), 1, admission=admission).n_hits
+
+    assert n_hits(inf) == 4, "b is let in at once"
+    assert n_hits(2.0) == 3, "with half as many visits"
+    assert n_hits(1.0) == 2, "with as many"
+
+
+def test_a_policy_says_whether_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = visits("a", "a", "b", "a", "b", "a")
+    assert replay(trace, make_policy("lfu", (2,)), 1) == Replay(1, 5, 6)
+    monkeypatch.setattr(Lfu, "bypasses", True)
+    assert replay(trace, make_policy("lfu", (2,)), 1) == Replay(3, 3, 6)
+    assert replay(trace, make_policy("lfu", (2,)), 1, admission=inf) == Replay(1, 5, 6)
+
+
+def test_of_what_is_missing_the_best_is_let_in() -> None:
+    trace = visits("c", "c", "bc", "abc", "b")
+    assert replay(trace, make_policy("lfu", (3,)), 2, admission=1.0) == Replay(n_hits=5, n_misses=3, n_tokens=5)
+
+
+def test_rates() -> None:
+    assert (Replay(3, 1, 2).hit_rate, Replay(3, 1, 2).reads_per_token) == (0.75, 0.5)
+    assert (Replay(0, 0, 0).hit_rate, Replay(0, 0, 0).reads_per_token) == (1.0, 0.0)
+
+
+def replay_with_slots(trace: list[Visit], cache: ExpertCache, *, best_first: bool) -> Replay:
+    """The same on the engine's cache, with leases and copies."""
+    n_hits = n_misses = 0
+    for layer, rows, n_tokens in trace:
+        cache.observe(layer, rows, n_tokens)
+        keys = [(layer, expert) for expert, _ in rows]
+        hits = [key for key in keys if cache.slot(key) is not None]
+        missing = [key for key in keys if cache.slot(key) is None]
+        n_hits, n_misses = n_hits + len(hits), n_misses + len(missing)
+        for key in hits:
+            cache.lease(key)
+        missing.sort(key=cache.score if best_first else lambda _: 0, reverse=True)
+        reserved = [reservation for key in missing if (reservation := cache.reserve(key))]
+        for reservation in reserved:
+            cache.landed(reservation)
+        for key in hits:
+            cache.release(key)
+    return Replay(n_hits, n_misses, cache.history.n_tokens)
+
+
 @pytest.mark.parametrize("name", POLICIES)
-@given(trace=traces(), n_slots=st.integers(0, 8), floor=st.integers(0, 2))
+@given(
+    trace=traces(n_most=60),
+    n_slots=st.integers(0, 8),
+    floor=st.integers(0, 2),
+    admission=st.sampled_from([1.0, 2.0, inf]),
+)
 @settings(deadline=None)
-def test_nobody_beats_belady(name: str, trace: list[Visit], n_slots: int, floor: int) -> None:
+def test_a_replay_does_what_the_engine_s_cache_does(
+    name: str, trace: list[Visit], n_slots: int, floor: int, admission: float
+) -> None:
+    one, other = (make_policy(name, LAYERS, half_life=4) for _ in range(2))
+    cache = ExpertCache(n_slots, LAYERS, other, floor=floor, admission=admission)
+    assert replay(trace, one, n_slots, floor, admission=admission) == replay_with_slots(
+        trace, cache, best_first=admission < inf
+    )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(
+    trace=traces(),
+    n_slots=st.integers(0, 8),
+    floor=st.integers(0, 2),
+    admission=st.sampled_from([None, 1.0, inf]),
+)
+@settings(deadline=None)
+def test_nobody_beats_belady(
+    name: str, trace: list[Visit], n_slots: int, floor: int, admission: float | None
+) -> None:
     policy = make_policy(name, LAYERS, half_life=4)
-    played, bound = replay(trace, policy, n_slots, floor), belady(trace, n_slots)
+    played, bound = replay(trace, policy, n_slots, floor, admission=admission), belady(trace, n_slots)
     assert played.n_hits <= bound.n_hits
     assert played.n_hits + played.n_misses == bound.n_hits + bound.n_misses
     assert played.n_tokens == bound.n_tokens

@@ -51,7 +51,14 @@ def written(folder: Path, **changes: Any) -> Path:
 
 class TestShipped:
     def test_are_these(self) -> None:
-        assert machines() == ["fiddler-env1", "fiddler-env2", "h100-server", "laptop-4060", "rtx4090-desktop"]
+        assert machines() == [
+            "fiddler-env1",
+            "fiddler-env2",
+            "h100-server",
+            "hybrimoe-a6000",
+            "laptop-4060",
+            "rtx4090-desktop",
+        ]
 
     @pytest.mark.parametrize("name", machines())
     def test_every_figure_says_where_it_comes_from(self, name: str) -> None:

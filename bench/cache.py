@@ -1,0 +1,200 @@
+"""How many more experts each cache policy reads than Belady's algorithm, which knows the future.
+
+    python -m bench.cache [--tokens 128] [--sequences 4] [--half-life 32] [--processes 2] [--json FILE]
+
+Routing is recorded (`bench/traces/demo.safetensors`, in two halves of different domains: tune on one, report the
+other) and made up (`fiddler.cache.synthetic`, the shapes that ship with Fiddler). The sequences of a trace run one
+after the other through one cache. "static-profile" is a fixed placement by popularity in other text: the other half,
+or other sequences of the same made-up model.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from bench import machine
+from bench.report import write_json
+from fiddler.cache.compare import BOUNDS, MakePolicy, compare
+from fiddler.cache.policy import POLICIES, make_policy
+from fiddler.cache.recorded import Recording, RoutingTrace, visits
+from fiddler.cache.static import by_popularity
+from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.config import EngineConfig
+from fiddler.cost.shape import ModelShape, shapes
+from fiddler.store.routing import load
+
+DEMO = Path(__file__).parent / "traces" / "demo.safetensors"
+HALVES = ("demo, tuning", "demo, held out")
+SHARES = (0.125, 0.25, 0.5)
+PROFILED = "static-profile"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is replayed; every number is a policy's or a made-up routing's."""
+
+    tokens: int
+    """Of each made-up sequence."""
+    sequences: int
+    half_life: float
+    chunk_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One policy on one trace with one number of slots."""
+
+    trace: str
+    policy: str
+    resident: float
+    n_slots: int
+    n_hits: int
+    n_misses: int
+    n_tokens: int
+    ratio: float
+    """Misses over Belady's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A policy's ratios over all sizes of some traces."""
+
+    policy: str
+    traces: str
+    mean: float
+    median: float
+    worst: float
+
+
+def traces() -> list[str]:
+    """Return the names of all traces there are."""
+    return [*(HALVES if DEMO.is_file() else ()), *shapes()]
+
+
+def read(name: str, settings: Settings) -> tuple[RoutingTrace, Sequence[Recording]]:
+    """Return a trace, and other text of the same model."""
+    if name in HALVES:
+        whole = load(DEMO)
+        domains = sorted({_domain(recording) for recording in whole.recordings})
+        first = HALVES.index(name)
+        own, other = (
+            tuple(r for r in whole.recordings if domains.index(_domain(r)) % 2 == half)
+            for half in (first, 1 - first)
+        )
+        return RoutingTrace(whole.model, whole.n_experts, own), other
+    shape = ModelShape.load(name)
+    routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
+    made = [Recording(f"made/{i}", 0, routing.sequence(i, settings.tokens)) for i in range(2 * settings.sequences)]
+    own = tuple(made[: settings.sequences])
+    return RoutingTrace(name, (shape.n_experts,) * shape.n_layers, own), made[settings.sequences :]
+
+
+def _domain(recording: Recording) -> str:
+    return recording.name.partition("/")[0]
+
+
+def play(name: str, share: float, settings: Settings) -> list[Cell]:
+    """Replay one trace with one number of slots under all policies."""
+    trace, other = read(name, settings)
+    n_slots = round(share * sum(trace.n_experts))
+    played = list(visits(trace.recordings, settings.chunk_tokens))
+    return [
+        Cell(
+            trace=name,
+            policy=score.policy,
+            resident=share,
+            n_slots=n_slots,
+            n_hits=score.replay.n_hits,
+            n_misses=score.replay.n_misses,
+            n_tokens=score.replay.n_tokens,
+            ratio=score.ratio,
+        )
+        for score in compare(played, _policies(trace, other, settings), [n_slots])
+    ]
+
+
+def _policies(trace: RoutingTrace, other: Sequence[Recording], settings: Settings) -> dict[str, MakePolicy]:
+    top_k = trace.recordings[0].experts.shape[2]
+    make = partial(make_policy, n_experts=trace.n_experts, half_life=settings.half_life, top_k=top_k)
+    policies: dict[str, MakePolicy] = {name: partial(make, name) for name in POLICIES}
+    policies[PROFILED] = partial(make, "static", order=by_popularity(_counts(other, trace.n_experts)))
+    return policies
+
+
+def _counts(recordings: Sequence[Recording], n_experts: Sequence[int]) -> list[list[int]]:
+    """Return visits by layer and expert."""
+    tokens = np.concatenate([recording.experts for recording in recordings])
+    by_layer = [tokens[:, layer] for layer in range(len(n_experts))]
+    return [np.bincount(rows[rows >= 0], minlength=n).tolist() for rows, n in zip(by_layer, n_experts, strict=True)]
+
+
+def measure(names: Sequence[str], settings: Settings, n_processes: int) -> list[Cell]:
+    """Replay everything, in this process where `n_processes` is 0."""
+    jobs = [(name, share, settings) for name in names for share in SHARES]
+    if not n_processes:
+        return [cell for job in jobs for cell in play(*job)]
+    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
+        return [cell for cells in pool.map(play, *zip(*jobs, strict=True)) for cell in cells]
+
+
+def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
+    """Yield each policy's ratios over each half of the recorded traces, over the made-up ones, and over all."""
+    names = dict.fromkeys(cell.trace for cell in cells)
+    made_up = [name for name in names if name not in HALVES]
+    groups = {name: [name] for name in names if name in HALVES} | {"made up": made_up, "all": [*names]}
+    for policy in dict.fromkeys(cell.policy for cell in cells):
+        for group, members in groups.items():
+            ratios = [cell.ratio for cell in cells if cell.policy == policy and cell.trace in members]
+            if ratios:
+                yield Summary(policy, group, mean(ratios), median(ratios), max(ratios))
+
+
+def render(found: Sequence[Summary]) -> str:
+    """Return the summaries as a Markdown table, the policy that reads least first."""
+    groups = [*dict.fromkeys(summary.traces for summary in found)]
+    by_name = {(summary.policy, summary.traces): summary for summary in found}
+    policies = sorted({summary.policy for summary in found}, key=lambda name: by_name[name, "all"].mean)
+    rows = [
+        [
+            f"*{policy}*" if policy in BOUNDS else policy,
+            *(f"{s.mean:.2f} / {s.median:.2f}" for s in (by_name[policy, group] for group in groups)),
+            f"{by_name[policy, 'all'].worst:.2f}",
+        ]
+        for policy in policies
+    ]
+    header = ["reads / Belady's: mean / median", *groups, "worst"]
+    return "\n".join(_line(row) for row in [header, ["---", *("---:" for _ in header[1:])], *rows])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=128, help="of each made-up sequence (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=4, help="made up of each shape (default: %(default)s)")
+    parser.add_argument("--half-life", type=float, default=EngineConfig().half_life)
+    parser.add_argument("--traces", nargs="+", choices=traces(), default=traces(), metavar="NAME")
+    parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    settings = Settings(options.tokens, options.sequences, options.half_life)
+    cells = measure(options.traces, settings, options.processes)
+    found = list(summaries(cells))
+    print(render(found))
+    if options.json is not None:
+        report: dict[str, Any] = {"bench": "cache", "machine": machine.describe(), "settings": settings}
+        write_json(options.json, report | {"summary": found, "cells": cells})
+
+
+if __name__ == "__main__":
+    main()

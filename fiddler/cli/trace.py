@@ -1,0 +1,137 @@
+"""`fiddler trace`: record which experts every token visits."""
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fiddler.cli.ending import INTERRUPTED, guarded
+from fiddler.cli.notes import Notes, size
+from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
+from fiddler.cli.prompts import read_prompts
+from fiddler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddler.cache.recorded import RoutingTrace
+    from fiddler.cli.habits import Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """What is run, and where the routing goes."""
+
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; may be given several times.")] = (
+        field(default_factory=list)
+    )
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE.txt|FILE.jsonl",
+            help='Prompts, one a line; a line of JSON is {"prompt": ..., "name": ...}.',
+        ),
+    ] = None
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="Where the routing is written.")
+    ] = Path("routing.safetensors")
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+
+
+def trace(
+    checkpoint: CheckpointOptions, request: TraceOptions, sampling: SamplingOptions, engine: EngineOptions
+) -> None:
+    """Record which experts every token of some prompts and their completions visits.
+
+    The prompts run side by side. Ctrl-C ends them and keeps what was recorded (exit code 130).
+    """
+    notes = Notes(quiet=request.as_json)
+    with guarded():
+        config = replace(engine.config(checkpoint), record=True)
+        prompts = read_prompts(request.prompt, request.prompts, demo=checkpoint.model is None)
+        _check_output(request.output)
+        with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
+            import anyio
+
+            from fiddler.cli.session import record
+
+            run = partial(record, opened=loaded)
+            routing, interrupted = anyio.run(run, checkpoint.source, config, prompts, sampling.overrides())
+        if routing.recordings:
+            from fiddler.store.routing import save
+
+            save(request.output, routing)
+            _show(routing, request, interrupted=interrupted)
+        else:
+            notes.say("nothing was recorded")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _check_output(file: Path) -> None:
+    """Raise `ConfigError` before anything runs in vain."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: there is {'a' if file.is_dir() else 'no'} folder")
+
+
+def _show(routing: "RoutingTrace", request: TraceOptions, *, interrupted: bool) -> None:
+    if request.as_json:
+        print(json.dumps({**_as_json(routing), **_file(request.output), "interrupted": interrupted}))
+    else:
+        Console(highlight=False).print(_table(routing, request.output))
+
+
+def _file(file: Path) -> dict[str, Any]:
+    return {"file": str(file), "file_bytes": file.stat().st_size}
+
+
+def _as_json(routing: "RoutingTrace") -> dict[str, Any]:
+    from fiddler.cli.habits import foreseen, recurrence
+
+    sequences = [
+        {"name": r.name, "prompt_tokens": r.n_prompt, "decode_tokens": len(r.experts) - r.n_prompt}
+        for r in routing.recordings
+    ]
+    again, ahead = recurrence(routing), foreseen(routing)
+    return {
+        "model": routing.model,
+        "layers": len(routing.n_experts),
+        "experts": list(routing.n_experts),
+        "top_k": routing.recordings[0].experts.shape[2],
+        "sequences": sequences,
+        "prompt_tokens": sum(r.n_prompt for r in routing.recordings),
+        "decode_tokens": sum(len(r.experts) - r.n_prompt for r in routing.recordings),
+        "recurrence": again.as_json() if again is not None else None,
+        "look_ahead": ahead.as_json() if ahead is not None else None,
+    }
+
+
+def _table(routing: "RoutingTrace", file: Path) -> Table:
+    from fiddler.cli.habits import foreseen, recurrence
+
+    n_prompt = sum(r.n_prompt for r in routing.recordings)
+    n_decode = sum(len(r.experts) for r in routing.recordings) - n_prompt
+    least, most = min(routing.n_experts), max(routing.n_experts)
+    n_experts, top_k = f"{most}" if least == most else f"{least} to {most}", routing.recordings[0].experts.shape[2]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model", routing.model)
+    table.add_row("sequences", f"{len(routing.recordings):,}")
+    table.add_row("tokens", f"{n_prompt:,} prompt, {n_decode:,} decode")
+    table.add_row("layers", f"{len(routing.n_experts)} with experts")
+    table.add_row("experts", f"{n_experts} a layer, a token visits up to {top_k} of them")
+    table.add_row("recur", f"{_percent(recurrence(routing))} of a token's experts in the next token")
+    table.add_row("foreseen", f"{_percent(foreseen(routing))} of visits, by a look-ahead from the layer before")
+    table.add_row("file", f"{file}, {size(file.stat().st_size)}")
+    return table
+
+
+def _percent(share: "Share | None") -> str:
+    return (
+        f"{share.share * 100:.1f} % (chance: {share.chance * 100:.1f} %)" if share is not None else "unknown share"
+    )

@@ -1,0 +1,241 @@
+"""Copies made ahead: of what a predictor expects in a wave's next layer, while the link has nothing else to do.
+
+A copy ahead hides a read but saves none, and takes host memory's bandwidth from the CPU while it runs. So it is
+made only where its chance of being used, times what that saves, is more than what it costs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.keys import Key
+from fiddler.cost.model import CostModel
+from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
+from fiddler.scheduler.predictors import Predictor
+from fiddler.scheduler.routing import Load
+
+WEIGHT = 0.02
+"""Of the latest layer in a running mean."""
+TRUST = 0.5
+"""The chance that a guess comes true, before any was seen to."""
+ENOUGH = 64
+"""Copies after which a predictor that lost more than it gained is switched off."""
+REST = 4096
+"""Layers for which it stays off, then to be tried anew."""
+
+
+class Guess(NamedTuple):
+    """An expert that may be visited in a wave's next layer."""
+
+    expert: int
+    n_rows: int
+    chance: float
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What is expected of a wave's next layer."""
+
+    layer: int
+    guesses: tuple[Guess, ...]
+    copied: dict[int, float] = field(default_factory=dict)
+    """Seconds that each copy made ahead for it was held to cost, by expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rule may look at when the link is free."""
+
+    forecast: Forecast
+    absent: Sequence[Guess]
+    """Those of its guesses that hold no slot, likeliest first."""
+    costs: CostModel
+    backlog: Backlog
+    gap_s: float
+    """From the end of a layer's experts to the next layer's: the dense part."""
+    planner: Planner
+
+
+Rule = Callable[[View], Guess | None]
+"""Which of the absent is copied in now, if any."""
+
+
+def pays(view: View) -> Guess | None:
+    """The likeliest guess, if it can land before its layer's CPU work is done, and gains more than it costs.
+
+    Gained is the CPU's work on it; the price is what the CPU loses to the copy while both read host memory. In the
+    gap between two layers the CPU has nothing to do, and a copy costs nothing.
+    """
+    guess = view.absent[0]
+    layer, costs = view.forecast.layer, view.costs
+    expert, k = costs.experts[layer], costs.contention
+    now_s = max(view.backlog.cpu_s * k.cpu, view.backlog.gpu_s)
+    then_s = sum(guess.chance * expert.cpu(guess.n_rows) for guess in view.absent[1:])
+    if expert.copy_s > now_s + view.gap_s + then_s:
+        return None
+    return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price_s(view) else None
+
+
+def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
+    """Return the seconds of CPU work that a copy saves if its expert is visited, less the GPU's."""
+    expert = costs.experts[layer]
+    return max(0.0, expert.cpu(n_rows) + costs.moves.row_s * n_rows - expert.gpu(n_rows))
+
+
+def price_s(view: View) -> float:
+    """Return the seconds that the CPU loses to a copy begun now, in this layer and in the next."""
+    k, copy_s = view.costs.contention, view.costs.experts[view.forecast.layer].copy_s
+    beside_s = min(copy_s, view.backlog.cpu_s * k.cpu)
+    beyond_s = copy_s - beside_s - view.gap_s
+    return (1.0 - 1.0 / k.cpu) * (beside_s + max(0.0, beyond_s))
+
+
+def eager(view: View) -> Guess | None:
+    """The likeliest guess, up to two a layer: mixtral-offloading's rule (Eliseev and Mazur, 2023)."""
+    return view.absent[0] if len(view.forecast.copied) < 2 else None
+
+
+def impact(view: View) -> Guess | None:
+    """The guess whose presence shortens the next layer's plan most: HybriMoE's rule (Zhong et al., 2025)."""
+    absent = {guess.expert for guess in view.absent}
+    best, gain_s = None, 0.0
+    without_s = _planned(view, absent).predicted_s
+    for guess in {guess.n_rows: guess for guess in reversed(view.absent)}.values():  # equal rows gain the same
+        gained_s = without_s - _planned(view, absent - {guess.expert}).predicted_s
+        if gained_s > gain_s:
+            best, gain_s = guess, gained_s
+    return best
+
+
+def _planned(view: View, absent: set[int]) -> Plan:
+    candidates = [
+        Candidate(Load(guess.expert, 0, guess.n_rows), "miss" if guess.expert in absent else "hit")
+        for guess in view.forecast.guesses
+    ]
+    return view.planner(view.forecast.layer, candidates, view.costs, Backlog(), len(absent))
+
+
+@dataclass(slots=True)
+class Usefulness:
+    """What copies made ahead came to. `gained_s` and `cost_s` are by the cost model."""
+
+    n_issued: int = 0
+    n_settled: int = 0
+    """Of which the layer they were for has come."""
+    n_landed: int = 0
+    """Of these, there when their layer began."""
+    n_used: int = 0
+    """Of these, visited, whether or not they were there in time."""
+    gained_s: float = 0.0
+    cost_s: float = 0.0
+    delay_s: float = 0.0
+    """Seconds, as the link takes alone, that demand copies waited for them."""
+    n_guesses: int = 0
+    """Guesses whose layer has come, copied or not."""
+    n_true: int = 0
+    """Of these, visited."""
+
+
+class Prefetcher:
+    """Owner of what is expected of every wave, and of how well that went.
+
+    `left_s` says how long a copy under way still takes, as it takes alone; `None` where there is none.
+    """
+
+    def __init__(
+        self, predictor: Predictor, cache: ExpertCache, left_s: Callable[[Key], float | None], rule: Rule = pays
+    ) -> None:
+        self.predictor = predictor
+        self.use = Usefulness()
+        self.resting = 0
+        """Layers for which it stays switched off, because it did not pay."""
+        self._cache = cache
+        self._left_s = left_s
+        self._rule = rule
+        self._forecasts: dict[int, Forecast] = {}  # by wave
+        self._chances: list[float] = []  # by place in a forecast
+        self._latest: Key | None = None  # of the copies made ahead
+        self._gap_s = 0.0
+        self._passed: dict[int, float] = {}  # by wave, when its latest layer was done
+        self._balance_s = 0.0  # gained less lost by the latest copies
+        self._n_tried = 0
+
+    def come(self, ready: LayerReady, now_s: float, costs: CostModel) -> None:
+        """Take note of a layer that a wave has reached, before it is planned."""
+        passed_s = self._passed.pop(ready.wave, None)
+        if passed_s is not None:
+            self._gap_s += (now_s - passed_s - self._gap_s) * (WEIGHT if self._gap_s else 1.0)
+        forecast = self._forecasts.pop(ready.wave, None)
+        if forecast is not None and forecast.layer == ready.work.layer:
+            self._settle(forecast, {load.expert: load.n_rows for load in ready.work.loads}, costs)
+        self.resting = max(0, self.resting - 1)
+        guesses = [Guess(expert, n, self._chance(i)) for i, (expert, n) in enumerate(self.predictor.expects(ready))]
+        if guesses:
+            self._forecasts[ready.wave] = Forecast(ready.work.layer + 1, tuple(guesses))
+
+    def passed(self, wave: int, now_s: float) -> None:
+        """Take note that a wave's layer is done."""
+        self._passed[wave] = now_s
+
+    def drop(self, wave: int) -> None:
+        """Forget a wave."""
+        self._forecasts.pop(wave, None)
+        self._passed.pop(wave, None)
+
+    def choose(self, costs: CostModel, backlog: Backlog, planner: Planner) -> Reservation | None:
+        """Return the slot of the expert to copy in now that the link is idle; `None` for none."""
+        if self.resting:
+            return None
+        for forecast in self._forecasts.values():
+            absent = [guess for guess in forecast.guesses if not self._cache.holds((forecast.layer, guess.expert))]
+            if absent:
+                view = View(forecast, absent, costs, backlog, self._gap_s, planner)
+                guess = self._rule(view)
+                if guess is not None:
+                    return self._issue(forecast, guess, price_s(view))
+        return None
+
+    def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
+        reservation = self._cache.reserve((forecast.layer, guess.expert))
+        if reservation is not None:
+            forecast.copied[guess.expert] = cost_s
+            self._latest = reservation.key
+            self.use.n_issued += 1
+        return reservation
+
+    def waited(self, seconds: float) -> None:
+        """Take note that a demand copy waits for so long, behind one made ahead or another that nobody demanded."""
+        if self._latest is not None and self._left_s(self._latest) is not None:
+            self.use.delay_s += seconds
+
+    def _chance(self, place: int) -> float:
+        while place >= len(self._chances):
+            self._chances.append(TRUST)
+        return self._chances[place]
+
+    def _settle(self, forecast: Forecast, visited: Mapping[int, int], costs: CostModel) -> None:
+        use, layer = self.use, forecast.layer
+        for place, guess in enumerate(forecast.guesses):
+            true = guess.expert in visited
+            self._chances[place] += WEIGHT * (true - self._chances[place])
+            use.n_guesses += 1
+            use.n_true += true
+        for expert, cost_s in forecast.copied.items():
+            gained_s = saved_s(costs, layer, visited[expert]) if expert in visited else 0.0
+            use.n_settled += 1
+            use.n_landed += self._left_s((layer, expert)) is None
+            use.n_used += expert in visited
+            use.gained_s += gained_s
+            use.cost_s += cost_s
+            self._balance_s += gained_s - cost_s
+        self._judge(len(forecast.copied))
+
+    def _judge(self, n_copies: int) -> None:
+        """Switch off what lost more than it gained."""
+        self._n_tried += n_copies
+        if self._n_tried >= ENOUGH:
+            if self._balance_s < 0.0 and self._rule is pays:
+                self.resting = REST
+            self._balance_s, self._n_tried = 0.0, 0
