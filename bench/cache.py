@@ -4,8 +4,8 @@
 
 Routing is recorded (`bench/traces/demo.safetensors`, in two halves of different domains: tune on one, report the
 other) and made up (`fiddler.cache.synthetic`, the shapes that ship with Fiddler). The sequences of a trace run one
-after the other through one cache. "static-profile" is a fixed placement by popularity in other text: the other half,
-or other sequences of the same made-up model.
+after the other through one cache. "static-profile" is a fixed placement by popularity in other text: the other
+half, or other sequences of the same made-up model.
 """
 
 import argparse
@@ -161,7 +161,9 @@ def render(found: Sequence[Summary]) -> str:
     """Return the summaries as a Markdown table, the policy that reads least first."""
     groups = [*dict.fromkeys(summary.traces for summary in found)]
     by_name = {(summary.policy, summary.traces): summary for summary in found}
-    policies = sorted({summary.policy for summary in found}, key=lambda name: by_name[name, "all"].mean)
+    policies = sorted(
+        dict.fromkeys(summary.policy for summary in found), key=lambda name: by_name[name, "all"].mean
+    )
     rows = [
         [
             f"*{policy}*" if policy in BOUNDS else policy,

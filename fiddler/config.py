@@ -64,7 +64,7 @@ class EngineConfig:
     block of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
     slots: int | None = None
     """Experts the accelerator holds; `None` is a quarter of all."""
-    policy: PolicyName = "aged-lfu"
+    policy: PolicyName = "forecast"
     """Which expert gives way in a full cache."""
     half_life: float = 32.0
     """Tokens after which a visit counts half, for `aged-lfu`."""

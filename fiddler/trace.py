@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["dense", "slots", "cpu", "copy", "promote"]
-"""What a job does: the dense part, experts from slots, experts on the CPU, a demand copy, a copy that no layer
-waits for."""
+Kind = Literal["dense", "slots", "cpu", "copy", "ahead", "promote"]
+"""What a job does: the dense part, experts from slots, experts on the CPU, and three copies: one that a layer waits
+for, one that a next layer may want, and one of an expert that is visited often."""
+_NOT_DEMANDED: tuple[Kind, ...] = ("ahead", "promote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Span:
             return "cpu"
         if self.lane == "gpu":
             return "dense" if self.layer is None else "slots"
-        return "promote" if self.name.startswith("promote") else "copy"
+        return next((kind for kind in _NOT_DEMANDED if self.name.startswith(kind)), "copy")
 
 
 @dataclass(frozen=True, slots=True)

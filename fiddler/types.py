@@ -81,6 +81,24 @@ class LaneStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchStatistics:
+    """What copying ahead came to."""
+
+    n_issued: int = 0
+    """Experts copied for a next layer that may want them."""
+    n_landed: int = 0
+    """Of these, there in time: when their layer began."""
+    n_used: int = 0
+    """Of these, visited by that layer, in time or late."""
+    delay_s: float = 0.0
+    """Seconds of the link's work that demand copies waited for them."""
+    recall: float = 0.0
+    """Of everything that was guessed, copied or not, the share that came true."""
+    resting: bool = False
+    """Whether it is switched off at present, because it lost more than it gained."""
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What an engine has done since it was opened, and what it holds now."""
 
@@ -117,7 +135,9 @@ class Statistics:
     n_fetches: int
     """Copies a layer waited for."""
     n_promotions: int
-    """Copies made while the link was idle."""
+    """Copies of experts that are visited often, made while the link was idle."""
+    prefetch: PrefetchStatistics
+    """Copies of what a next layer may want, made while the link was idle."""
     n_fallbacks: int
     """Copies and loads that failed on the accelerator and went to the CPU."""
     dead_lanes: tuple[str, ...]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_it_needs_no_torch() -> None:
 def test_labels_are_spread_and_stay_near(places: list[float], gap: float) -> None:
     spread_out = spread(places, gap)
     assert len(spread_out) == len(places)
-    assert all(b - a >= gap - 1e-9 for a, b in zip(spread_out, spread_out[1:], strict=False))
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(spread_out))
     assert sum(spread_out) == pytest.approx(sum(places), abs=1e-9)
-    if all(b - a >= gap for a, b in zip(places, places[1:], strict=False)):
+    if all(b - a >= gap for a, b in pairwise(places)):
         assert spread_out == places

@@ -18,6 +18,7 @@ from fiddler.config import (
     KernelMode,
     PlannerName,
     PolicyName,
+    PrefetchMode,
     Resolved,
     StoreMode,
     WaveMode,
@@ -36,6 +37,7 @@ CHOICES = {
     "store": StoreMode,
     "policy": PolicyName,
     "planner": PlannerName,
+    "prefetch": PrefetchMode,
     "waves": WaveMode,
 }
 DEVICES = ("auto", "cpu", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")

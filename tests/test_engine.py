@@ -333,7 +333,7 @@ async def test_statistics_say_where_experts_ran(tiny: Path, device: str, planner
         assert lane.n_bytes == lane.n_loads * EXPERT_BYTES
         assert (lane.busy_s > 0) == (lane.n_loads > 0)
     # Slots are filled when the engine opens; at its end a copy may be on its way.
-    assert N_SLOTS <= now.link.n_loads <= N_SLOTS + now.n_fetches + now.n_promotions
+    assert N_SLOTS <= now.link.n_loads <= N_SLOTS + now.n_fetches + now.n_promotions + now.prefetch.n_issued
     assert now.n_fallbacks == 0
     assert now.n_slots == N_SLOTS
     assert 0 < now.n_slots_used <= now.n_slots
@@ -360,8 +360,8 @@ async def test_there_are_no_more_slots_than_experts(tiny: Path) -> None:
 
 
 async def test_nothing_is_promoted_unless_asked_for(tiny: Path) -> None:
-    now = await used(tiny, device=VIRTUAL, planner="all-cpu", promote=False)
-    assert now.n_promotions == now.n_fetches == 0
+    now = await used(tiny, device=VIRTUAL, planner="all-cpu", promote=False, prefetch="off")
+    assert now.n_promotions == now.n_fetches == now.prefetch.n_issued == 0
     assert now.link.n_loads == now.n_slots_used == N_SLOTS  # as they were filled at the start
 
 
@@ -392,9 +392,8 @@ async def test_a_trace_holds_every_job_and_every_decision(tiny: Path, device: st
         await engine.generate("Hello", greedy(8))
     trace, now = engine.trace(), engine.statistics()
     assert {span.lane for span in trace.spans} - {"gpu"} == lanes
-    assert (
-        len([span for span in trace.spans if span.lane == "link"]) == now.n_slots + now.n_fetches + now.n_promotions
-    )
+    n_copies = now.n_slots + now.n_fetches + now.n_promotions + now.prefetch.n_issued
+    assert len([span for span in trace.spans if span.lane == "link"]) == n_copies
     assert all(span.start_s <= span.end_s for span in trace.spans)
     assert len(trace.decisions) == now.n_steps * N_LAYERS
     assert sum(decision.n_rows for decision in trace.decisions) == now.n_expert_rows

@@ -18,9 +18,7 @@ class ExpertCache:
 
     An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
     a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the
-    newcomer: generous, since the newcomer is needed now. A promotion must be worth more than `1 + hysteresis` times
-    its victim, so that near-equals do not evict each other by turns. `floor` is a quarter of an even share unless
-    given; see `Room`.
+    newcomer, a promotion only one that is worth less. `floor` is a quarter of an even share unless given; see `Room`.
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).
@@ -37,7 +35,6 @@ class ExpertCache:
         *,
         floor: int | None = None,
         admission: float = 4.0,
-        hysteresis: float = 1.0,
         n_staging: int = 0,
     ) -> None:
         n_kept = n_slots - n_staging
@@ -45,14 +42,11 @@ class ExpertCache:
             floor = n_kept // (4 * len(n_experts))
         if policy.history.n_experts != n_experts:
             raise ValueError(f"the policy knows layers of {policy.history.n_experts} experts, not {n_experts}")
-        if not 0 <= n_staging <= n_slots or floor < 0 or not hysteresis >= 0 or not admission >= 1:
-            raise ValueError(
-                "n_staging is within n_slots, floor and hysteresis are not negative, admission is at least 1"
-            )
+        if not 0 <= n_staging <= n_slots or floor < 0 or not admission >= 1:
+            raise ValueError("n_staging is within n_slots, floor is not negative, admission is at least 1")
         self.policy = policy
         self.history = policy.history
         self._admission = admission
-        self._margin = 1 + hysteresis
         self._slots = Slots(n_slots)
         self._room = Room(n_kept, len(n_experts), per_layer=policy.per_layer, floor=floor)
         self._staging = Staging(n_staging)
@@ -179,16 +173,21 @@ class ExpertCache:
             self._pass_on(key)
         self._worst.touch(key[0], (key,))
 
-    def promotion(self, keys: Sequence[Key]) -> Key | None:
-        """Of these experts the absent one most worth copying in: `reserve(key, promotion=True)` takes it.
+    def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
+        """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.
 
-        None where even that one does not beat its victim, or is worth nothing.
+        With it, how many more visits a token it may expect than its victim. None where even that one does not beat
+        its victim, or is worth nothing.
         """
         absent = [key for key in keys if not self.holds(key) and self.policy.admits(key, self._n_kept)]
         best = min(absent, key=self._highest, default=None)
         if best is None or self.policy.score(best) <= 0:
             return None
-        return best if self._room.vacant(best[0]) or self._gives_way(best, promotion=True) is not None else None
+        rate = self.policy.rate(best)
+        if self._room.vacant(best[0]):
+            return best, rate
+        victim = self._gives_way(best, promotion=True)
+        return None if victim is None else (best, rate - self.policy.rate(victim))
 
     def fill(self, keys: Sequence[Key]) -> list[Reservation]:
         """Reserve for a warm start, in order, whatever is absent and finds a free slot."""
@@ -293,7 +292,7 @@ class ExpertCache:
         if victim is None:
             return None
         new, old = self.policy.score(newcomer), self.policy.score(victim)
-        refused = new <= self._margin * old if promotion else old > self._admission * new
+        refused = new <= old if promotion else old > self._admission * new
         return None if refused else victim
 
     def _as_victim(self, key: Key) -> Place | None:

@@ -40,7 +40,7 @@ BOUNDS = (*map(foresight_name, FORESIGHTS), BELADY)
 
 
 def compare(trace: Sequence[Visit], policies: Mapping[str, MakePolicy], sizes: Sequence[int]) -> Iterator[Score]:
-    """Yield a score for each size of the cache, in slots, and each of the bounds and policies, as they are found."""
+    """Yield the score of every bound and policy with every number of slots, as it is found."""
     foresight = Foresight(trace)
     for n_slots in sizes:
         bound = belady(trace, n_slots)

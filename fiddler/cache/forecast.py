@@ -93,6 +93,10 @@ class Forecast(Policy):
         overdue = self.history.n_visits - self._visits[layer] + self._ranks[layer][key[1]]
         return -self._round / overdue if overdue < -1.0 else self._round * (2.0 + overdue)
 
+    def rate(self, key: Key) -> float:
+        """Its chance with the next token."""
+        return -self._round / self._ranks[key[0]][key[1]]
+
     def state(self) -> dict[str, object]:
         """Aged shares, the ranks drawn from them, and what the fit rests on."""
         return {

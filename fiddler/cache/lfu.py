@@ -1,5 +1,6 @@
 """The expert with the fewest rows goes: of all time, or weighed by age."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -46,6 +47,10 @@ class AgedLfu(Policy):
     def score(self, key: Key) -> float:
         """The aged count."""
         return self.counts.count(key)
+
+    def rate(self, key: Key) -> float:
+        """The aged count over the tokens it stands for: the mean life of a visit, half-life / ln 2."""
+        return self.counts.count(key) * math.log(2) / self.counts.half_life
 
     def state(self) -> dict[str, object]:
         """The aged counts."""

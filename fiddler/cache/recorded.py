@@ -50,7 +50,7 @@ def visits(recordings: Sequence[Recording], chunk_tokens: int = 512) -> Iterator
 RECALL = 0.75
 """Share of a look-ahead's guesses that come true, over the layers of the demo model (bench/lookahead.py)."""
 SPREAD = 0.15
-"""How much more often the first comes true, and less often the last: 0.91 and 0.60 there."""
+"""How much more often the first comes true, and less often the last: 0.91 and 0.60 there; less near 0 and 1."""
 
 
 def guesses(experts: NDArray[np.int16], recall: float = RECALL, seed: int = 0) -> NDArray[np.int16]:
@@ -63,7 +63,8 @@ def guesses(experts: NDArray[np.int16], recall: float = RECALL, seed: int = 0) -
     n_tokens, n_layers, top_k = experts.shape
     experts = random.permuted(experts, axis=2)
     others = experts[random.integers(0, max(n_tokens, 1), (n_tokens, n_layers)), np.arange(n_layers)]  # [T, L, K]
-    right = recall + np.linspace(SPREAD, -SPREAD, top_k) * (recall < 1.0)
+    spread = min(SPREAD, recall, 1.0 - recall) if top_k > 1 else 0.0  # the share stays what was asked for
+    right = recall + np.linspace(spread, -spread, top_k)
     wrong = random.random(experts.shape) >= right
     known = (others[..., :, None] == experts[..., None, :]).any(axis=-1)
     ahead = np.where(wrong, np.where(known, -1, others), experts)

@@ -40,7 +40,7 @@ class Regression:
         self._n_learnt += 1
         if self._n_learnt % _EVERY == 0:
             evidence, targets = self._products[:-1, :-1], self._products[:-1, -1]
-            self.weights = np.linalg.solve(evidence + self._ridge, targets + self._pull)
+            self.weights[:] = np.linalg.solve(evidence + self._ridge, targets + self._pull)
 
     def state(self) -> dict[str, object]:
         """Weights and evidence, JSON-able."""

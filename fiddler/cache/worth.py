@@ -40,6 +40,10 @@ class Policy(Protocol):
         """What the expert is worth now; 0 for one that there is no reason to copy in."""
         return self.rank(key)
 
+    def rate(self, key: Key) -> float:
+        """Visits that the expert may expect per token, as far as the policy can say; 0 where it cannot."""
+        return 0.0
+
     def admits(self, key: Key, n_slots: int) -> bool:
         """Whether the expert may hold one of `n_slots` slots at all."""
         return True

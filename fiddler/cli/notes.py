@@ -9,7 +9,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fiddler.types import Statistics, Timing, Usage
+from fiddler.types import PrefetchStatistics, Statistics, Timing, Usage
 
 
 class Notes:
@@ -85,8 +85,14 @@ def slots_used(statistics: Statistics) -> str:
     return (
         f"{statistics.n_slots_used:,} of {statistics.n_slots:,} used; {statistics.n_hits:,} hits, "
         f"{statistics.n_fetches:,} fetches, {statistics.n_promotions:,} promotions, "
-        f"{size(statistics.link.n_bytes)} copied{fallbacks}{dead}"
+        f"{copied_ahead(statistics.prefetch)}, {size(statistics.link.n_bytes)} copied{fallbacks}{dead}"
     )
+
+
+def copied_ahead(prefetch: PrefetchStatistics) -> str:
+    """Say what was copied ahead, and what came of it."""
+    resting = ", now switched off: it did not pay" if prefetch.resting else ""
+    return f"{prefetch.n_issued:,} ahead ({prefetch.n_used:,} used, {prefetch.n_landed:,} in time{resting})"
 
 
 def weights_read(statistics: Statistics) -> str:

@@ -7,7 +7,16 @@ from typing import Annotated, Any, get_args
 import typer
 
 from fiddler import DEMO
-from fiddler.config import DtypeName, EngineConfig, KernelMode, PlannerName, PolicyName, StoreMode, WaveMode
+from fiddler.config import (
+    DtypeName,
+    EngineConfig,
+    KernelMode,
+    PlannerName,
+    PolicyName,
+    PrefetchMode,
+    StoreMode,
+    WaveMode,
+)
 from fiddler.errors import ConfigError
 
 
@@ -87,6 +96,9 @@ class EngineOptions:
     half_life: Annotated[float, _engine("Tokens after which a visit counts half, for aged-lfu.", min=0.0)] = (
         EngineConfig().half_life
     )
+    prefetch: Annotated[
+        str, _choice(PrefetchMode, "How the next layer's experts are guessed, to be copied ahead where that pays.")
+    ] = "auto"
     promote: Annotated[bool, _engine("Whether hot experts are copied in while the link is idle.")] = True
     planner: Annotated[
         str, _choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fiddler.cli.notes import size
+from fiddler.cli.notes import copied_ahead, size
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.machine import FIGURES, Machine, machines
 from fiddler.cost.shape import ModelShape, shapes
@@ -90,6 +90,7 @@ class Outcome:
             ("experts read", ", ".join(f"{LANES[lane]} {size(n)}" for lane, n in read.items()) + " a token"),
             ("expert loads", f"{hits} hits, {cpu} on the CPU, {fetches} copied in first"),
             ("promotions", f"{report.n_promotions:,}, {report.n_promotions / tokens:.1f} a token"),
+            ("copied ahead", copied_ahead(report.prefetch)),
             ("two waves", f"{report.n_steps_in_two_waves:,} of {report.n_steps:,} steps"),
             ("prediction", f"a layer's time is off by {_error(report.prediction_error)} in the median"),
             ("physical bound", self._bound()),
@@ -98,7 +99,10 @@ class Outcome:
     def _bound(self) -> str:
         bound, report = self.report.bound, self.report
         longest = max((bound.gpu_s, "GPU"), (bound.cpu_s, "CPU"), (bound.link_s, "link"))[1]
-        return f"{bound.seconds:.3g} s of reading ({longest}), {_percent(report.of_bound)} of the time it took"
+        return (
+            f"{bound.seconds:.3g} s of reading ({longest}), {_percent(report.of_bound)} of the time it took; "
+            f"layers one after the other {_percent(report.of_chain)}"
+        )
 
     def _experts(self) -> str:
         shape = self.setting.shape

@@ -1,4 +1,4 @@
-"""`fiddler replay`: cache policies on recorded or made-up routing, beside the best there can be. Imports no torch."""
+"""`fiddler replay`: cache policies on recorded or made-up routing, beside the best that can be. No torch."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class RoutingOptions:
         list[Path],
         typer.Argument(
             metavar="TRACE.safetensors",
-            help="Routing that `fiddler trace` recorded; each file is a replay of its own. Made-up routing if none.",
+            help="Routing that `fiddler trace` recorded; each file a replay of its own. Made up if none.",
             show_default=False,
         ),
     ] = field(default_factory=list)

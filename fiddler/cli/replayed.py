@@ -31,7 +31,7 @@ class Replayed:
         return sum(len(recording.experts) for recording in self.trace.recordings)
 
     def ranked(self) -> list[tuple[str, list[Score]]]:
-        """Return each policy's scores by size, those first that read least on average, as a multiple of Belady's."""
+        """Return each policy's scores by size, first those whose ratio is least in the mean."""
         rows: dict[str, list[Score]] = {}
         for score in self.scores:
             rows.setdefault(score.policy, []).append(score)

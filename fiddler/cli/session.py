@@ -69,6 +69,7 @@ def experts_json(statistics: Statistics) -> dict[str, Any]:
         "hits": statistics.n_hits,
         "fetches": statistics.n_fetches,
         "promotions": statistics.n_promotions,
+        "prefetch": asdict(statistics.prefetch),
         "fallbacks": statistics.n_fallbacks,
         "dead_lanes": list(statistics.dead_lanes),
         "copied_bytes": statistics.link.n_bytes,

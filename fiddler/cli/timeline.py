@@ -27,6 +27,7 @@ _LOOKS: Mapping[Kind, tuple[str, str, str]] = {
     "dense": ("dense part", "#BBBBBB", ""),
     "slots": ("experts from slots", "#0072B2", ""),
     "copy": ("demand copy", "#E69F00", ""),
+    "ahead": ("copy ahead", "#56B4E9", "...."),
     "promote": ("promotion", "#F0E442", "////"),
     "cpu": ("experts on the CPU", "#009E73", ""),
 }
@@ -161,8 +162,8 @@ def _labels(span: Span) -> tuple[str, ...]:
     """Return what may stand in a bar, the best first: experts in numbers, or the one that is copied."""
     if span.kind == "dense":
         return ()
-    words = span.name.split()  # "L3 2 experts", "copy L3 E7", "promote L5 E1"
-    if span.kind == "promote":
+    words = span.name.split()  # "L3 2 experts", "copy L3 E7", "ahead L4 E2"
+    if span.kind in ("ahead", "promote"):
         return " ".join(words[1:]), words[2]
     return (words[2],) if span.kind == "copy" else (" ".join(words[1:]), words[1])
 

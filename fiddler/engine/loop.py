@@ -238,6 +238,7 @@ class EngineLoop:
             n_hits=decided.n_hits,
             n_fetches=decided.n_fetches,
             n_promotions=decided.n_promotions,
+            prefetch=rig.scheduler.prefetched,
             n_fallbacks=decided.n_fallbacks,
             dead_lanes=tuple(rig.scheduler.dead),
             prediction_error=decided.median_error(),

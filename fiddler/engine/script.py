@@ -1,7 +1,7 @@
 """A forward without a model: waves that visit the experts a routing says, and do nothing else."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +38,15 @@ class Script:
 
 
 class ScriptWave:
-    """Rows of some sequences on their way through the layers."""
+    """Rows of some sequences on their way through the layers; `passed` is called after each."""
 
-    def __init__(self, spans: Sequence[Span[Script]], n_experts: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span[Script]],
+        n_experts: tuple[int, ...],
+        passed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._passed = passed
         self.n_rows = sum(span.n_rows for span in spans)
         self.n_context = sum(span.stop for span in spans)
         self.error: Exception | None = None
@@ -77,6 +83,7 @@ class ScriptWave:
 
     def take(self, done: LayerDone) -> None:
         """Note what failed."""
+        self._passed()
         if done.failures:
             self.failed.append(done)
 

@@ -1,6 +1,6 @@
 """A run of sequences on a simulated machine in virtual time, from routing alone: no model, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from fiddler.scheduler.planners import planner
 from fiddler.scheduler.systems import SYSTEMS, System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.trace import Trace
+from fiddler.types import PrefetchStatistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,41 @@ class Bound:
         return max(self.cpu_s, self.link_s, self.gpu_s)
 
 
+class Chain:
+    """Reads in the order in which layers need them: the dense part, then CPU and GPU side by side, then the next.
+
+    What copies take is left out, for they may be made ahead. Where a step is two waves, one's dense part may hide
+    behind the other's experts, and its longest read alone counts.
+    """
+
+    def __init__(self, machine: Machine, read_bytes: Mapping[LaneName, int]) -> None:
+        self.seconds = 0.0
+        """Of all steps so far: no schedule of the same waves takes less."""
+        self._machine = machine
+        self._read_bytes = read_bytes
+        self._layers: list[tuple[float, float]] = []  # seconds of the CPU's reads and of the GPU's
+        self._before = (0, 0)
+        self.layer()
+        self._layers.clear()
+
+    def layer(self) -> None:
+        """Take note that a layer's experts have run."""
+        now, before = (self._read_bytes["cpu"], self._read_bytes["gpu"]), self._before
+        rates = self._machine.cpu_read_bytes_per_s, self._machine.gpu_read_bytes_per_s
+        self._layers.append(((now[0] - before[0]) / rates[0], (now[1] - before[1]) / rates[1]))
+        self._before = now
+
+    def step(self, n_waves: int, dense_bytes: int) -> None:
+        """Take note that a step is over, in which the GPU read so much beside experts."""
+        dense_s = dense_bytes / self._machine.gpu_read_bytes_per_s
+        if n_waves == 1:
+            self.seconds += dense_s + sum(max(layer) for layer in self._layers)
+        else:
+            cpu_s, gpu_s = (sum(reads) for reads in zip(*self._layers, strict=True))
+            self.seconds += max(cpu_s, gpu_s + dense_s)
+        self._layers.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a run took. Seconds are virtual."""
@@ -88,12 +124,16 @@ class Report:
     """Bytes of experts each lane computed with, or copied, while decoding."""
     bound: Bound
     """Of the decoding."""
+    chain_s: float
+    """The same with the layers one after the other; see `Chain`."""
     n_hits: int
     """Loads that ran from a slot while decoding, as the next two: on the CPU, and copied in first."""
     n_cpu: int
     n_fetches: int
     n_promotions: int
-    """Experts copied in while decoding that no layer waited for."""
+    """Experts copied in while decoding because they are visited often."""
+    prefetch: PrefetchStatistics
+    """Experts copied ahead in the whole run."""
     prediction_error: float
     """Median of `|predicted / measured - 1|` of the makespans of the latest layers, prompts included."""
     n_steps: int
@@ -111,6 +151,11 @@ class Report:
         """The bound's share of the time taken: 1.0 is as fast as its bytes allow."""
         return self.bound.seconds / self.decode_s if self.decode_s else 0.0
 
+    @property
+    def of_chain(self) -> float:
+        """The same share of the reads as layers need them, one after the other."""
+        return self.chain_s / self.decode_s if self.decode_s else 0.0
+
     def as_json(self) -> dict[str, Any]:
         """Return everything but the trace."""
         fields = {name: value for name, value in asdict(replace(self, trace=None)).items() if name != "trace"}
@@ -120,6 +165,7 @@ class Report:
             "read_bytes_per_token": {lane: nbytes / n_tokens for lane, nbytes in self.read_bytes.items()},
             "bound": {**asdict(self.bound), "seconds": self.bound.seconds},
             "of_bound": self.of_bound,
+            "of_chain": self.of_chain,
         }
 
 
@@ -177,6 +223,7 @@ class _Simulation:
         self._runner = Runner(self._scheduler, self._lanes)
         self._waves = Waves(placed.waves, self._scheduler, shape.top_k)
         self._scripts = [Script(recording) for recording in sequences]
+        self._chain = Chain(setting.machine, self._lanes.read_bytes)
         self._dense_bytes = 0
         self._n_steps = 0
         self._n_two = 0
@@ -192,6 +239,7 @@ class _Simulation:
                 break
             await self._step(running)
         first = self._mark()
+        self._chain.seconds = 0.0
         self._dense_bytes = self._n_decoded = self._n_steps = self._n_two = 0
         while running := self._running():
             await self._step(running)
@@ -211,10 +259,12 @@ class _Simulation:
         self._n_steps += 1
         self._n_two += len(waves) == 2
         self._n_decoded += len(spans)
-        self._dense_bytes += sum(self._dense_read(wave.n_context) for _, wave in waves)
+        dense_bytes = sum(self._dense_read(wave.n_context) for _, wave in waves)
+        self._dense_bytes += dense_bytes
+        self._chain.step(len(waves), dense_bytes)
 
     def _wave(self, spans: Sequence[Span[Script]]) -> ScriptWave:
-        return ScriptWave(spans, self._n_experts)
+        return ScriptWave(spans, self._n_experts, self._chain.layer)
 
     def _dense_read(self, n_context: int) -> int:
         """Return what the GPU reads beside experts for a wave that attends to so much: an embedding is not read."""
@@ -247,10 +297,12 @@ class _Simulation:
             utilisation={lane: seconds / decode_s if decode_s else 0.0 for lane, seconds in busy.items()},
             read_bytes=read,
             bound=bound,
+            chain_s=max(self._chain.seconds, bound.seconds),
             n_hits=last.hits - first.hits,
             n_cpu=last.cpu - first.cpu,
             n_fetches=last.fetches - first.fetches,
             n_promotions=last.promotions - first.promotions,
+            prefetch=self._scheduler.prefetched,
             prediction_error=self._scheduler.counters.median_error(),
             n_steps=self._n_steps,
             n_steps_in_two_waves=self._n_two,

@@ -54,7 +54,6 @@ class VirtualLanes:
         self._jobs[job.job] = job
         urgent = job.urgent if isinstance(job, CopyExpert) else True
         self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
-        self._note_begun()
 
     async def report(self) -> JobDone | LaneDied:
         """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
@@ -76,13 +75,14 @@ class VirtualLanes:
         if seconds is None:
             raise RuntimeError("a report is waited for and no job is in flight")
         busy = self._lanes.working()
+        for lane in busy:  # not before: what comes in the same moment may make the CPU wait
+            self._began.setdefault(self._lanes.queues[lane][0].job, self._now_s)
         done = self._lanes.advance(seconds)
         self._now_s += seconds
         for lane in busy:
             self.busy_s[lane] += seconds
         for _, number in done:
             self._end(self._jobs.pop(number))
-        self._note_begun()
 
     def _end(self, job: Job) -> None:
         began_s = self._began.pop(job.job)
@@ -102,10 +102,6 @@ class VirtualLanes:
             del self._jobs[number]
             self._began.pop(number, None)
         self._reports.append(LaneDied(lane, error))
-
-    def _note_begun(self) -> None:
-        for lane in self._lanes.working():
-            self._began.setdefault(self._lanes.queues[lane][0].job, self._now_s)
 
     def _seconds(self, job: Job) -> float:
         if not isinstance(job, RunDense):

@@ -6,7 +6,7 @@ from fiddler.cache.cache import ExpertCache, Reservation
 from fiddler.cache.keys import Key
 from fiddler.scheduler.jobs import Jobs
 from fiddler.scheduler.layer import LayerRun
-from fiddler.scheduler.messages import CopyExpert
+from fiddler.scheduler.messages import CopyExpert, Reason
 from fiddler.scheduler.routing import Load
 
 Waiting = tuple[LayerRun, Load]
@@ -32,9 +32,9 @@ class Copies:
         """Every load that waits for a copy."""
         return [pair for copy in self._copies.values() for pair in copy.waiting]
 
-    def start(self, reservation: Reservation, *waiting: Waiting) -> CopyExpert:
-        """Queue the copy that a slot was reserved for; it is urgent if loads wait for it."""
-        job = self._jobs.copy(reservation, urgent=bool(waiting))
+    def start(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
+        """Queue the copy that a slot was reserved for, and let loads wait for it."""
+        job = self._jobs.copy(reservation, reason)
         self._copies[reservation.key] = _Copy(job.job, reservation, list(waiting))
         return job
 

@@ -28,15 +28,20 @@ from fiddler.scheduler.messages import (
     JobDone,
     LaneDied,
     LayerReady,
+    Reason,
     RunDense,
     RunExperts,
     WaveDropped,
 )
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, descent
 from fiddler.scheduler.predictors import Predictor
-from fiddler.scheduler.prefetch import Prefetcher, Rule
+from fiddler.scheduler.prefetch import Prefetcher, Rule, price_s, saved_s
 from fiddler.scheduler.routing import Load
 from fiddler.trace import Trace
+from fiddler.types import PrefetchStatistics
+
+HORIZON = 4.0
+"""Tokens for which an expert's advantage over the one it displaces is held to last."""
 
 
 class Scheduler:
@@ -86,12 +91,17 @@ class Scheduler:
     def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
         """Return the copies that fill the free slots before anything runs: in this order, or by worth."""
         order = self.cache.best(self.cache.n_slots) if order is None else order
-        return [self._copy(reservation) for reservation in self.cache.fill(order)]
+        return [self._copy(reservation, "promotion") for reservation in self.cache.fill(order)]
 
     @property
     def idle(self) -> bool:
         """Whether no wave is on its way and no lane has anything to do."""
         return not self._jobs and not self._runs
+
+    @property
+    def prefetched(self) -> PrefetchStatistics:
+        """What copying ahead came to."""
+        return PrefetchStatistics() if self.prefetcher is None else self.prefetcher.statistics()
 
     @property
     def dead(self) -> Mapping[LaneName, Exception]:
@@ -165,7 +175,7 @@ class Scheduler:
             self._copies.wait(run, load)
         for load, reservation in fetches:
             if reservation is not None:
-                yield self._copy(reservation, (run, load))
+                yield self._copy(reservation, "demand", (run, load))
 
     def _settle(self, run: LayerRun) -> Iterator[Command]:
         """Let a layer's forward go on if it can, and let go of what nobody needs."""
@@ -205,11 +215,11 @@ class Scheduler:
         elif loads:
             yield self._jobs.on_cpu(run, loads)
 
-    def _copy(self, reservation: Reservation, *waiting: tuple[LayerRun, Load]) -> Command:
-        if waiting and self.prefetcher is not None:
+    def _copy(self, reservation: Reservation, reason: Reason, *waiting: tuple[LayerRun, Load]) -> Command:
+        if reason == "demand" and self.prefetcher is not None:
             self.prefetcher.waited(self._jobs.ahead_of_demand_s())
         self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
-        return self._copies.start(reservation, *waiting)
+        return self._copies.start(reservation, reason, *waiting)
 
     def _dense(self, event: DenseQueued) -> Command:
         if "gpu" in self._jobs.dead:  # its time is all that is asked for
@@ -222,17 +232,24 @@ class Scheduler:
             return
         reservation = self.prefetcher.choose(self.correction.costs, self.backlog(), self.planner)
         if reservation is not None:
-            yield self._copy(reservation)
+            yield self._copy(reservation, "ahead")
 
     def _promotion(self, run: LayerRun) -> Iterator[Command]:
-        """Copy in the hottest expert of those a layer runs on the CPU, if the link has nothing to do."""
-        if self._promote and run.plan is not None and self.cache.n_slots and not self._jobs.dead:
-            missed = [(run.layer, load.expert) for load in run.plan.cpu] if self._jobs.idle("link") else []
-            key = self.cache.promotion(missed)
-            reservation = self.cache.reserve(key, promotion=True) if key is not None else None
+        """Copy in the hottest expert of those a layer runs on the CPU, if the link has nothing to do and it pays."""
+        if not self._promote or run.plan is None or not self.cache.n_slots or self._jobs.dead:
+            return
+        missed = [(run.layer, load.expert) for load in run.plan.cpu] if self._jobs.idle("link") else []
+        found = self.cache.promotion(missed)
+        if found is None:
+            return
+        key, advantage = found
+        costs, gap_s = self.correction.costs, self.prefetcher.gap_s if self.prefetcher is not None else 0.0
+        gain_s = HORIZON * advantage * saved_s(costs, run.layer, 1)
+        if gain_s > price_s(costs, run.layer, self.backlog().cpu_s, gap_s):
+            reservation = self.cache.reserve(key, promotion=True)
             if reservation is not None:
                 self.counters.n_promotions += 1
-                yield self._copy(reservation)
+                yield self._copy(reservation, "promotion")
 
     def _done(self, event: JobDone) -> Iterator[Command]:
         ended = self._jobs.end(event.job)

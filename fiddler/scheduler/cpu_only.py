@@ -24,6 +24,7 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.plan import Planner, all_cpu
 from fiddler.trace import Decision, Trace
+from fiddler.types import PrefetchStatistics
 
 
 class CpuOnly:
@@ -65,6 +66,11 @@ class CpuOnly:
     def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
         """Return nothing: there is no slot."""
         return []
+
+    @property
+    def prefetched(self) -> PrefetchStatistics:
+        """Nothing."""
+        return PrefetchStatistics()
 
     @property
     def idle(self) -> bool:

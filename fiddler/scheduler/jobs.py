@@ -6,7 +6,7 @@ from fiddler.cache.cache import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.scheduler.layer import LayerRun
-from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, RunDense, RunExperts
+from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, Reason, RunDense, RunExperts
 from fiddler.scheduler.plan import Backlog
 from fiddler.scheduler.routing import Load
 
@@ -48,11 +48,11 @@ class Jobs:
         predicted_s = self._correction.costs.gpu_s(run.layer, [load.n_rows for load in loads])
         return self._start(RunExperts(self._number(), "gpu", run.wave, run.layer, loads, slots, predicted_s))
 
-    def copy(self, reservation: Reservation, *, urgent: bool) -> CopyExpert:
+    def copy(self, reservation: Reservation, reason: Reason) -> CopyExpert:
         """Queue the copy that a slot was reserved for."""
         layer, expert = reservation.key
         copy_s = self._correction.costs.experts[layer].copy_s
-        return self._start(CopyExpert(self._number(), layer, expert, reservation.slot, urgent, copy_s))
+        return self._start(CopyExpert(self._number(), layer, expert, reservation.slot, reason, copy_s))
 
     def dense(self, event: DenseQueued) -> RunDense:
         """Queue a wave's dense part."""

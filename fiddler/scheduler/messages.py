@@ -6,11 +6,14 @@ DenseQueued ─► RunDense ─────────────────�
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fiddler.cache.keys import Rows
 from fiddler.cost.lanes import LaneName
 from fiddler.scheduler.routing import LayerWork, Load
 
+Reason = Literal["demand", "ahead", "promotion"]
+"""Why an expert is copied in: a layer waits for it, or a next one may want it, or it is visited often."""
 Failures = Mapping[int, Exception]
 """What went wrong, by expert."""
 
@@ -91,10 +94,14 @@ class CopyExpert:
     layer: int
     expert: int
     slot: int
-    urgent: bool
-    """A layer waits for it: it goes before copies that nobody waits for."""
+    reason: Reason
     predicted_s: float
     lane: LaneName = "link"
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a layer waits for it: it goes before copies that nobody waits for."""
+        return self.reason == "demand"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,18 @@ from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
 from fiddler.scheduler.predictors import Predictor
 from fiddler.scheduler.routing import Load
+from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02
 """Of the latest layer in a running mean."""
 TRUST = 0.5
 """The chance that a guess comes true, before any was seen to."""
 ENOUGH = 64
-"""Copies after which a predictor that lost more than it gained is switched off."""
-REST = 4096
+"""Copies after which a predictor is judged."""
+LOSS = 0.75
+"""What it must gain of what its copies cost, or it is switched off. Each was expected to gain all of it, but where
+the CPU is never idle the two are nearly equal, and a sum of a few copies tells them apart by chance alone."""
+REST = 1024
 """Layers for which it stays off, then to be tried anew."""
 
 
@@ -75,7 +79,8 @@ def pays(view: View) -> Guess | None:
     then_s = sum(guess.chance * expert.cpu(guess.n_rows) for guess in view.absent[1:])
     if expert.copy_s > now_s + view.gap_s + then_s:
         return None
-    return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price_s(view) else None
+    price = price_s(costs, layer, view.backlog.cpu_s, view.gap_s)
+    return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price else None
 
 
 def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
@@ -84,12 +89,11 @@ def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
     return max(0.0, expert.cpu(n_rows) + costs.moves.row_s * n_rows - expert.gpu(n_rows))
 
 
-def price_s(view: View) -> float:
-    """Return the seconds that the CPU loses to a copy begun now, in this layer and in the next."""
-    k, copy_s = view.costs.contention, view.costs.experts[view.forecast.layer].copy_s
-    beside_s = min(copy_s, view.backlog.cpu_s * k.cpu)
-    beyond_s = copy_s - beside_s - view.gap_s
-    return (1.0 - 1.0 / k.cpu) * (beside_s + max(0.0, beyond_s))
+def price_s(costs: CostModel, layer: int, cpu_s: float, gap_s: float) -> float:
+    """Return the seconds that the CPU loses to a copy begun now: `cpu_s` of work left, a gap, and work again."""
+    k, copy_s = costs.contention.cpu, costs.experts[layer].copy_s
+    beside_s = min(copy_s, cpu_s * k)
+    return (1.0 - 1.0 / k) * (beside_s + max(0.0, copy_s - beside_s - gap_s))
 
 
 def eager(view: View) -> Guess | None:
@@ -157,16 +161,23 @@ class Prefetcher:
         self._forecasts: dict[int, Forecast] = {}  # by wave
         self._chances: list[float] = []  # by place in a forecast
         self._latest: Key | None = None  # of the copies made ahead
-        self._gap_s = 0.0
+        self.gap_s = 0.0
+        """From the end of a layer's experts to the next layer's, on average."""
         self._passed: dict[int, float] = {}  # by wave, when its latest layer was done
         self._balance_s = 0.0  # gained less lost by the latest copies
         self._n_tried = 0
+
+    def statistics(self) -> PrefetchStatistics:
+        """Return what came of it so far."""
+        use = self.use
+        recall = use.n_true / use.n_guesses if use.n_guesses else 0.0
+        return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, recall, self.resting > 0)
 
     def come(self, ready: LayerReady, now_s: float, costs: CostModel) -> None:
         """Take note of a layer that a wave has reached, before it is planned."""
         passed_s = self._passed.pop(ready.wave, None)
         if passed_s is not None:
-            self._gap_s += (now_s - passed_s - self._gap_s) * (WEIGHT if self._gap_s else 1.0)
+            self.gap_s += (now_s - passed_s - self.gap_s) * (WEIGHT if self.gap_s else 1.0)
         forecast = self._forecasts.pop(ready.wave, None)
         if forecast is not None and forecast.layer == ready.work.layer:
             self._settle(forecast, {load.expert: load.n_rows for load in ready.work.loads}, costs)
@@ -189,13 +200,18 @@ class Prefetcher:
         if self.resting:
             return None
         for forecast in self._forecasts.values():
-            absent = [guess for guess in forecast.guesses if not self._cache.holds((forecast.layer, guess.expert))]
+            absent = [guess for guess in forecast.guesses if self._is_absent(forecast, guess.expert)]
             if absent:
-                view = View(forecast, absent, costs, backlog, self._gap_s, planner)
+                view = View(forecast, absent, costs, backlog, self.gap_s, planner)
                 guess = self._rule(view)
                 if guess is not None:
-                    return self._issue(forecast, guess, price_s(view))
+                    price = price_s(costs, forecast.layer, backlog.cpu_s, self.gap_s)
+                    return self._issue(forecast, guess, price)
         return None
+
+    def _is_absent(self, forecast: Forecast, expert: int) -> bool:
+        # one that was copied and evicted since would be copied to and fro
+        return expert not in forecast.copied and not self._cache.holds((forecast.layer, expert))
 
     def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
         reservation = self._cache.reserve((forecast.layer, guess.expert))
@@ -223,13 +239,15 @@ class Prefetcher:
             use.n_guesses += 1
             use.n_true += true
         for expert, cost_s in forecast.copied.items():
-            gained_s = saved_s(costs, layer, visited[expert]) if expert in visited else 0.0
+            key = layer, expert
+            saves = expert in visited and self._cache.holds(key)  # it may have failed, or been evicted since
+            gained_s = saved_s(costs, layer, visited[expert]) if saves else 0.0
             use.n_settled += 1
-            use.n_landed += self._left_s((layer, expert)) is None
+            use.n_landed += self._cache.slot(key) is not None
             use.n_used += expert in visited
             use.gained_s += gained_s
             use.cost_s += cost_s
-            self._balance_s += gained_s - cost_s
+            self._balance_s += gained_s - LOSS * cost_s
         self._judge(len(forecast.copied))
 
     def _judge(self, n_copies: int) -> None:

@@ -7,6 +7,7 @@ passing come on top of those it was given, charged to nobody.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -29,7 +30,7 @@ class System:
 
     name: str = "fiddler"
     planner: str = "auto"
-    policy: str = "aged-lfu"
+    policy: str = "forecast"
     half_life: float = 32.0
     admission: float = 1.0
     prefetch: str = "auto"
@@ -96,7 +97,8 @@ def cache_of(
     """
     order = popular
     if placed.order == "layers":
-        order = [(layer, expert) for layer, n in enumerate(n_experts) for expert in range(n)]
+        last = zip(n_experts, accumulate(n_experts), strict=True)  # a layer that does not fit is not there in part
+        order = [(layer, e) for layer, (n, total) in enumerate(last) if total <= n_slots for e in range(n)]
     elif placed.order == "nobody":
         order = []
     policy = make_policy(placed.policy, n_experts, half_life=placed.half_life, top_k=top_k, order=order)

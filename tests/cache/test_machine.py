@@ -1,6 +1,7 @@
 """Anything that can happen to a cache, in any order: its books agree after every event."""
 
 from collections import Counter
+from math import inf
 from random import Random
 
 import pytest
@@ -31,16 +32,38 @@ class CacheMachine(RuleBasedStateMachine):
         self.leases: Counter[Key] = Counter()
         self.generations: Counter[int] = Counter()
 
-    @initialize(name=st.sampled_from(sorted(POLICIES)), n_slots=st.integers(0, 9), floor=st.integers(0, 3))
-    def open(self, name: str, n_slots: int, floor: int) -> None:
-        self.floor = min(floor, n_slots // len(LAYERS))
-        self.cache = ExpertCache(n_slots, LAYERS, make_policy(name, LAYERS, half_life=3), floor=floor)
+        self.pinned: set[Key] = set()
+        """Those of a static placement that have landed."""
+
+    @initialize(
+        name=st.sampled_from(sorted(POLICIES)),
+        n_kept=st.integers(0, 9),
+        n_staging=st.integers(0, 3),
+        floor=st.integers(0, 3),
+        admission=st.sampled_from([1.0, 4.0, inf]),
+    )
+    def open(self, name: str, n_kept: int, n_staging: int, floor: int, admission: float) -> None:
+        self.floor = min(floor, n_kept // len(LAYERS))
+        self.order = KEYS[:n_kept] if name == "static" else ()
+        self.cache = ExpertCache(
+            n_kept + n_staging,
+            LAYERS,
+            make_policy(name, LAYERS, half_life=3),
+            floor=floor,
+            admission=admission,
+            n_staging=n_staging,
+        )
 
     def absent(self, key: Key) -> bool:
-        return self.cache.slot(key) is None and self.cache.loading(key) is None
+        assert self.cache.holds(key) is (self.cache.slot(key) is not None or self.cache.loading(key) is not None)
+        return not self.cache.holds(key)
 
-    def n_held(self, layer: int) -> int:
-        return sum(key[0] == layer and not self.absent(key) for key in KEYS)
+    def passing(self) -> set[Key]:
+        """Those that hold a slot in passing."""
+        return {key for key in KEYS if key in self.cache._staging}
+
+    def n_kept(self, layer: int) -> int:
+        return sum(key[0] == layer and not self.absent(key) and key not in self.passing() for key in KEYS)
 
     @rule(layer=st.integers(0, 2), rows=ROWS, n_extra=st.integers(0, 3), scores=SCORES)
     def observe(self, layer: int, rows: dict[int, int], n_extra: int, scores: list[float] | None) -> None:
@@ -51,19 +74,23 @@ class CacheMachine(RuleBasedStateMachine):
     def reserve(self, key: Key, promotion: bool) -> None:
         if not self.absent(key):
             return
+        passing = self.passing()
         reservation = self.cache.reserve(key, promotion=promotion)
         if reservation is not None:
-            self.started(reservation)
+            self.started(reservation, passing)
+            assert not promotion or key not in self.passing(), "a promotion is for good"
 
     @rule()
     def promote(self) -> None:
         key = self.cache.promotion(KEYS)
         if key is not None:
+            passing = self.passing()
             reservation = self.cache.reserve(key, promotion=True)
             assert reservation is not None
-            self.started(reservation)
+            self.started(reservation, passing)
 
-    def started(self, reservation: Reservation) -> None:
+    def started(self, reservation: Reservation, passing: set[Key]) -> None:
+        """A copy was begun; `passing` is who was in passing before."""
         victim, slot = reservation.victim, reservation.slot
         assert reservation.generation > self.generations[slot]
         self.generations[slot] = reservation.generation
@@ -71,8 +98,9 @@ class CacheMachine(RuleBasedStateMachine):
         if victim is not None:
             assert not self.leases[victim]
             assert self.absent(victim)
-            if victim[0] != reservation.key[0]:
-                assert self.n_held(victim[0]) >= self.floor
+            assert (victim in passing) is (reservation.key in self.passing()), "a newcomer takes a slot of its kind"
+            if victim[0] != reservation.key[0] and victim not in passing:
+                assert self.n_kept(victim[0]) >= self.floor
                 assert not self.cache.policy.per_layer
 
     @rule(keys=st.lists(KEY, unique=True, max_size=6))
@@ -82,9 +110,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check()
         assert self.cache.admissible(absent) == n, "asking changed the answer"
         for key in absent[:n]:
+            passing = self.passing()
             reservation = self.cache.reserve(key)
             assert reservation is not None
-            self.started(reservation)
+            self.started(reservation, passing)
         if n < len(absent):
             assert self.cache.reserve(absent[n]) is None
 
@@ -104,9 +133,22 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(key=KEY)
     def release(self, key: Key) -> None:
-        if self.leases[key]:
-            self.cache.release(key)
-            self.leases[key] -= 1
+        if not self.leases[key]:
+            return
+        slots = {other: slot for other in KEYS if (slot := self.cache.slot(other)) is not None}
+        used = key in self.passing() and self.leases[key] == 1
+        self.cache.release(key)
+        self.leases[key] -= 1
+        gone = {other for other in slots if self.cache.slot(other) != slots[other]}
+        if not used:
+            assert not gone
+        elif self.cache.slot(key) is None:
+            assert gone == {key}
+        else:
+            assert key not in self.passing(), "it stays for good, where it is"
+            assert all(self.cache.score(other) < self.cache.score(key) for other in gone)
+            assert len(gone) <= 1
+            assert all(not self.leases[other] for other in gone)
 
     @rule()
     def save_and_restore(self) -> None:
@@ -120,6 +162,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.check()
             assert self.cache.n_free + self.cache.n_ready + len(self.copies) == self.cache.n_slots
             assert all(self.cache.slot(key) is not None for key, n in self.leases.items() if n)
+            assert len(self.passing()) <= self.cache._staging.n_slots
+            assert all(self.cache.slot(key) is not None for key in self.pinned), "a pinned expert left"
+            self.pinned |= {key for key in self.order if self.cache.slot(key) is not None}
 
 
 CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fiddler.cache.synthetic import Habits, SyntheticRouting, read_counts
+from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting, read_counts
 from fiddler.errors import ConfigError
 
 PLAIN = Habits(skew=0.0, topic=0.0, recurrence=0.0, drift=0.0)
@@ -101,6 +101,52 @@ def test_drift_changes_what_a_sequence_prefers() -> None:
         return float(np.abs(shares(rows[:400]) - shares(rows[400:])).sum())
 
     assert change(0.02) > 2 * change(0.0)
+
+
+def test_passages_change_within_a_topic_and_leave_everything_else_alone() -> None:
+    def made(passage: float, drift: float) -> NDArray[np.int16]:
+        habits = Habits(skew=0.0, topic=0.0, recurrence=0.0, drift=0.0, passage=passage, passage_drift=drift)
+        return SyntheticRouting(3, 16, 4, habits).sequence(0, 800)
+
+    def change(rows: NDArray[np.int16]) -> float:
+        return float(np.abs(shares(rows[:50]) - shares(rows[50:100])).sum())
+
+    assert change(made(1.5, 0.05)) > 1.5 * change(made(1.5, 0.0))
+    assert np.array_equal(made(0.0, 0.05), made(0.0, 0.0))
+
+
+def test_a_longer_memory_brings_experts_back_after_more_tokens() -> None:
+    def after_four(memory: float) -> float:
+        habits = Habits(skew=0.0, topic=0.0, recurrence=3.0, drift=0.0, memory=memory)
+        return recurring(routing(n_experts=64, top_k=2, habits=habits)[::4])
+
+    assert after_four(8.0) > after_four(1.0) + 0.02
+
+
+def test_spread_makes_layers_differ() -> None:
+    def favourites(spread: float) -> NDArray[np.float64]:
+        habits = Habits(skew=0.7, topic=0.0, recurrence=0.0, drift=0.0, spread=spread)
+        return np.asarray(shares(routing(n_layers=24, habits=habits)).max(axis=1))
+
+    assert favourites(0.8).std() > 1.5 * favourites(0.0).std()
+
+
+def test_fineness_strengthens_the_habits_of_models_with_many_experts_for_each_that_works() -> None:
+    def favourite(n_experts: int, fineness: float) -> float:
+        habits = Habits(skew=0.5, topic=0.0, recurrence=0.0, drift=0.0, fineness=fineness)
+        rows = routing(n_layers=8, n_experts=n_experts, top_k=2, habits=habits)
+        return float(shares(rows, n_experts).max(axis=1).mean())
+
+    assert favourite(8, 0.0) == favourite(8, 2.0), "as many for each as Mixtral has"
+    assert favourite(32, 2.0) > 2 * favourite(32, 0.0)
+
+
+def test_the_published_habits_are_as_local_as_replays_say() -> None:
+    mixtral = SyntheticRouting(16, 8, 2, PUBLISHED).sequence(0, 200)
+    fine = SyntheticRouting(8, 64, 6, PUBLISHED).sequence(0, 200)
+
+    assert 0.28 < recurring(mixtral) < 0.48, "by chance: 0.25"
+    assert recurring(fine) > 3 * 6 / 64
 
 
 def test_counts_are_drawn_as_often_as_they_say() -> None:

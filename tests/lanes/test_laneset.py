@@ -58,7 +58,7 @@ def on(lane: LaneName, number: int, n_loads: int = 1) -> RunExperts:
 
 
 def copy(number: int, *, urgent: bool = True) -> CopyExpert:
-    return CopyExpert(number, 0, number, 0, urgent, 0.0)
+    return CopyExpert(number, 0, number, 0, "demand" if urgent else "promotion", 0.0)
 
 
 def nothing(job: Job) -> Failures:
@@ -358,6 +358,22 @@ async def test_cpu_and_link_slow_each_other_while_both_work_and_the_gpu_neither(
 async def test_urgent_copies_overtake_in_virtual_time_too() -> None:
     jobs = [copy(0, urgent=False), copy(1, urgent=False), copy(2, urgent=False), copy(3), copy(4)]
     assert [number for number, _ in await times(jobs)] == [0, 3, 4, 1, 2]
+
+
+async def test_one_thread_that_drives_all_lanes_lets_the_cpu_wait_and_counts_no_waiting() -> None:
+    trace = Trace()
+    lanes = VirtualLanes(COSTS, trace=trace, overlap=False)
+    lanes.start(on("cpu", 0))
+    lanes.start(copy(1))
+    assert numbers(await reports(lanes, 1)) == [1]
+    lanes.start(on("gpu", 2))  # what has landed runs before the CPU begins
+    took = {report.job: report.took_s for report in await reports(lanes, 2) if isinstance(report, JobDone)}
+    assert took == {0: CPU_S, 2: GPU_S}
+    ran = {span.lane: (span.start_s, span.end_s) for span in trace.spans}
+    landed = COPY_S + GPU_S
+    assert ran == {"link": (0.0, COPY_S), "gpu": (COPY_S, landed), "cpu": (landed, landed + CPU_S)}
+    assert lanes.busy_s == {"cpu": CPU_S, "gpu": GPU_S, "link": COPY_S}
+    assert lanes.now_s() == CPU_S + GPU_S + COPY_S
 
 
 async def test_what_a_job_took_does_not_count_its_wait() -> None:

@@ -27,6 +27,7 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch
 from fiddler.scheduler.routing import LayerWork, Load
+from fiddler.scheduler.systems import prefetch_of
 
 LAYERS = (6, 6, 6)
 COSTS = CostModel(
@@ -65,10 +66,18 @@ class Desk:
     """Checks the scheduler after every event, and every command against its own books."""
 
     def __init__(
-        self, *, n_slots: int = 4, planner: Planner = all_cpu, promote: bool = False, policy: str = "lru"
+        self,
+        *,
+        n_slots: int = 4,
+        n_staging: int = 0,
+        planner: Planner = all_cpu,
+        promote: bool = False,
+        policy: str = "lru",
+        prefetch: str = "off",
     ) -> None:
-        self.cache = ExpertCache(n_slots, LAYERS, make_policy(policy, LAYERS))
-        self.core = Scheduler(self.cache, COSTS, planner=planner, promote=promote)
+        self.cache = ExpertCache(n_slots + n_staging, LAYERS, make_policy(policy, LAYERS), n_staging=n_staging)
+        ahead = prefetch_of(prefetch, self.cache)
+        self.core = Scheduler(self.cache, COSTS, planner=planner, promote=promote, ahead=ahead)
         self.queues: dict[LaneName, list[Job]] = {lane: [] for lane in LANES}
         self.dead: set[LaneName] = set()
         self.done: list[LayerDone] = []
@@ -82,11 +91,14 @@ class Desk:
 
     # Events
 
-    def ready(self, wave: int, layer: int, now: Rows, late: Rows | None = None) -> list[Command]:
-        """Let a wave arrive at a layer."""
+    def ready(
+        self, wave: int, layer: int, now: Rows, late: Rows | None = None, ahead: Rows | None = None
+    ) -> list[Command]:
+        """Let a wave arrive at a layer, with what a look-ahead expects in the next."""
         asked = work(layer, now, late)
         self.visits[wave, layer] = _Visit(asked)
-        return self.tell(LayerReady(wave, asked, max(1, len(asked.order)), 1))
+        expected = tuple((ahead or {}).items())
+        return self.tell(LayerReady(wave, asked, max(1, len(asked.order)), 1, ahead=expected))
 
     def report(self, job: Job, failures: Failures | None = None, *, took_s: float | None = None) -> list[Command]:
         """Let a lane be through with a job."""
@@ -128,6 +140,7 @@ class Desk:
                     self._started(job)
         self.core.check()
         self._check_leases()
+        self._check_prefetch()
         return commands
 
     def dense_queued(self, wave: int, *, head: bool = False) -> list[Command]:
@@ -160,6 +173,9 @@ class Desk:
         assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
         assert not self.cache._slots._leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
+        if self.core.prefetcher is not None:
+            assert not self.core.prefetcher._forecasts
+            assert not self.core.prefetcher._passed
 
     # Its own books
 
@@ -170,6 +186,8 @@ class Desk:
             case CopyExpert(slot=slot):
                 assert all(slot not in other.slots for other in self._on_gpu()), "a slot in use is written"
                 assert slot not in [c.slot for c in self._copies() if c is not job], "two copies into one slot"
+                assert job.urgent or self.queues["link"] == [job], "an idle link is all that nobody waits for gets"
+                assert not job.urgent or job.layer in {run.layer for run in self.core._runs.all}
                 self.holds.pop(slot, None)
             case RunExperts(lane="gpu"):
                 self._holds_its_experts(job)
@@ -210,6 +228,21 @@ class Desk:
         held = Counter((run.layer, expert) for run in self.core._runs.all for expert in run.leased)
         assert held == self.cache._slots._leases
         assert not any(run.reported and run.before for run in self.core._runs.all), "a layer is kept for nothing"
+
+    def _check_prefetch(self) -> None:
+        prefetcher = self.core.prefetcher
+        if prefetcher is None:
+            return
+        use, at = prefetcher.use, {wave: layer for wave, layer in self.visits}
+        assert 0 <= max(use.n_landed, use.n_used) <= use.n_settled <= use.n_issued
+        assert 0 <= use.n_true <= use.n_guesses
+        assert use.gained_s >= 0.0 <= min(use.cost_s, use.delay_s)
+        assert all(0.0 <= chance <= 1.0 for chance in prefetcher._chances)
+        for wave, forecast in prefetcher._forecasts.items():
+            assert wave not in self.dropped
+            assert forecast.layer == at[wave] + 1 < len(LAYERS)
+            assert len({guess.expert for guess in forecast.guesses}) == len(forecast.guesses)
+        assert not self.dropped & prefetcher._passed.keys()
 
 
 def resident(desk: Desk, layer: int, *wanted: int) -> None:

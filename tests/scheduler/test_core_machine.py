@@ -1,18 +1,19 @@
 """Anything that can happen to the scheduler, in any order: `Desk` checks both their books after every event."""
 
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from fiddler.config import PrefetchMode
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.scheduler.messages import Job
-from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, descent
+from fiddler.scheduler.planners import PLANNERS
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
 
 ROWS = st.dictionaries(st.integers(0, LAYERS[0] - 1), st.integers(1, 3), max_size=4)
-POLICIES = ("aged-lfu", "lru", "hybrimoe", "static")
+POLICIES = ("aged-lfu", "lru", "layer-lru", "hybrimoe", "static")
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -26,12 +27,14 @@ class CoreMachine(RuleBasedStateMachine):
 
     @initialize(
         n_slots=st.integers(0, 5),
-        planner=st.sampled_from([descent, all_cpu, all_fetch]),
+        planner=st.sampled_from(list(PLANNERS.values())),
         promote=st.booleans(),
         policy=st.sampled_from(POLICIES),
+        prefetch=st.sampled_from(get_args(PrefetchMode)),
+        n_staging=st.integers(0, 3),
     )
-    def open(self, n_slots: int, planner: Planner, promote: bool, policy: str) -> None:
-        self.desk = Desk(n_slots=n_slots, planner=planner, promote=promote, policy=policy)
+    def open(self, **options: Any) -> None:
+        self.desk = Desk(**options)
 
     def n_passed(self, wave: int) -> int:
         return sum(done.wave == wave for done in self.desk.done)
@@ -41,22 +44,25 @@ class CoreMachine(RuleBasedStateMachine):
         return [wave for wave, begun in self.at.items() if begun == self.n_passed(wave)]
 
     @precondition(lambda self: len(self.at) < 4)
-    @rule(now=ROWS, late=ROWS)
-    def begin(self, now: dict[int, int], late: dict[int, int]) -> None:
+    @rule(now=ROWS, late=ROWS, ahead=ROWS)
+    def begin(self, now: dict[int, int], late: dict[int, int], ahead: dict[int, int]) -> None:
         self.at[self.n_waves] = 1
-        self.desk.ready(self.n_waves, 0, now, late)
+        self.desk.ready(self.n_waves, 0, now, late, ahead)
         self.n_waves += 1
 
     @precondition(lambda self: self.waiting())
-    @rule(data=st.data(), now=ROWS, late=ROWS)
-    def go_on(self, data: st.DataObject, now: dict[int, int], late: dict[int, int]) -> None:
+    @rule(data=st.data(), now=ROWS, late=ROWS, ahead=ROWS)
+    def go_on(
+        self, data: st.DataObject, now: dict[int, int], late: dict[int, int], ahead: dict[int, int]
+    ) -> None:
         wave = data.draw(st.sampled_from(self.waiting()))
         layer = self.at[wave]
         if layer == len(LAYERS):
             self.drop(wave)
             return
         self.at[wave] += 1
-        self.desk.ready(wave, layer, now, late if layer + 1 < len(LAYERS) else {})
+        more = layer + 1 < len(LAYERS)
+        self.desk.ready(wave, layer, now, late if more else {}, ahead if more else {})
 
     @precondition(lambda self: self.at)
     @rule(data=st.data(), head=st.booleans())
@@ -109,4 +115,4 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore: Any = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=100, stateful_step_count=40)
+TestCore.settings = settings(max_examples=200, stateful_step_count=40)

@@ -1,0 +1,205 @@
+"""Systems by name: each does what its authors published, on a small shape, checked after every event."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal, get_args
+
+import anyio
+import pytest
+
+from fiddler.cache.keys import Key
+from fiddler.cache.policy import POLICIES
+from fiddler.cache.recorded import Recording, guesses
+from fiddler.cache.static import uniform
+from fiddler.config import PlannerName, PolicyName, PrefetchMode, WaveMode
+from fiddler.engine.simulation import Report, Setting, _Simulation
+from fiddler.errors import ConfigError
+from fiddler.scheduler.messages import Command, Event
+from fiddler.scheduler.planners import PLANNERS, planner
+from fiddler.scheduler.systems import STAGED, SYSTEMS, System, cache_of, prefetch_of, system
+from fiddler.trace import Kind, Span, Trace
+from tests.test_simulate import DESKTOP, SMALL, text, visits
+
+EXPERTS = (SMALL.n_experts,) * SMALL.n_layers
+POPULAR: Sequence[Key] = uniform(EXPERTS)[::-1]
+EVERY = pytest.mark.parametrize("name", SYSTEMS)
+N_SLOTS = 24
+
+
+class Run:
+    """A simulation of one sequence, with what its cache held all the time."""
+
+    def __init__(self, placed: System, sequences: list[Recording], *, n_slots: int = N_SLOTS) -> None:
+        self.trace = Trace()
+        setting = Setting(shape=SMALL, machine=DESKTOP, n_slots=n_slots, system=placed, popular=POPULAR)
+        simulation = _Simulation(setting, sequences, self.trace)
+        self.core = simulation._scheduler
+        self._handle = self.core.handle
+        self.core.handle = self.handle  # type: ignore[method-assign]
+        self.always: set[Key] | None = None
+        """Experts that were there after every event, once the sequence had come."""
+        self.report: Report = anyio.run(simulation.run)
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        commands = self._handle(event, now_s)
+        self.core.check()
+        if self.core.counters.n_layers:
+            self.always = self.residents() if self.always is None else self.always & self.residents()
+        return commands
+
+    def residents(self) -> set[Key]:
+        return {key for key in POPULAR if self.core.cache.slot(key) is not None}
+
+    def spans(self, *kinds: Kind, decoding: bool = False) -> list[Span]:
+        since_s = self.report.preload_s + (self.report.first_token_s if decoding else 0.0)
+        return [span for span in self.trace.spans if span.kind in kinds and span.start_s >= since_s]
+
+
+def with_ahead(sequences: list[Recording]) -> list[Recording]:
+    return [Recording(s.name, s.n_prompt, s.experts, ahead=guesses(s.experts)) for s in sequences]
+
+
+@EVERY
+def test_every_system_runs_and_counts_each_load_once(name: str) -> None:
+    sequences = with_ahead(text(prompt=40))
+    run = Run(system(name), sequences)
+    report, nbytes = run.report, SMALL.expert_bytes
+    assert report.n_hits + report.n_cpu + report.n_fetches == visits(sequences)
+    assert report.n_decoded == 23
+    assert report.read_bytes["cpu"] == report.n_cpu * nbytes
+    assert report.read_bytes["gpu"] == (report.n_hits + report.n_fetches) * nbytes
+    assert 0.0 < report.of_bound <= 1.0 + 1e-9
+
+
+@EVERY
+def test_every_system_is_made_of_what_there_is(name: str) -> None:
+    placed = SYSTEMS[name]
+    assert placed.name == name
+    assert planner(placed.planner) is PLANNERS[placed.planner]
+    cache = cache_of(placed, N_SLOTS, EXPERTS, SMALL.top_k, POPULAR)
+    assert cache.policy.name == placed.policy
+    assert (prefetch_of(placed.prefetch, cache) is None) is (placed.prefetch == "off")
+    assert placed.waves in get_args(WaveMode)
+
+
+def test_slots_in_passing_come_out_of_those_given_or_on_top_of_them() -> None:
+    def sizes(staging: Literal["none", "some", "layer"], n_slots: int) -> tuple[int, int]:
+        cache = cache_of(System(staging=staging), n_slots, EXPERTS, SMALL.top_k)
+        return cache.n_slots, cache._staging.n_slots
+
+    n_all = sum(EXPERTS)
+    assert sizes("none", 90) == (90, 0)
+    assert sizes("some", 90) == (90, 90 // STAGED)
+    assert sizes("some", n_all) == (n_all, 0), "where all are resident nobody passes through"
+    assert sizes("layer", 90) == (90 + 2 * SMALL.n_experts, 2 * SMALL.n_experts)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"fiddler-2024.*llama\.cpp"):
+        system("magic")
+    cache = cache_of(System(), 4, EXPERTS, SMALL.top_k)
+    with pytest.raises(ConfigError, match=", ".join(get_args(PrefetchMode))):
+        prefetch_of("magic", cache)
+    with pytest.raises(ConfigError, match="aged-lfu"):
+        cache_of(System(policy="magic"), 4, EXPERTS, SMALL.top_k)
+
+
+def test_the_options_of_an_engine_are_those_that_there_are() -> None:
+    assert set(get_args(PlannerName)) == set(PLANNERS)
+    assert set(get_args(PolicyName)) == set(POLICIES)
+    cache = cache_of(System(), 4, EXPERTS, SMALL.top_k)
+    assert [name for name in get_args(PrefetchMode) if prefetch_of(name, cache) is None] == ["off"]
+
+
+# What each was published to do
+
+
+def test_fiddler_2024_never_runs_gpu_and_cpu_at_the_same_time() -> None:
+    run = Run(system("fiddler-2024"), text(prompt=200))
+    spans = run.spans("cpu", "copy", "slots", "dense")
+    assert {span.kind for span in spans} == {"cpu", "copy", "slots", "dense"}
+    spans = sorted(run.trace.spans, key=lambda span: span.start_s)
+    for one, other in combinations(spans, 2):
+        if other.start_s < one.end_s and "cpu" in {one.lane, other.lane}:
+            assert one.lane == other.lane, f"{one} beside {other}"
+    assert run.report.utilisation["cpu"] + run.report.utilisation["gpu"] <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["fiddler-2024", "ktransformers"])
+def test_the_popular_are_resident_for_ever_and_nobody_else(name: str) -> None:
+    run = Run(system(name), text(prompt=600))
+    assert run.spans("copy"), "others passed through"
+    assert run.always == set(POPULAR[:N_SLOTS])
+    passed = run.residents() - set(POPULAR[:N_SLOTS])
+    assert len(passed) <= 2 * SMALL.n_experts
+
+
+def test_fiddler_2024_runs_each_load_where_it_is_cheapest() -> None:
+    """On this machine a single row is always cheaper on the CPU than a copy, and dearer than from a slot."""
+    run = Run(system("fiddler-2024"), sequences := text())
+    resident = set(POPULAR[:N_SLOTS])
+    decoded = sequences[0].experts[sequences[0].n_prompt :]
+    hits = sum((layer, expert) in resident for token in decoded for layer, es in enumerate(token) for expert in es)
+    assert (run.report.n_hits, run.report.n_fetches) == (hits, 0)
+
+
+def test_llama_cpp_holds_whole_layers_and_copies_nothing() -> None:
+    for n_slots in (40, 32):
+        run = Run(system("llama.cpp"), text(prompt=600), n_slots=n_slots)
+        assert run.always == run.residents() == {(layer, expert) for layer in (0, 1) for expert in range(16)}
+        assert not run.spans("copy", "promote")
+    layers = {span.layer for span in run.spans("slots")}, {span.layer for span in run.spans("cpu")}
+    assert layers == ({0, 1}, {2, 3, 4, 5})
+
+
+def test_all_cpu_leaves_the_gpu_without_experts() -> None:
+    run = Run(system("all-cpu"), text(prompt=600))
+    assert run.always == set()
+    assert not run.spans("slots", "copy", "promote")
+    assert run.spans("cpu")
+    assert run.spans("dense")
+
+
+@pytest.mark.parametrize("name", ["mixtral-offloading", "all-fetch"])
+@pytest.mark.parametrize("n_slots", [0, 4, N_SLOTS])
+def test_mixtral_offloading_leaves_the_cpu_without_experts(name: str, n_slots: int) -> None:
+    run = Run(system(name), with_ahead(text(2)), n_slots=n_slots)
+    assert not run.spans("cpu")
+    assert run.report.n_cpu == 0
+    assert run.report.n_fetches > 0
+
+
+def test_mixtral_offloading_copies_two_ahead_at_most_and_keeps_a_quota_of_each_layer() -> None:
+    run = Run(system("mixtral-offloading"), with_ahead(text(new=60)))
+    assert run.core.prefetcher is not None
+    use = run.core.prefetcher.use
+    assert 0 < use.n_issued <= 2 * SMALL.n_layers * (20 + 60)
+    assert use.n_used > 0.5 * use.n_settled
+    for layer in range(SMALL.n_layers):
+        kept = {key for key in run.residents() if key[0] == layer and key not in run.core.cache._staging}
+        assert len(kept) == N_SLOTS // SMALL.n_layers
+
+
+def test_ktransformers_copies_in_long_prompts_and_never_in_decoding() -> None:
+    run = Run(system("ktransformers"), text(prompt=600))
+    copies = run.spans("copy")
+    assert copies
+    assert not run.spans("copy", "promote", decoding=True)
+    assert run.report.read_bytes["link"] == 0
+    assert run.report.n_cpu > 0
+    assert not Run(system("ktransformers"), text(prompt=100)).spans("copy"), "short prompts run on the CPU"
+
+
+def test_freetoken_streams_what_the_cpu_is_too_slow_for() -> None:
+    run = Run(system("freetoken"), text())
+    assert run.report.n_fetches > 0
+    slow = DESKTOP.cpu_read_bytes_per_s <= 2.0 * DESKTOP.link_bytes_per_s
+    assert not slow or run.report.n_cpu == 0
+
+
+def test_hybrimoe_copies_ahead_and_uses_all_three_lanes() -> None:
+    run = Run(system("hybrimoe"), with_ahead(text(new=60)))
+    assert run.core.prefetcher is not None
+    assert run.core.prefetcher.use.n_used > 0
+    assert run.core.prefetcher.resting == 0
+    assert all(run.report.utilisation.values())
