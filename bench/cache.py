@@ -2,10 +2,11 @@
 
     python -m bench.cache [--tokens 128] [--sequences 4] [--half-life 32] [--processes 2] [--json FILE]
 
-Routing is recorded (`bench/traces/demo.safetensors`, in two halves of different domains: tune on one, report the
-other) and made up (`fiddler.cache.synthetic`, the shapes that ship with Fiddler). The sequences of a trace run one
-after the other through one cache. "static-profile" is a fixed placement by popularity in other text: the other
-half, or other sequences of the same made-up model.
+Routing is recorded (`bench/traces/demo.safetensors`, in two halves of different domains) and made up
+(`fiddler.cache.synthetic`, the shapes that ship with Fiddler, with two sets of habits). Policies were tuned on the
+traces called `tuning`; the others are held out. The sequences of a trace run one after the other through one cache.
+"static-profile" is a fixed placement by popularity in other text: the other half, or other sequences of the same
+made-up model.
 """
 
 import argparse
@@ -26,14 +27,17 @@ from fiddler.cache.compare import BOUNDS, MakePolicy, compare
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.recorded import Recording, RoutingTrace, visits
 from fiddler.cache.static import by_popularity
-from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting
 from fiddler.config import EngineConfig
 from fiddler.cost.shape import ModelShape, shapes
 from fiddler.store.routing import load
 
 DEMO = Path(__file__).parent / "traces" / "demo.safetensors"
 HALVES = ("demo, tuning", "demo, held out")
-SHARES = (0.125, 0.25, 0.5)
+TUNED_ON = ("jargon", "python", "scripture")
+"""Domains of the demo model's tuning half."""
+HABITS = {"tuning": Habits(), "held out": PUBLISHED}
+SHARES = (0.1, 0.2, 0.4)
 PROFILED = "static-profile"
 
 
@@ -76,22 +80,21 @@ class Summary:
 
 def traces() -> list[str]:
     """Return the names of all traces there are."""
-    return [*(HALVES if DEMO.is_file() else ()), *shapes()]
+    return [*(HALVES if DEMO.is_file() else ()), *(f"{name}, {set_}" for name in shapes() for set_ in HABITS)]
 
 
 def read(name: str, settings: Settings) -> tuple[RoutingTrace, Sequence[Recording]]:
     """Return a trace, and other text of the same model."""
     if name in HALVES:
         whole = load(DEMO)
-        domains = sorted({_domain(recording) for recording in whole.recordings})
-        first = HALVES.index(name)
+        wanted = name == HALVES[0]
         own, other = (
-            tuple(r for r in whole.recordings if domains.index(_domain(r)) % 2 == half)
-            for half in (first, 1 - first)
+            tuple(r for r in whole.recordings if (_domain(r) in TUNED_ON) is half) for half in (wanted, not wanted)
         )
         return RoutingTrace(whole.model, whole.n_experts, own), other
-    shape = ModelShape.load(name)
-    routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
+    model, _, habits = name.partition(", ")
+    shape = ModelShape.load(model)
+    routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, HABITS[habits])
     made = [Recording(f"made/{i}", 0, routing.sequence(i, settings.tokens)) for i in range(2 * settings.sequences)]
     own = tuple(made[: settings.sequences])
     return RoutingTrace(name, (shape.n_experts,) * shape.n_layers, own), made[settings.sequences :]
@@ -148,8 +151,9 @@ def measure(names: Sequence[str], settings: Settings, n_processes: int) -> list[
 def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
     """Yield each policy's ratios over each half of the recorded traces, over the made-up ones, and over all."""
     names = dict.fromkeys(cell.trace for cell in cells)
-    made_up = [name for name in names if name not in HALVES]
-    groups = {name: [name] for name in names if name in HALVES} | {"made up": made_up, "all": [*names]}
+    sets = {set_: [name for name in names if name.endswith(set_) and name not in HALVES] for set_ in HABITS}
+    groups = {name: [name] for name in names if name in HALVES}
+    groups |= {f"made up, {set_}": members for set_, members in sets.items() if members} | {"all": [*names]}
     for policy in dict.fromkeys(cell.policy for cell in cells):
         for group, members in groups.items():
             ratios = [cell.ratio for cell in cells if cell.policy == policy and cell.trace in members]

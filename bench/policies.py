@@ -1,9 +1,9 @@
-"""Whole systems side by side, simulated: tokens per second of every peer's rules and of ours, and what bytes allow.
+"""Whole systems side by side, simulated: tokens per second by every peer's rules and by ours, and what bytes allow.
 
-    python -m bench.policies [--models NAME …] [--machines NAME …] [--systems NAME …] [--json FILE] [--plot FILE.svg]
+    python -m bench.policies [--models NAME …] [--machines NAME …] [--systems NAME …] [--json FILE] [--plot FILE]
 
-In virtual time, on made-up routing: `fitted` to what is published of real models and used for no tuning, or `looser`,
-on which ours was tuned. Every system begins with the experts in its slots that other text visited most.
+In virtual time, on made-up routing: `fitted` to what is published of real models and used for no tuning, or
+`looser`, on which ours was tuned. Every system begins with the experts in its slots that other text visited most.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Work:
 def places(options: argparse.Namespace) -> Iterator[Place]:
     """Yield the grid: everything on the desktop, other machines and the looser routing with fewer cells."""
     desktop = product(["fitted"], options.models, [DESKTOP], (0.125, 0.25, 0.5), (1, 4))
-    others = product(["fitted"], options.models, [name for name in MACHINES if name != DESKTOP], (0.25,), (1, 4))
+    others = product(["fitted"], options.models, [name for name in MACHINES if name != DESKTOP], (0.25,), (1,))
     tuned = product(["looser"], options.models, [DESKTOP], (0.25,), (1, 4))
     for place in (Place(*values) for values in (*desktop, *others, *tuned)):
         if place.machine in options.machines:
@@ -177,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=shapes(), choices=shapes(), metavar="NAME")
     parser.add_argument("--machines", nargs="+", default=MACHINES, choices=MACHINES, metavar="NAME")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="NAME")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=96, help="tokens each sequence makes")
+    parser.add_argument("--prompt", type=int, default=48, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens each sequence makes")
     parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")

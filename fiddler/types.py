@@ -92,7 +92,7 @@ class PrefetchStatistics:
     """Of these, visited by that layer, in time or late."""
     delay_s: float = 0.0
     """Seconds of the link's work that demand copies waited for them."""
-    recall: float = 0.0
+    precision: float = 0.0
     """Of everything that was guessed, copied or not, the share that came true."""
     resting: bool = False
     """Whether it is switched off at present, because it lost more than it gained."""

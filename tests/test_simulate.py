@@ -12,7 +12,8 @@ from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cost.lanes import LANES
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
-from fiddler.engine.simulation import Bound, Report, Setting, simulate
+from fiddler.engine.bounds import Bound
+from fiddler.engine.simulation import Report, Setting, simulate
 from fiddler.errors import ConfigError
 from fiddler.scheduler.systems import System
 from fiddler.trace import Decision, Trace

@@ -18,7 +18,7 @@ class ExpertCache:
 
     An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
     a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the
-    newcomer, a promotion only one that is worth less. `floor` is a quarter of an even share unless given; see `Room`.
+    newcomer, a promotion only one that is worth less. `floor` is a quarter of an even share unless given.
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).

@@ -1,12 +1,12 @@
 """Policies on a recorded routing, without a machine, and the best that any of them could have done."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key, Rows
-from fiddler.cache.residents import Residents
 from fiddler.cache.worth import Policy
 
 Visit = tuple[int, Rows, int]
@@ -45,14 +45,29 @@ def replay(
     """
     if admission is None:
         admission = 1.0 if policy.bypasses else inf
-    residents = Residents(policy, n_slots, floor, admission=admission)
+    cache = ExpertCache(n_slots, policy.history.n_experts, policy, floor=floor, admission=admission)
     n_hits = n_visits = 0
     for layer, rows, n_tokens in trace:
-        policy.history.observe(layer, rows, n_tokens)
-        policy.observe(layer, rows, n_tokens)
-        n_visits += len(rows)
-        n_hits += residents.visit(layer, [expert for expert, _ in rows])
+        cache.observe(layer, rows, n_tokens)
+        keys = [(layer, expert) for expert, _ in rows]
+        hits = [key for key in keys if cache.slot(key) is not None]
+        n_visits += len(keys)
+        n_hits += len(hits)
+        for key in hits:
+            cache.lease(key)
+        for key in [*hits, *_kept(cache, [key for key in keys if key not in hits])]:
+            cache.release(key)
     return Replay(n_hits, n_visits - n_hits, policy.history.n_tokens)
+
+
+def _kept(cache: ExpertCache, missing: list[Key]) -> Iterator[Key]:
+    """Copy in and lease whatever of a visit's missing experts may stay, those worth most first."""
+    for key in sorted(missing, key=cache.score, reverse=True):
+        reservation = cache.reserve(key)
+        if reservation is not None:
+            cache.landed(reservation)
+            cache.lease(key)
+            yield key
 
 
 def belady(trace: Sequence[Visit], n_slots: int) -> Replay:

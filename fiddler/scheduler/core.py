@@ -13,6 +13,7 @@ from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
+from fiddler.scheduler.candidates import candidates, most_fetches
 from fiddler.scheduler.copies import Copies
 from fiddler.scheduler.counters import Counters
 from fiddler.scheduler.jobs import Jobs, undone
@@ -33,15 +34,13 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, descent
-from fiddler.scheduler.predictors import Predictor
-from fiddler.scheduler.prefetch import Prefetcher, Rule, price_s, saved_s
+from fiddler.scheduler.plan import Backlog, Plan, Planner, all_fetch, descent
+from fiddler.scheduler.predictors import Nobody, Predictor
+from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
+from fiddler.scheduler.rules import Rule, pays, promotion
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
-
-HORIZON = 4.0
-"""Tokens for which an expert's advantage over the one it displaces is held to last."""
 
 
 class Scheduler:
@@ -54,7 +53,7 @@ class Scheduler:
         *,
         planner: Planner = descent,
         promote: bool = True,
-        ahead: tuple[Predictor, Rule] | None = None,
+        ahead: tuple[Predictor, Rule] = (Nobody(), pays),
         trace: Trace | None = None,
     ) -> None:
         self.cache = cache
@@ -68,7 +67,7 @@ class Scheduler:
         self._jobs = Jobs(self.correction)
         self._runs = LayerRuns()
         self._copies = Copies(cache, self._jobs)
-        self.prefetcher = Prefetcher(ahead[0], cache, self._copies.ahead_s, ahead[1]) if ahead else None
+        self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -101,7 +100,7 @@ class Scheduler:
     @property
     def prefetched(self) -> PrefetchStatistics:
         """What copying ahead came to."""
-        return PrefetchStatistics() if self.prefetcher is None else self.prefetcher.statistics()
+        return self.prefetcher.statistics()
 
     @property
     def dead(self) -> Mapping[LaneName, Exception]:
@@ -118,8 +117,7 @@ class Scheduler:
         rows: dict[int, int] = {}
         for load in (*work.loads, *work.deferred):  # an expert may have one of each
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
-        if self.prefetcher is not None:
-            self.prefetcher.come(event, self._now_s, self.correction.costs)
+        self.prefetcher.come(event, self._now_s, self.correction.costs)
         self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         run = LayerRun(event.wave, work, self._now_s)
         self._runs.begin(run)
@@ -130,8 +128,7 @@ class Scheduler:
         yield from self._dispatch(run, run.plan)
         if work.deferred:
             yield from self._dispatch(run, self._plan(run, work.deferred))
-        yield from self._prefetch()
-        yield from self._promotion(run)
+        yield from self._fill_link(run)
         yield from self._settle(run)
 
     def _pin(self, run: LayerRun, expert: int) -> None:
@@ -142,24 +139,11 @@ class Scheduler:
             run.leased.append(expert)
 
     def _plan(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
-        dead = self._jobs.dead
-        candidates = [self._candidate(run, load) for load in loads]
-        n_fetch = 0
-        if not dead.keys() & {"link", "gpu"}:
-            best_first = sorted(candidates, key=lambda c: -c.score)  # one refusal ends the count
-            misses = [(run.layer, c.load.expert) for c in best_first if c.place == "miss"]
-            n_fetch = self.cache.admissible(misses)
+        dead, costs = self._jobs.dead, self.correction.costs
+        seen = candidates(run, loads, self.cache, None if "gpu" in dead else self._copies)
+        n_fetch = 0 if dead.keys() & {"link", "gpu"} else most_fetches(run.layer, seen, self.cache)
         planner = all_fetch if "cpu" in dead else self.planner
-        return planner(run.layer, candidates, self.correction.costs, self.backlog(), n_fetch)
-
-    def _candidate(self, run: LayerRun, load: Load) -> Candidate:
-        key = (run.layer, load.expert)
-        if load.expert in run.leased:
-            return Candidate(load, "hit")
-        ahead_s = self._copies.ahead_s(key)
-        if ahead_s is not None and "gpu" not in self._jobs.dead:
-            return Candidate(load, "landing", ahead_s=ahead_s)
-        return Candidate(load, "miss", score=self.cache.score(key))
+        return planner(run.layer, seen, costs, self.backlog(), n_fetch)
 
     def _dispatch(self, run: LayerRun, plan: Plan) -> Iterator[Command]:
         ready = tuple(load for load in plan.gpu if load.expert in run.leased)
@@ -184,8 +168,7 @@ class Scheduler:
         latest = self._runs.latest(run.wave)
         if latest is not None and latest.passable and not latest.reported:
             self._record(latest)
-            if self.prefetcher is not None:
-                self.prefetcher.passed(run.wave, self._now_s)
+            self.prefetcher.passed(run.wave, self._now_s)
             yield latest.report()
 
     def _release(self, run: LayerRun) -> None:
@@ -216,7 +199,7 @@ class Scheduler:
             yield self._jobs.on_cpu(run, loads)
 
     def _copy(self, reservation: Reservation, reason: Reason, *waiting: tuple[LayerRun, Load]) -> Command:
-        if reason == "demand" and self.prefetcher is not None:
+        if reason == "demand":
             self.prefetcher.waited(self._jobs.ahead_of_demand_s())
         self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
         return self._copies.start(reservation, reason, *waiting)
@@ -226,27 +209,17 @@ class Scheduler:
             return DenseDone(event.wave)
         return self._jobs.dense(event)
 
-    def _prefetch(self) -> Iterator[Command]:
-        """Copy in an expert that a next layer is likely to visit, if the link has nothing to do."""
-        if self.prefetcher is None or not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
+    def _fill_link(self, run: LayerRun | None = None) -> Iterator[Command]:
+        """If the link has nothing to do: copy in what a next layer may visit, or what this one misses often."""
+        if not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
             return
-        reservation = self.prefetcher.choose(self.correction.costs, self.backlog(), self.planner)
+        costs, backlog = self.correction.costs, self.backlog()
+        reservation = self.prefetcher.choose(costs, backlog, self.planner)
         if reservation is not None:
             yield self._copy(reservation, "ahead")
-
-    def _promotion(self, run: LayerRun) -> Iterator[Command]:
-        """Copy in the hottest expert of those a layer runs on the CPU, if the link has nothing to do and it pays."""
-        if not self._promote or run.plan is None or not self.cache.n_slots or self._jobs.dead:
-            return
-        missed = [(run.layer, load.expert) for load in run.plan.cpu] if self._jobs.idle("link") else []
-        found = self.cache.promotion(missed)
-        if found is None:
-            return
-        key, advantage = found
-        costs, gap_s = self.correction.costs, self.prefetcher.gap_s if self.prefetcher is not None else 0.0
-        gain_s = HORIZON * advantage * saved_s(costs, run.layer, 1)
-        if gain_s > price_s(costs, run.layer, self.backlog().cpu_s, gap_s):
-            reservation = self.cache.reserve(key, promotion=True)
+        elif self._promote and run is not None and run.plan is not None:
+            missed = [(run.layer, load.expert) for load in run.plan.cpu]
+            reservation = promotion(self.cache, missed, costs, backlog.cpu_s, self.prefetcher.gap_s)
             if reservation is not None:
                 self.counters.n_promotions += 1
                 yield self._copy(reservation, "promotion")
@@ -265,10 +238,10 @@ class Scheduler:
                 yield from self._ran(job, event.failures)
             case RunDense():
                 yield DenseDone(job.wave)
-        yield from self._prefetch()
+        yield from self._fill_link()
 
     def _worked(self, job: Job) -> bool:
-        """Whether a job's time tells of its costs: the rows of a layer whose wave is gone may be gone as well."""
+        # a job's time tells of its costs only if its rows were there: those of a wave that is gone may not be
         return isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
 
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
@@ -304,8 +277,7 @@ class Scheduler:
     def _drop(self, wave: int) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
         self._copies.drop(wave)
-        if self.prefetcher is not None:
-            self.prefetcher.drop(wave)
+        self.prefetcher.drop(wave)
         in_lanes = {pair for pair in self._in_lanes() if pair[0].wave == wave}
         for run in self._runs.drop(wave):
             run.ran([load for load in run.owed if (run, load) not in in_lanes])

@@ -24,6 +24,16 @@ class Predictor(Protocol):
         ...
 
 
+class Nobody:
+    """Guesses nothing."""
+
+    name: ClassVar[str] = "off"
+
+    def expects(self, ready: LayerReady) -> Rows:
+        """Nothing."""
+        return ()
+
+
 class LookAhead:
     """What the next layer's router says of this layer's rows; the model's side computes it."""
 

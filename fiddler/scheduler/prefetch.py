@@ -4,17 +4,16 @@ A copy ahead hides a read but saves none, and takes host memory's bandwidth from
 made only where its chance of being used, times what that saves, is more than what it costs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from fiddler.cache.cache import ExpertCache, Reservation
 from fiddler.cache.keys import Key
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import LayerReady
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
+from fiddler.scheduler.plan import Backlog, Planner
 from fiddler.scheduler.predictors import Predictor
-from fiddler.scheduler.routing import Load
+from fiddler.scheduler.rules import Forecast, Guess, Rule, View, pays, price_s, saved_s
 from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02
@@ -28,97 +27,6 @@ LOSS = 0.75
 the CPU is never idle the two are nearly equal, and a sum of a few copies tells them apart by chance alone."""
 REST = 1024
 """Layers for which it stays off, then to be tried anew."""
-
-
-class Guess(NamedTuple):
-    """An expert that may be visited in a wave's next layer."""
-
-    expert: int
-    n_rows: int
-    chance: float
-
-
-@dataclass(slots=True)
-class Forecast:
-    """What is expected of a wave's next layer."""
-
-    layer: int
-    guesses: tuple[Guess, ...]
-    copied: dict[int, float] = field(default_factory=dict)
-    """Seconds that each copy made ahead for it was held to cost, by expert."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a rule may look at when the link is free."""
-
-    forecast: Forecast
-    absent: Sequence[Guess]
-    """Those of its guesses that hold no slot, likeliest first."""
-    costs: CostModel
-    backlog: Backlog
-    gap_s: float
-    """From the end of a layer's experts to the next layer's: the dense part."""
-    planner: Planner
-
-
-Rule = Callable[[View], Guess | None]
-"""Which of the absent is copied in now, if any."""
-
-
-def pays(view: View) -> Guess | None:
-    """The likeliest guess, if it can land before its layer's CPU work is done, and gains more than it costs.
-
-    Gained is the CPU's work on it; the price is what the CPU loses to the copy while both read host memory. In the
-    gap between two layers the CPU has nothing to do, and a copy costs nothing.
-    """
-    guess = view.absent[0]
-    layer, costs = view.forecast.layer, view.costs
-    expert, k = costs.experts[layer], costs.contention
-    now_s = max(view.backlog.cpu_s * k.cpu, view.backlog.gpu_s)
-    then_s = sum(guess.chance * expert.cpu(guess.n_rows) for guess in view.absent[1:])
-    if expert.copy_s > now_s + view.gap_s + then_s:
-        return None
-    price = price_s(costs, layer, view.backlog.cpu_s, view.gap_s)
-    return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price else None
-
-
-def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
-    """Return the seconds of CPU work that a copy saves if its expert is visited, less the GPU's."""
-    expert = costs.experts[layer]
-    return max(0.0, expert.cpu(n_rows) + costs.moves.row_s * n_rows - expert.gpu(n_rows))
-
-
-def price_s(costs: CostModel, layer: int, cpu_s: float, gap_s: float) -> float:
-    """Return the seconds that the CPU loses to a copy begun now: `cpu_s` of work left, a gap, and work again."""
-    k, copy_s = costs.contention.cpu, costs.experts[layer].copy_s
-    beside_s = min(copy_s, cpu_s * k)
-    return (1.0 - 1.0 / k) * (beside_s + max(0.0, copy_s - beside_s - gap_s))
-
-
-def eager(view: View) -> Guess | None:
-    """The likeliest guess, up to two a layer: mixtral-offloading's rule (Eliseev and Mazur, 2023)."""
-    return view.absent[0] if len(view.forecast.copied) < 2 else None
-
-
-def impact(view: View) -> Guess | None:
-    """The guess whose presence shortens the next layer's plan most: HybriMoE's rule (Zhong et al., 2025)."""
-    absent = {guess.expert for guess in view.absent}
-    best, gain_s = None, 0.0
-    without_s = _planned(view, absent).predicted_s
-    for guess in {guess.n_rows: guess for guess in reversed(view.absent)}.values():  # equal rows gain the same
-        gained_s = without_s - _planned(view, absent - {guess.expert}).predicted_s
-        if gained_s > gain_s:
-            best, gain_s = guess, gained_s
-    return best
-
-
-def _planned(view: View, absent: set[int]) -> Plan:
-    candidates = [
-        Candidate(Load(guess.expert, 0, guess.n_rows), "miss" if guess.expert in absent else "hit")
-        for guess in view.forecast.guesses
-    ]
-    return view.planner(view.forecast.layer, candidates, view.costs, Backlog(), len(absent))
 
 
 @dataclass(slots=True)
@@ -149,7 +57,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, predictor: Predictor, cache: ExpertCache, left_s: Callable[[Key], float | None], rule: Rule = pays
+        self, predictor: Predictor, rule: Rule, cache: ExpertCache, left_s: Callable[[Key], float | None]
     ) -> None:
         self.predictor = predictor
         self.use = Usefulness()
@@ -170,8 +78,8 @@ class Prefetcher:
     def statistics(self) -> PrefetchStatistics:
         """Return what came of it so far."""
         use = self.use
-        recall = use.n_true / use.n_guesses if use.n_guesses else 0.0
-        return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, recall, self.resting > 0)
+        precision = use.n_true / use.n_guesses if use.n_guesses else 0.0
+        return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, precision, self.resting > 0)
 
     def come(self, ready: LayerReady, now_s: float, costs: CostModel) -> None:
         """Take note of a layer that a wave has reached, before it is planned."""

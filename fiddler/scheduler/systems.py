@@ -17,8 +17,8 @@ from fiddler.cache.keys import Key
 from fiddler.cache.policy import make_policy
 from fiddler.config import PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
-from fiddler.scheduler.predictors import Auto, Frequency, LookAhead, Predictor, Transitions
-from fiddler.scheduler.prefetch import Rule, eager, impact, pays
+from fiddler.scheduler.predictors import Auto, Frequency, LookAhead, Nobody, Predictor, Transitions
+from fiddler.scheduler.rules import Rule, eager, impact, pays
 
 STAGED = 64
 """One slot in so many is for experts in passing, where only some are."""
@@ -108,11 +108,11 @@ def cache_of(
     return ExpertCache(n_slots + beyond, n_experts, policy, admission=placed.admission, n_staging=n_staging)
 
 
-def prefetch_of(name: str, cache: ExpertCache) -> tuple[Predictor, Rule] | None:
-    """Return what copies ahead; `None` for nothing. Raises `ConfigError` for an unknown name."""
+def prefetch_of(name: str, cache: ExpertCache) -> tuple[Predictor, Rule]:
+    """Return what guesses, and what is copied of its guesses. Raises `ConfigError` for an unknown name."""
     match name:
         case "off":
-            return None
+            return Nobody(), pays
         case "auto":
             return Auto(cache), pays
         case "look-ahead":

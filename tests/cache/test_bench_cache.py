@@ -15,7 +15,7 @@ QUICK = ["--tokens", "6", "--sequences", "1", "--processes", "0"]
 
 def test_every_policy_on_a_made_up_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cache.json"
-    cache.main([*QUICK, "--traces", "mixtral-8x7b", "--json", str(file)])
+    cache.main([*QUICK, "--traces", "mixtral-8x7b, tuning", "--json", str(file)])
     report = json.loads(file.read_text())
     policies = {*BOUNDS, *POLICIES, cache.PROFILED}
     assert {cell["policy"] for cell in report["cells"]} == policies
@@ -23,7 +23,7 @@ def test_every_policy_on_a_made_up_trace(tmp_path: Path, capsys: pytest.CaptureF
     for policy in policies:
         ratios = [cell["ratio"] for cell in report["cells"] if cell["policy"] == policy]
         groups = [summary for summary in report["summary"] if summary["policy"] == policy]
-        assert [group["traces"] for group in groups] == ["made up", "all"]
+        assert [group["traces"] for group in groups] == ["made up, tuning", "all"]
         for group in groups:
             assert (group["mean"], group["median"], group["worst"]) == (mean(ratios), median(ratios), max(ratios))
     lines = capsys.readouterr().out.splitlines()

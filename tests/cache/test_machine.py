@@ -82,8 +82,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def promote(self) -> None:
-        key = self.cache.promotion(KEYS)
-        if key is not None:
+        found = self.cache.promotion(KEYS)
+        if found is not None:
+            key, _ = found
             passing = self.passing()
             reservation = self.cache.reserve(key, promotion=True)
             assert reservation is not None
@@ -176,9 +177,7 @@ TestCache = CacheMachine.TestCase
 def test_every_victim_of_a_long_run_is_the_worst_there_is(name: str, floor: int) -> None:
     layers = (9, 6, 9)
     chance = Random(f"{name} {floor}")
-    cache = ExpertCache(
-        12, layers, make_policy(name, layers, half_life=5), floor=floor, admission=10.0, hysteresis=9.0
-    )
+    cache = ExpertCache(12, layers, make_policy(name, layers, half_life=5), floor=floor, admission=10.0)
     for visit in range(600):
         layer = visit % 3
         experts = sorted(chance.sample(range(layers[layer]), chance.randint(1, 3)))

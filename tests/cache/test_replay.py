@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
 from fiddler.cache.lfu import Lfu
 from fiddler.cache.policy import POLICIES, make_policy
@@ -86,44 +85,6 @@ def test_of_what_is_missing_the_best_is_let_in() -> None:
 def test_rates() -> None:
     assert (Replay(3, 1, 2).hit_rate, Replay(3, 1, 2).reads_per_token) == (0.75, 0.5)
     assert (Replay(0, 0, 0).hit_rate, Replay(0, 0, 0).reads_per_token) == (1.0, 0.0)
-
-
-def replay_with_slots(trace: list[Visit], cache: ExpertCache, *, best_first: bool) -> Replay:
-    """The same on the engine's cache, with leases and copies."""
-    n_hits = n_misses = 0
-    for layer, rows, n_tokens in trace:
-        cache.observe(layer, rows, n_tokens)
-        keys = [(layer, expert) for expert, _ in rows]
-        hits = [key for key in keys if cache.slot(key) is not None]
-        missing = [key for key in keys if cache.slot(key) is None]
-        n_hits, n_misses = n_hits + len(hits), n_misses + len(missing)
-        for key in hits:
-            cache.lease(key)
-        missing.sort(key=cache.score if best_first else lambda _: 0, reverse=True)
-        reserved = [reservation for key in missing if (reservation := cache.reserve(key))]
-        for reservation in reserved:
-            cache.landed(reservation)
-        for key in hits:
-            cache.release(key)
-    return Replay(n_hits, n_misses, cache.history.n_tokens)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@given(
-    trace=traces(n_most=60),
-    n_slots=st.integers(0, 8),
-    floor=st.integers(0, 2),
-    admission=st.sampled_from([1.0, 2.0, inf]),
-)
-@settings(deadline=None)
-def test_a_replay_does_what_the_engine_s_cache_does(
-    name: str, trace: list[Visit], n_slots: int, floor: int, admission: float
-) -> None:
-    one, other = (make_policy(name, LAYERS, half_life=4) for _ in range(2))
-    cache = ExpertCache(n_slots, LAYERS, other, floor=floor, admission=admission)
-    assert replay(trace, one, n_slots, floor, admission=admission) == replay_with_slots(
-        trace, cache, best_first=admission < inf
-    )
 
 
 @pytest.mark.parametrize("name", POLICIES)

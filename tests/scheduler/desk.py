@@ -173,9 +173,8 @@ class Desk:
         assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
         assert not self.cache._slots._leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
-        if self.core.prefetcher is not None:
-            assert not self.core.prefetcher._forecasts
-            assert not self.core.prefetcher._passed
+        assert not self.core.prefetcher._forecasts
+        assert not self.core.prefetcher._passed
 
     # Its own books
 
@@ -231,9 +230,7 @@ class Desk:
 
     def _check_prefetch(self) -> None:
         prefetcher = self.core.prefetcher
-        if prefetcher is None:
-            return
-        use, at = prefetcher.use, {wave: layer for wave, layer in self.visits}
+        use, at = prefetcher.use, dict(iter(self.visits))
         assert 0 <= max(use.n_landed, use.n_used) <= use.n_settled <= use.n_issued
         assert 0 <= use.n_true <= use.n_guesses
         assert use.gained_s >= 0.0 <= min(use.cost_s, use.delay_s)

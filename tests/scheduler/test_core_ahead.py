@@ -13,7 +13,6 @@ STEP_S = 1e-3
 
 
 def made(desk: Desk) -> Prefetcher:
-    assert desk.core.prefetcher is not None
     return desk.core.prefetcher
 
 

@@ -52,9 +52,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting())
     @rule(data=st.data(), now=ROWS, late=ROWS, ahead=ROWS)
-    def go_on(
-        self, data: st.DataObject, now: dict[int, int], late: dict[int, int], ahead: dict[int, int]
-    ) -> None:
+    def go_on(self, data: st.DataObject, now: dict[int, int], late: dict[int, int], ahead: dict[int, int]) -> None:
         wave = data.draw(st.sampled_from(self.waiting()))
         layer = self.at[wave]
         if layer == len(LAYERS):

@@ -82,7 +82,8 @@ def test_layers_that_do_not_follow_each_other_teach_nothing() -> None:
     transitions.expects(ready(1, 1, 3))
     transitions.expects(ready(1, 0, 3))
     assert not transitions.expects(ready(2, 0, 1))
-    assert not transitions.expects(ready(2, 1, 3))
+    assert not transitions.expects(ready(2, 1, 1))
+    assert not transitions.expects(ready(3, 1, 3))
 
 
 def test_waves_that_are_dropped_are_not_kept_for_ever() -> None:

@@ -15,23 +15,9 @@ from fiddler.cost.model import Contention, CostModel, ExpertCosts
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, descent
 from fiddler.scheduler.predictors import LookAhead
-from fiddler.scheduler.prefetch import (
-    ENOUGH,
-    REST,
-    TRUST,
-    WEIGHT,
-    Forecast,
-    Guess,
-    Prefetcher,
-    Rule,
-    View,
-    eager,
-    impact,
-    pays,
-    price_s,
-    saved_s,
-)
+from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
 from fiddler.scheduler.routing import Load
+from fiddler.scheduler.rules import Forecast, Guess, Rule, View, eager, impact, pays, price_s, saved_s
 from tests.scheduler.desk import LAYERS, work
 
 CPU_S, GPU_S, COPY_S, K_CPU = 4.0, 1.0, 3.0, 1.25
@@ -53,6 +39,7 @@ def view(
     planner: Planner = descent,
     here: Sequence[int] = (),
 ) -> View:
+    """What a rule sees, with the experts in `here` in their slots."""
     forecast = Forecast(1, tuple(Guess(*guess) for guess in guesses))
     absent = [guess for guess in forecast.guesses if guess.expert not in here]
     return View(forecast, absent, costs or model(), backlog, gap_s, planner)
@@ -68,12 +55,8 @@ def test_what_a_copy_saves_is_the_cpus_work_less_the_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("cpu_s", "gap_s", "beside_s"),
-    [
-        pytest.param(9.0, 0.0, COPY_S, id="beside the CPU"),
-        pytest.param(0.0, COPY_S, 0.0, id="in the gap the CPU has nothing to do"),
-        pytest.param(0.0, 1.0, 2.0, id="what is left then is beside the next layer"),
-        pytest.param(1.0, 1.0, 1.25 + 0.75, id="this layer, the gap and the next"),
-    ],
+    [(9.0, 0.0, COPY_S), (0.0, COPY_S, 0.0), (0.0, 1.0, 2.0), (1.0, 1.0, 1.25 + 0.75)],
+    ids=["beside the CPU", "in the gap it has nothing to do", "the gap, then the next layer", "all three"],
 )
 def test_a_copy_costs_what_it_takes_from_the_cpu(cpu_s: float, gap_s: float, beside_s: float) -> None:
     assert price_s(model(), 1, cpu_s, gap_s) == pytest.approx((1.0 - 1.0 / K_CPU) * beside_s)
@@ -111,10 +94,8 @@ def test_eager_copies_the_first_two_whatever_they_cost() -> None:
 
 def test_impact_takes_what_shortens_the_next_layer_most() -> None:
     guesses = (0, 1, 0.9), (1, 5, 0.1), (2, 1, 0.9)
-    chosen = impact(view(*guesses, planner=all_cpu))
-    assert chosen == Guess(1, 5, 0.1), "its rows decide, not its chance"
-    chosen = impact(view(*guesses, planner=all_cpu, here=[1]))
-    assert chosen == Guess(0, 1, 0.9), "of equals the likeliest"
+    assert impact(view(*guesses, planner=all_cpu)) == Guess(1, 5, 0.1), "its rows decide, not its chance"
+    assert impact(view(*guesses, planner=all_cpu, here=[1])) == Guess(0, 1, 0.9), "of equals the likeliest"
     assert impact(view(*guesses, planner=all_cpu, costs=model(gpu_s=90.0))) is None, "nothing is gained"
 
 
@@ -153,7 +134,7 @@ class Made:
         self.costs = costs or model()
         self.cache = ExpertCache(4, LAYERS, make_policy("lru", LAYERS))
         self.left: dict[Key, float] = {}
-        self.made = Prefetcher(LookAhead(), self.cache, self.left.get, rule)
+        self.made = Prefetcher(LookAhead(), rule, self.cache, self.left.get)
         self.wave = 0
 
     def expect(self, ahead: Rows, now_s: float = 0.0) -> None:
