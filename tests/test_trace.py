@@ -14,8 +14,8 @@ from fiddler.cli.timeline import Window, choose_window
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
 from fiddler.engine.simulation import Report, Setting, simulate
-from fiddler.scheduler.systems import System
 from fiddler.errors import ConfigError
+from fiddler.scheduler.systems import System
 from fiddler.trace import Decision, Span, Trace
 
 ABOUT = {"title": "a model on a machine", "placement": "as planned", "work": "some"}

@@ -59,10 +59,10 @@ def pays(view: View) -> Guess | None:
     """
     guess = view.absent[0]
     layer, costs = view.forecast.layer, view.costs
-    expert, k = costs.experts[layer], costs.contention
-    now_s = max(view.backlog.cpu_s * k.cpu, view.backlog.gpu_s)
-    then_s = sum(guess.chance * expert.cpu(guess.n_rows) for guess in view.absent[1:])
-    if expert.copy_s * k.link > now_s + view.gap_s + then_s:
+    cpu, cpu_s = costs.experts[layer].cpu, view.backlog.cpu_s
+    now_s = max(cpu_s * costs.contention.cpu, view.backlog.gpu_s)
+    then_s = sum(guess.chance * cpu(guess.n_rows) for guess in view.absent[1:])
+    if sum(_copy_s(costs, layer, cpu_s)) > now_s + view.gap_s + then_s:
         return None
     price = price_s(costs, layer, view.backlog.cpu_s, view.gap_s)
     return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price else None
@@ -76,9 +76,16 @@ def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
 
 def price_s(costs: CostModel, layer: int, cpu_s: float, gap_s: float) -> float:
     """Return the seconds that the CPU loses to a copy begun now: `cpu_s` of work left, a gap, and work again."""
-    k, copy_s = costs.contention.cpu, costs.experts[layer].copy_s
-    beside_s = min(copy_s, cpu_s * k)
-    return (1.0 - 1.0 / k) * (beside_s + max(0.0, copy_s - beside_s - gap_s))
+    beside_s, alone_s = _copy_s(costs, layer, cpu_s)
+    again_s = max(0.0, alone_s - gap_s) * costs.contention.link
+    return (1.0 - 1.0 / costs.contention.cpu) * (beside_s + again_s)
+
+
+def _copy_s(costs: CostModel, layer: int, cpu_s: float) -> tuple[float, float]:
+    """Return the seconds of a copy begun now beside `cpu_s` of the CPU's work, and after it, alone."""
+    k, copy_s = costs.contention, costs.experts[layer].copy_s
+    beside_s = min(copy_s * k.link, cpu_s * k.cpu)
+    return beside_s, copy_s - beside_s / k.link
 
 
 def eager(view: View) -> Guess | None:

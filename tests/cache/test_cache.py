@@ -17,11 +17,8 @@ def cache(
     *,
     floor: int = 0,
     admission: float = 1.25,
-    hysteresis: float = 0.25,
 ) -> ExpertCache:
-    return ExpertCache(
-        n_slots, n_experts, make_policy(name, n_experts), floor=floor, admission=admission, hysteresis=hysteresis
-    )
+    return ExpertCache(n_slots, n_experts, make_policy(name, n_experts), floor=floor, admission=admission)
 
 
 def touch(cache: ExpertCache, key: Key, n_rows: int = 1) -> None:
@@ -94,23 +91,35 @@ def test_a_demand_does_not_evict_what_is_clearly_worth_more() -> None:
     assert victim(lfu, (0, 1)) == (0, 0)
 
 
-def test_a_promotion_has_to_beat_its_victim_clearly() -> None:
+def test_a_promotion_has_to_beat_its_victim() -> None:
     lfu = cache("lfu", 1, (3,))
     touch(lfu, (0, 0), 4)
     admit(lfu, (0, 0))
-    touch(lfu, (0, 1), 5)
-    assert lfu.promotion(uniform(lfu.history.n_experts)) is None, "5 = 1.25 · 4"
+    touch(lfu, (0, 1), 4)
+    assert lfu.promotion(uniform(lfu.history.n_experts)) is None
     assert lfu.reserve((0, 1), promotion=True) is None
     touch(lfu, (0, 1), 1)
-    assert lfu.promotion(uniform(lfu.history.n_experts)) == (0, 1)
+    assert lfu.promotion(uniform(lfu.history.n_experts)) == ((0, 1), 0.0), "plain counts tell no rate"
     assert victim(lfu, (0, 1), promotion=True) == (0, 0)
+
+
+def test_a_promotion_tells_how_many_more_visits_it_may_expect() -> None:
+    aged = cache("aged-lfu", 1, (3,))
+    touch(aged, (0, 0), 4)
+    admit(aged, (0, 0))
+    touch(aged, (0, 1), 6)
+    found = aged.promotion([(0, 1), (0, 2)])
+    assert found is not None
+    key, advantage = found
+    assert key == (0, 1)
+    assert advantage == aged.policy.rate((0, 1)) - aged.policy.rate((0, 0)) > 0.0
 
 
 def test_a_promotion_takes_a_free_slot_if_it_is_worth_anything() -> None:
     lfu = cache("lfu", 2, (3,))
     assert lfu.promotion(uniform(lfu.history.n_experts)) is None
     touch(lfu, (0, 2))
-    assert lfu.promotion(uniform(lfu.history.n_experts)) == (0, 2)
+    assert lfu.promotion(uniform(lfu.history.n_experts)) == ((0, 2), 0.0)
     admit(lfu, (0, 2))
     assert lfu.promotion(uniform(lfu.history.n_experts)) is None, "the others were never touched"
 
@@ -167,7 +176,7 @@ def test_layers_are_compared_by_their_own_clocks() -> None:
 def test_a_static_placement_never_moves() -> None:
     static = cache("static", 2, (2, 2))
     assert static.reserve((0, 1)) is None, "a slot is free, but not for this one"
-    assert static.promotion(uniform(static.history.n_experts)) == (0, 0)
+    assert static.promotion(uniform(static.history.n_experts)) == ((0, 0), 0.0)
     admit(static, (0, 0), (1, 0))
     touch(static, (0, 1), 99)
     assert static.admissible([(0, 1)]) == 0
@@ -260,7 +269,7 @@ def test_a_history_from_the_future_is_refused() -> None:
 
 
 def test_numbers_that_make_no_cache_are_refused() -> None:
-    for wrong in ({"n_slots": -1}, {"floor": -1}, {"hysteresis": -0.1}, {"admission": 0.9}, {"n_experts": (3,)}):
-        options = {"n_slots": 1, "n_experts": (2,), "floor": 0, "hysteresis": 0.0, **wrong}
+    for wrong in ({"n_slots": -1}, {"floor": -1}, {"n_staging": 2}, {"admission": 0.9}, {"n_experts": (3,)}):
+        options = {"n_slots": 1, "n_experts": (2,), "floor": 0, **wrong}
         with pytest.raises(ValueError, match=r"negative|knows layers"):
             ExpertCache(policy=make_policy("lru", (2,)), **options)  # type: ignore[arg-type]

@@ -120,21 +120,21 @@ def test_a_finished_wave_is_gone_only_when_it_says_so() -> None:
 
 
 def test_a_hot_expert_is_promoted_only_while_the_link_is_idle() -> None:
-    desk = Desk(promote=True)
+    desk = Desk(promote=True, policy="aged-lfu")
     desk.ready(0, 0, {1: 5, 2: 1})
     copy = desk.only("link")
     assert isinstance(copy, CopyExpert)
     assert not copy.urgent
-    desk.ready(1, 0, {1: 5, 3: 1})
+    desk.ready(1, 0, {1: 5, 3: 5})
     assert desk.queues["link"] == [copy]
     desk.report(copy)
-    desk.ready(2, 0, {1: 5, 3: 1})
+    desk.ready(2, 0, {1: 5, 3: 5})
     assert experts(desk.only("link")) == [3]
     assert desk.core.counters.n_promotions == 2
 
 
 def test_nothing_is_promoted_once_the_waves_are_gone() -> None:
-    desk = Desk(promote=True)
+    desk = Desk(promote=True, policy="aged-lfu")
     desk.ready(0, 0, {1: 5, 2: 1})
     desk.drop(0)
     desk.report(desk.only("link"))
@@ -150,7 +150,7 @@ def test_nothing_is_promoted_unless_asked_for() -> None:
 
 
 def test_a_promotion_that_a_layer_comes_to_need_serves_it() -> None:
-    desk = Desk(promote=True, n_slots=1)
+    desk = Desk(promote=True, n_slots=1, policy="aged-lfu")
     desk.ready(0, 0, {1: 5})
     copy = desk.only("link")
     desk.ready(1, 0, {1: 2})
@@ -159,7 +159,7 @@ def test_a_promotion_that_a_layer_comes_to_need_serves_it() -> None:
 
 
 def test_a_failed_promotion_concerns_nobody() -> None:
-    desk = Desk(promote=True)
+    desk = Desk(promote=True, policy="aged-lfu")
     desk.ready(0, 0, {1: 5})
     desk.fail(desk.only("link"))
     assert desk.core.counters.n_fallbacks == 0

@@ -55,7 +55,7 @@ def test_what_a_copy_saves_is_the_cpus_work_less_the_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("cpu_s", "gap_s", "beside_s"),
-    [(9.0, 0.0, COPY_S), (0.0, COPY_S, 0.0), (0.0, 1.0, 2.0), (1.0, 1.0, 1.25 + 0.75)],
+    [(9.0, 0.0, 1.5 * COPY_S), (0.0, COPY_S, 0.0), (0.0, 1.0, 1.5 * 2.0), (1.0, 1.0, 1.25 + 1.75)],
     ids=["beside the CPU", "in the gap it has nothing to do", "the gap, then the next layer", "all three"],
 )
 def test_a_copy_costs_what_it_takes_from_the_cpu(cpu_s: float, gap_s: float, beside_s: float) -> None:
@@ -64,18 +64,18 @@ def test_a_copy_costs_what_it_takes_from_the_cpu(cpu_s: float, gap_s: float, bes
 
 
 def test_what_cannot_land_in_time_is_not_copied() -> None:
-    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=2.3))) is None
-    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=2.4))) == Guess(0, 1, 0.9), "3 s beside the copy"
+    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=3.5))) is None
+    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=3.6))) == Guess(0, 1, 0.9), "4.5 s beside each other"
     assert pays(view((0, 1, 0.9), backlog=Backlog(gpu_s=3.0))) is not None, "a layer lasts as long as its GPU work"
-    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=1.0), gap_s=1.75)) is not None, "or until the next begins"
+    assert pays(view((0, 1, 0.9), backlog=Backlog(cpu_s=1.0), gap_s=2.2)) is not None, "or until the next begins"
     assert pays(view((0, 1, 0.9), (1, 1, 0.75))) is not None, "or while that one's other misses are computed"
     assert pays(view((0, 1, 0.9), (1, 1, 0.74))) is None
 
 
 def test_what_costs_more_than_its_chance_of_saving_is_not_copied() -> None:
-    assert pays(view((0, 1, 0.21), backlog=BUSY)) == Guess(0, 1, 0.21), "0.6 s are lost, 3 s are saved"
-    assert pays(view((0, 1, 0.19), backlog=BUSY)) is None
-    assert pays(view((0, 2, 0.19), backlog=BUSY)) is not None, "two rows save 7 s"
+    assert pays(view((0, 1, 0.31), backlog=BUSY)) == Guess(0, 1, 0.31), "0.9 s are lost, 3 s are saved"
+    assert pays(view((0, 1, 0.29), backlog=BUSY)) is None
+    assert pays(view((0, 2, 0.29), backlog=BUSY)) is not None, "two rows save 7 s"
     assert pays(view((0, 1, 0.99), backlog=BUSY, costs=model(gpu_s=CPU_S))) is None
 
 
@@ -167,7 +167,7 @@ def test_copies_and_guesses_are_counted_once_their_layer_comes() -> None:
     assert (use.n_issued, use.n_settled, use.n_landed, use.n_used) == (2, 2, 2, 1)
     assert (use.n_guesses, use.n_true) == (3, 2)
     assert use.gained_s == CPU_S - GPU_S
-    assert use.cost_s == pytest.approx(2 * 0.6)
+    assert use.cost_s == pytest.approx(2 * 0.9)
 
 
 def test_a_copy_that_is_late_or_fails_did_not_land() -> None:

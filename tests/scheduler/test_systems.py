@@ -18,6 +18,7 @@ from fiddler.engine.simulation import Report, Setting, _Simulation
 from fiddler.errors import ConfigError
 from fiddler.scheduler.messages import Command, Event
 from fiddler.scheduler.planners import PLANNERS, planner
+from fiddler.scheduler.predictors import Nobody
 from fiddler.scheduler.systems import STAGED, SYSTEMS, System, cache_of, prefetch_of, system
 from fiddler.trace import Kind, Span, Trace
 from tests.test_simulate import DESKTOP, SMALL, text, visits
@@ -82,7 +83,7 @@ def test_every_system_is_made_of_what_there_is(name: str) -> None:
     assert planner(placed.planner) is PLANNERS[placed.planner]
     cache = cache_of(placed, N_SLOTS, EXPERTS, SMALL.top_k, POPULAR)
     assert cache.policy.name == placed.policy
-    assert (prefetch_of(placed.prefetch, cache) is None) is (placed.prefetch == "off")
+    assert isinstance(prefetch_of(placed.prefetch, cache)[0], Nobody) is (placed.prefetch == "off")
     assert placed.waves in get_args(WaveMode)
 
 
@@ -112,7 +113,8 @@ def test_the_options_of_an_engine_are_those_that_there_are() -> None:
     assert set(get_args(PlannerName)) == set(PLANNERS)
     assert set(get_args(PolicyName)) == set(POLICIES)
     cache = cache_of(System(), 4, EXPERTS, SMALL.top_k)
-    assert [name for name in get_args(PrefetchMode) if prefetch_of(name, cache) is None] == ["off"]
+    silent = [name for name in get_args(PrefetchMode) if isinstance(prefetch_of(name, cache)[0], Nobody)]
+    assert silent == ["off"]
 
 
 # What each was published to do
