@@ -16,8 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import geometric_mean
 
-import numpy as np
-
 from bench import machine
 from bench.report import heading, table, write_json
 from fiddler.cache.keys import Key
@@ -33,8 +31,6 @@ OURS, ORIGINAL = "fiddler", "fiddler-2024"
 DESKTOP = "rtx4090-desktop"
 MACHINES = (DESKTOP, "laptop-4060", "fiddler-env1", "fiddler-env2", "h100-server")
 ROUTINGS = {"fitted": PUBLISHED, "looser": Habits()}
-PROFILE_SEQUENCES, PROFILE_TOKENS = 6, 192
-"""Other text that popularity is counted in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +89,8 @@ def text(routing: str, model: str, work: Work) -> tuple[tuple[Recording, ...], t
     shape = ModelShape.load(model)
     made = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, ROUTINGS[routing])
     rows = [made.sequence(i, work.prompt + work.new) for i in range(4)]
-    other = np.concatenate([made.sequence(1000 + i, PROFILE_TOKENS) for i in range(PROFILE_SEQUENCES)])
-    counts = [np.bincount(other[:, i].ravel(), minlength=shape.n_experts).tolist() for i in range(shape.n_layers)]
     recordings = tuple(Recording(str(i), work.prompt, r, ahead=guesses(r, seed=i)) for i, r in enumerate(rows))
-    return recordings, by_popularity(counts)
+    return recordings, by_popularity(made.profile().tolist())
 
 
 def measure(place: Place, system: str, work: Work) -> Cell:

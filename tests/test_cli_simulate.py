@@ -13,6 +13,7 @@ from fiddler import DEMO
 from fiddler.cli import app
 from fiddler.cost.machine import FIGURES, Machine, machines
 from fiddler.cost.shape import ModelShape, shapes
+from fiddler.scheduler.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--prompt-tokens", 16, "--new-tokens", 5)
@@ -98,12 +99,16 @@ def test_slots_are_what_fits_unless_given_or_a_share() -> None:
     assert run_json("--slots", 0)["result"]["n_hits"] == 0
 
 
-def test_a_list_has_a_line_for_every_machine_and_shape() -> None:
+def test_a_list_has_a_line_for_every_machine_shape_and_system() -> None:
     lines = [line.split() for line in run("--list").stdout.splitlines()]
 
-    assert [line[0] for line in lines if len(line) > 1] == [*machines(), *shapes()]
-    assert ["machines"] in lines
-    assert ["shapes"] in lines
+    known = [*machines(), *shapes(), *SYSTEMS]
+    assert [line[0] for line in lines if line and line[0] in known] == known
+    assert [line[0] for line in lines if line and line[0] in ("machines", "shapes", "systems")] == [
+        "machines",
+        "shapes",
+        "systems",
+    ]
 
 
 def test_a_checkpoint_s_config_is_a_shape() -> None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from fiddler.errors import ConfigError
 
+_OTHER_TEXT, _OTHER_TOKENS = range(1000, 1006), 192
+"""Sequences for a profile, so far from the first that nobody runs them by chance, and their length."""
 _RAREST, _OFTENEST = 1e-4, 1.0 - 1e-4
 """Limits of an expert's share of tokens: one that was never seen visited is rare, not impossible."""
 
@@ -133,6 +135,12 @@ class SyntheticRouting:
             visited *= fading
             np.put_along_axis(visited, chosen, habits.recurrence, axis=1)
         return rows
+
+    def profile(self) -> NDArray[np.int64]:
+        """Return how often other text of the model visits each expert, `[L, E]`: what may be known beforehand."""
+        other = np.concatenate([self.sequence(number, _OTHER_TOKENS) for number in _OTHER_TEXT])
+        counts = [np.bincount(other[:, layer].ravel(), minlength=self.n_experts) for layer in range(self.n_layers)]
+        return np.array(counts)
 
     def _strength(self) -> NDArray[np.float64]:
         fine = (0.5 * np.log2(self.n_experts / self.top_k)) ** self.habits.fineness

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fiddler.cost.lanes import LaneName
 from fiddler.cost.machine import FIGURES, Machine, machines
 from fiddler.cost.shape import ModelShape, shapes
 from fiddler.engine.simulation import Report, Setting
+from fiddler.scheduler.systems import SYSTEMS, System
 
 LANES: Mapping[LaneName, str] = {"gpu": "GPU", "cpu": "CPU", "link": "link"}
 
@@ -37,7 +39,10 @@ class Outcome:
         machine = {name: getattr(setting.machine, name) for name in ("name", "description", *sorted(FIGURES))}
         if sources:
             machine["sources"] = dict(setting.machine.sources)
-        placement = {"n_slots": setting.n_slots, **asdict(setting.system)}
+        placement = {"n_slots": setting.n_slots, "system": setting.system.name, **asdict(setting.system)}
+        del placement["name"]
+        if isinf(setting.system.admission):
+            placement["admission"] = None  # JSON has no infinity
         return {
             "clock": "virtual",
             "setting": {"model": setting.shape.name, "resident": self.resident, **placement, **self.work},
@@ -111,10 +116,7 @@ class Outcome:
         return f"{slots:,} of {shape.total_experts:,} experts ({_percent(self.resident)}, {held})"
 
     def _placement(self) -> str:
-        placed = self.setting.system
-        promote = "promotions" if placed.promote else "no promotions"
-        how = f"planner {placed.planner}, prefetch {placed.prefetch}, {promote}, waves {placed.waves}"
-        return f"{placed.name}: policy {placed.policy}, {how}"
+        return f"{self.setting.system.name}: {_placement(self.setting.system)}"
 
     def _work(self) -> str:
         n, prompt, new = (self.work[name] for name in ("sequences", "prompt_tokens", "new_tokens"))
@@ -124,12 +126,21 @@ class Outcome:
 
 
 def print_list() -> None:
-    """Print the machines and shapes there are, a line each."""
+    """Print the machines, shapes and systems there are, a line each."""
     console = Console(highlight=False)
     console.print("machines")
     console.print(_table([(name, Machine.load(name).description) for name in machines()]))
     console.print("\nshapes")
     console.print(_table([(name, _describe(ModelShape.load(name))) for name in shapes()]))
+    console.print("\nsystems")
+    console.print(_table([(name, _placement(placed)) for name, placed in SYSTEMS.items()]))
+
+
+def _placement(placed: System) -> str:
+    promote = "promotions" if placed.promote else "no promotions"
+    overlap = "" if placed.overlap else ", CPU and GPU in turn"
+    how = f"planner {placed.planner}, prefetch {placed.prefetch}, {promote}, waves {placed.waves}{overlap}"
+    return f"policy {placed.policy}, {how}"
 
 
 def _describe(shape: ModelShape) -> str:

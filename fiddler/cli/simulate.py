@@ -1,7 +1,7 @@
 """`fiddler simulate`: what a model would do on a machine, in virtual time. Imports no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
+    from fiddler.cache.keys import Key
     from fiddler.cache.synthetic import SyntheticRouting
     from fiddler.cost.shape import ModelShape
     from fiddler.engine.simulation import Report, Setting
@@ -94,7 +95,11 @@ class WorkOptions:
         EngineConfig().chunk_tokens
     )
     routing: Annotated[
-        str, _work("Made up; or drawn from a file's expert_popularity.", metavar="synthetic|FILE.json")
+        str,
+        _work(
+            "Made up; made up to fit what is published; or drawn from a file's expert_popularity.",
+            metavar="synthetic|fitted|FILE.json",
+        ),
     ] = "synthetic"
     seed: Annotated[int, _work("Another seed is another routing.", min=0)] = 0
 
@@ -165,7 +170,7 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
         machine=machine,
         n_slots=min(slots, shape.total_experts),
         system=placement.chosen(),
-        popular=None,
+        popular=_popular(work, shape) if placement.chosen().policy == "static" else None,
         chunk_tokens=work.chunk_tokens,
     )
 
@@ -200,15 +205,22 @@ def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":
     return simulation.simulate(setting, sequences, trace=Trace() if traced else None)
 
 
+def _popular(work: WorkOptions, shape: "ModelShape") -> "Sequence[Key]":
+    from fiddler.cache.static import by_popularity
+
+    return by_popularity(make_up(work.routing, shape, work.seed).profile().tolist())
+
+
 def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
-    """Return what draws a shape's routing: "synthetic", or as often as the counts in a file say.
+    """Return what draws a shape's routing: "synthetic", "fitted", or as often as the counts in a file say.
 
     Raises `ConfigError` for a file that has no counts of this shape.
     """
-    from fiddler.cache.synthetic import SyntheticRouting
+    from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting
 
-    if routing == "synthetic":
-        return SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, seed=seed)
+    habits = {"synthetic": Habits(), "fitted": PUBLISHED}
+    if routing in habits:
+        return SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, habits[routing], seed)
     return SyntheticRouting.counted(_counts(routing, shape), shape.top_k, seed=seed)
 
 
@@ -217,7 +229,9 @@ def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":
 
     file = Path(name)
     if not file.is_file():
-        raise ConfigError(f"unknown routing {name!r}; known: synthetic, or a JSON file with expert_popularity")
+        raise ConfigError(
+            f"unknown routing {name!r}; known: synthetic, fitted, or a JSON file with expert_popularity"
+        )
     counts = read_counts(file)
     if counts.shape != (shape.n_layers, shape.n_experts):
         found, expected = (
