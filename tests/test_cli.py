@@ -23,7 +23,7 @@ from fiddler.cli.session import interruptible, virtual_json
 from fiddler.config import EngineConfig, PlannerName, PolicyName, StoreMode, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.types import LaneStatistics, Statistics
+from fiddler.types import LaneStatistics, PrefetchStatistics, Statistics
 from tests.support.tiny import CONTEXT, N_EXPERTS, N_LAYERS, TOP_K, save_tiny, tiny_tokenizer
 
 PROMPT = "Once upon"
@@ -40,6 +40,9 @@ ACCELERATOR = (
     "prediction_error",
 )
 """Keys that are zero without an accelerator."""
+COPIES = (
+    r"of 6 used; \d+ hits, \d+ fetches, \d+ promotions, \d+ ahead \(\d+ used, \d+ in time.*\), [\d.]+ .B copied"
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,8 @@ def test_generate_counts_what_the_accelerator_did(tiny: Path, device: str) -> No
     assert experts["accelerator_visits"] > 0
     assert experts["slots"] == experts["slots_used"] == 5
     assert experts["copied_bytes"] % EXPERT_BYTES == 0
-    n_copies = experts["slots"] + experts["fetches"] + experts["promotions"]  # slots are filled at the start
+    n_ahead = experts["prefetch"]["n_issued"]
+    n_copies = experts["slots"] + experts["fetches"] + experts["promotions"] + n_ahead  # the slots at the start
     assert 0 < experts["copied_bytes"] <= n_copies * EXPERT_BYTES
     assert experts["fallbacks"] == 0
 
@@ -117,17 +121,23 @@ def test_virtual_time_is_told_apart(tiny: Path) -> None:
     assert "virtual" not in wall.stderr
     for result in (shown, wall):
         assert re.search(r"CPU \d+ %, accelerator \d+ % of 84 expert visits", result.stderr)
-        assert re.search(r"\d of 6 used; \d+ hits, \d+ fetches, \d+ promotions, [\d.]+ kB copied", result.stderr)
+        assert re.search(COPIES, " ".join(result.stderr.split()))
         assert re.search(r"\d+ % median error of a layer's time", result.stderr)
 
 
 def test_a_summary_of_slots_that_did_nothing() -> None:
     none = LaneStatistics(0, 0, 0, 0.0)
     counts = dict.fromkeys((f.name for f in fields(Statistics)), 0)
-    idle = Statistics(**{**counts, "cpu": none, "gpu": none, "link": none, "n_slots": 3})  # type: ignore[arg-type]
+    lanes = {"cpu": none, "gpu": none, "link": none}
+    idle = Statistics(**{**counts, **lanes, "prefetch": PrefetchStatistics(), "n_slots": 3})  # type: ignore[arg-type]
 
     assert where_experts_ran(idle) == "CPU 100 %, accelerator 0 % of 0 expert visits"
-    assert slots_used(idle) == "0 of 3 used; 0 hits, 0 fetches, 0 promotions, 0 bytes copied"
+    assert (
+        slots_used(idle)
+        == "0 of 3 used; 0 hits, 0 fetches, 0 promotions, 0 ahead (0 used, 0 in time), 0 bytes copied"
+    )
+    resting = replace(idle, prefetch=PrefetchStatistics(n_issued=4, resting=True))
+    assert "4 ahead (0 used, 0 in time, now switched off: it did not pay)" in slots_used(resting)
     assert slots_used(replace(idle, n_fallbacks=2)).endswith(", 2 fell back to the CPU")
     assert weights_read(idle) == "0 bytes in 0 expert loads"
     assert virtual_speed(3, 0.0) == "0 tokens/s in virtual time"
@@ -157,6 +167,7 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
         "slots": 4,
         "policy": "lru",
         "half_life": 8.0,
+        "prefetch": "off",
         "promote": False,
         "planner": "all-cpu",
         "waves": "two",

@@ -154,6 +154,7 @@ class TestEngineConfig:
             half_life=8.0,
             promote=False,
             planner="all-fetch",
+            prefetch="off",
             waves="two",
             defer=1,
             warm_start=Path("scores"),

@@ -58,7 +58,7 @@ def test_better_guesses_are_used_more_often() -> None:
     used = [report.prefetch.n_used / report.prefetch.n_issued for report in reports]
     assert used == sorted(used)
     assert used[-1] > 0.99
-    recalls = [report.prefetch.recall for report in reports]
+    recalls = [report.prefetch.precision for report in reports]
     assert recalls == sorted(recalls)
     assert recalls[-1] == 1.0
 
@@ -75,7 +75,7 @@ def test_every_copy_is_counted_by_its_reason(prefetch: PrefetchMode) -> None:
     assert ahead.n_issued - len(made) in {0, 1}, "one may still be under way at the end"
     assert (ahead.n_issued > 0) is (prefetch != "off")
     assert max(ahead.n_landed, ahead.n_used) <= ahead.n_issued
-    assert 0.0 <= ahead.recall <= 1.0
+    assert 0.0 <= ahead.precision <= 1.0
     assert ahead.delay_s >= 0.0
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import make_policy
+from fiddler.cache.recorded import Recording
 from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.engine.assemble import Span, assemble, halves
@@ -17,6 +18,7 @@ from fiddler.engine.script import Script, ScriptWave
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, LayerReady, RunExperts
+from fiddler.scheduler.systems import prefetch_of
 
 N_REQUESTS = 10_000
 N_EXPERTS = (8, 8, 8)
@@ -54,8 +56,8 @@ class Soak:
         self.rng = Random(seed)
         self.numbers = np.random.default_rng(seed)
         self.popular = self.numbers.dirichlet(np.full(8, 0.5), size=len(N_EXPERTS))
-        policy = make_policy("aged-lfu", N_EXPERTS)
-        self.scheduler = Scheduler(ExpertCache(N_SLOTS, N_EXPERTS, policy), COSTS)
+        cache = ExpertCache(N_SLOTS, N_EXPERTS, make_policy("forecast", N_EXPERTS), n_staging=1)
+        self.scheduler = Scheduler(cache, COSTS, ahead=prefetch_of("auto", cache))
         self.lanes = VirtualLanes(COSTS, self.execute)
         self.runner = Runner(self.scheduler, self.lanes)
         self.running: list[Script] = []
@@ -74,7 +76,9 @@ class Soak:
         n_tokens = self.rng.randint(1, MAX_TOKENS)
         layers = [self.numbers.choice(8, size=n_tokens * TOP_K, p=p) for p in self.popular]
         routing = np.stack(layers, axis=1).reshape(n_tokens, TOP_K, -1).transpose(0, 2, 1)
-        return Script(routing.astype(np.int16), self.rng.randint(1, n_tokens))
+        experts = routing.astype(np.int16)
+        ahead = np.roll(experts, 1, axis=0)  # guesses that come true where tokens agree
+        return Script(Recording("soak", self.rng.randint(1, n_tokens), experts, ahead=ahead))
 
     async def run(self) -> None:
         n_left, n_steps = N_REQUESTS, 0
@@ -115,7 +119,7 @@ class Soak:
         """The requests with rows that visited an expert which failed."""
         found = []
         for span in spans:
-            rows = span.request.routing[span.start : span.stop]
+            rows = span.request.recording.experts[span.start : span.stop]
             if any(np.isin(rows[:, done.layer], [*done.failures]).any() for done in wave.failed):
                 found.append(span.request)
         assert found, "experts failed that nobody visited"
