@@ -21,7 +21,7 @@ from bench import machine
 from bench.published import Cell, World
 from bench.report import heading, table, write_json
 from fiddler.cache.keys import Key
-from fiddler.cache.recorded import Recording
+from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
 from fiddler.cache.synthetic import Habits, SyntheticRouting, read_counts
 from fiddler.cost.machine import FIGURES, Machine
@@ -143,7 +143,7 @@ class Predictor:
     def _run(self, setting: Setting, cell: Cell, n_prompt: int, n_new: int) -> Prediction:
         # The prompt makes the first token, so the last one made is never run.
         experts = self._routing(cell.model).sequence(0, n_prompt + n_new - 1)
-        report = simulate(setting, [Recording(cell.table, n_prompt, experts)])
+        report = simulate(setting, [Recording(cell.table, n_prompt, experts, ahead=guesses(experts))])
         visits = report.n_hits + report.n_cpu + report.n_fetches
         return Prediction(_speed(report, cell.metric, n_new), report.n_hits / visits if visits else 0.0)
 

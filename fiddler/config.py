@@ -69,7 +69,8 @@ class EngineConfig:
     half_life: float = 32.0
     """Tokens after which a visit counts half, for `aged-lfu`."""
     promote: bool = True
-    """Whether hot experts are copied in while the link is idle."""
+    """Whether hot experts are copied in while the link is idle, where the policy knows how hot they are (`forecast`
+    and `aged-lfu` do)."""
     planner: PlannerName = "auto"
     """How a layer's experts are divided: by predicted time; `"all-cpu"` runs every miss on the CPU, `"all-fetch"`
     copies in as many as it may; the others are rules of other systems (docs/policies.md)."""

@@ -128,7 +128,7 @@ class ExpertCache:
         return len(moves) + n_staged
 
     def reserve(self, key: Key, *, promotion: bool = False) -> Reservation | None:
-        """A slot for an absent expert: a free one, or the worst expert's; None where the newcomer is refused.
+        """A slot for an absent expert: a free one, the worst expert's, or one in passing; None where it is refused.
 
         ValueError where the expert is not absent.
         """

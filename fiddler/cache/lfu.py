@@ -24,7 +24,7 @@ class Lfu(Policy):
 
 
 class AgedLfu(Policy):
-    """Score: rows, each halved for every `half_life` tokens its layer has seen since. The default."""
+    """Score: rows, each halved for every `half_life` tokens its layer has seen since."""
 
     name: ClassVar[str] = "aged-lfu"
 

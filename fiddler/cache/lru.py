@@ -11,6 +11,7 @@ class Lru(Policy):
     """Score 1 / (visits to any layer since the last touch + 1)."""
 
     name: ClassVar[str] = "lru"
+    by_recency: ClassVar[bool] = True
 
     def __init__(self, history: History) -> None:
         self.history = history

@@ -22,6 +22,8 @@ class Policy(Protocol):
     steady: ClassVar[bool] = True
     bypasses: ClassVar[bool] = False
     """True: an expert that was fetched and is worth less than its victim is not kept. False: the latest is kept."""
+    by_recency: ClassVar[bool] = False
+    """True: a visit touches all its experts alike, so what they are worth is asked before it is observed."""
     history: History
 
     def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:

@@ -19,7 +19,8 @@ def candidates(run: LayerRun, loads: Sequence[Load], cache: ExpertCache, copies:
         ahead_s = copies.ahead_s(key) if copies is not None else None
         if ahead_s is not None:
             return Candidate(load, "landing", ahead_s=ahead_s)
-        return Candidate(load, "miss", score=cache.score(key))
+        score = run.scores[load.expert] if run.scores else cache.score(key)
+        return Candidate(load, "miss", score=score)
 
     return [candidate(load) for load in loads]
 

@@ -117,13 +117,16 @@ class Scheduler:
         rows: dict[int, int] = {}
         for load in (*work.loads, *work.deferred):  # an expert may have one of each
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
-        self.prefetcher.come(event, self._now_s, self.correction.costs)
-        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
+        self.prefetcher.come(event, rows, self._now_s, self.correction.costs)
         run = LayerRun(event.wave, work, self._now_s)
+        if self.cache.policy.by_recency:
+            run.scores = {expert: self.cache.score((work.layer, expert)) for expert in rows}
+        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         self._runs.begin(run)
         if "gpu" not in self._jobs.dead:
             for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
                 self._pin(run, expert)
+        self.prefetcher.let_go()
         run.plan = self._plan(run, work.loads)
         yield from self._dispatch(run, run.plan)
         if work.deferred:
@@ -245,7 +248,10 @@ class Scheduler:
         return isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
 
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
-        for run, load in self._copies.end(key, failed=failed):
+        waiting = self._copies.end(key, failed=failed)
+        if not failed:
+            self.prefetcher.landed(key)
+        for run, load in waiting:
             if failed or "gpu" in self._jobs.dead:
                 self.counters.n_fallbacks += 1
                 yield from self._run_cpu(run, (load,))

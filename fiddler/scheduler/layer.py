@@ -1,6 +1,6 @@
 """One layer of one wave on its way: what still has to run, and what it holds; and all of them together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fiddler.scheduler.messages import LayerDone
@@ -20,6 +20,8 @@ class LayerRun:
     """Immediate loads that have not run."""
     late: set[Load] = field(init=False)
     """Deferred loads that have not run; the next layer waits for them."""
+    scores: Mapping[int, float] = field(default_factory=dict)
+    """What the cache held its experts to be worth before this visit, where that is asked for."""
     leased: list[int] = field(default_factory=list)
     """Experts whose slots stay while the layer runs."""
     failures: dict[int, Exception] = field(default_factory=dict)

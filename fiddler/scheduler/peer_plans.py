@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch, assign
 
-HYBRID_FROM = 2.0
-"""How many times the link's rate the CPU must read at before FreeToken lets it take any miss."""
 PROMPT_ROWS = 8
 """Mean rows of a layer's loads from which on FreeToken is held to be in a prompt, which it streams."""
 STREAM_ROWS = 64
@@ -41,20 +39,24 @@ def two_ended(
 ) -> Plan:
     """Let the GPU take loads from the head and the CPU from the tail, whoever would be done first.
 
-    The list holds what is in slots, then the rest, most rows first in both. A fetch starts when the link is free.
+    The list holds what is in slots or on its way, then the rest, most rows first in both. A fetch starts when the
+    link is free.
     """
     expert = costs.experts[layer]
     order = deque([c for c in _by_rows(candidates) if c.place != "miss"])
     order += [c for c in _by_rows(candidates) if c.place == "miss"]
     cpu: list[Candidate] = []
     gpu: list[Candidate] = []
-    cpu_s = gpu_s = link_s = 0.0
+    cpu_s = gpu_s = 0.0
+    link_s = max((c.ahead_s for c in candidates), default=0.0)
     while order:
         head, tail = order[0], order[-1]
         head_s, tail_s = expert.gpu(head.load.n_rows), expert.cpu(tail.load.n_rows)
         fetch = head.place == "miss"
         if fetch:
             head_s += max(0.0, link_s + expert.copy_s - gpu_s)
+        else:
+            head_s += max(0.0, head.ahead_s - gpu_s)
         if gpu_s + head_s <= cpu_s + tail_s and not (fetch and not n_fetch):
             gpu.append(order.popleft())
             gpu_s += head_s
@@ -69,13 +71,14 @@ def two_ended(
 def bandwidth_split(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
-    """Fetch the share of the misses that the link has of both rates, each as it is beside the other.
+    """Fetch the link's share of both rates, each as it is beside the other, of the misses; of a prompt's all.
 
-    Where the CPU reads at less than `HYBRID_FROM` times the link's rate, and in a prompt, all are fetched.
+    The original does so only where the CPU reads at more than twice the link's rate, and fetches every miss
+    elsewhere. That is slower on every machine described here, so the threshold is left out.
     """
     expert, k = costs.experts[layer], costs.contention
     link, cpu = 1.0 / (expert.copy_s * k.link), 1.0 / (expert.cpu(1) * k.cpu)
-    if cpu <= HYBRID_FROM * link or _mean_rows(candidates) >= PROMPT_ROWS:
+    if _mean_rows(candidates) >= PROMPT_ROWS:
         return all_fetch(layer, candidates, costs, backlog, n_fetch)
     n_misses = sum(c.place == "miss" for c in candidates)
     return all_fetch(layer, candidates, costs, backlog, min(n_fetch, round(n_misses * link / (link + cpu))))

@@ -13,7 +13,7 @@ from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Planner
 from fiddler.scheduler.predictors import Predictor
-from fiddler.scheduler.rules import Forecast, Guess, Rule, View, pays, price_s, saved_s
+from fiddler.scheduler.rules import Forecast, Guess, Rule, View, eager, pays, price_s, saved_s
 from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02
@@ -67,6 +67,7 @@ class Prefetcher:
         self._left_s = left_s
         self._rule = rule
         self._forecasts: dict[int, Forecast] = {}  # by wave
+        self._due: list[Key] = []  # leased for layers that have come
         self._chances: list[float] = []  # by place in a forecast
         self._latest: Key | None = None  # of the copies made ahead
         self.gap_s = 0.0
@@ -81,14 +82,16 @@ class Prefetcher:
         precision = use.n_true / use.n_guesses if use.n_guesses else 0.0
         return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, precision, self.resting > 0)
 
-    def come(self, ready: LayerReady, now_s: float, costs: CostModel) -> None:
-        """Take note of a layer that a wave has reached, before it is planned."""
+    def come(self, ready: LayerReady, rows: Mapping[int, int], now_s: float, costs: CostModel) -> None:
+        """Take note of a layer that a wave has reached, with its rows by expert, before it is planned."""
         passed_s = self._passed.pop(ready.wave, None)
         if passed_s is not None:
             self.gap_s += (now_s - passed_s - self.gap_s) * (WEIGHT if self.gap_s else 1.0)
         forecast = self._forecasts.pop(ready.wave, None)
-        if forecast is not None and forecast.layer == ready.work.layer:
-            self._settle(forecast, {load.expert: load.n_rows for load in ready.work.loads}, costs)
+        if forecast is not None:
+            self._due += [(forecast.layer, expert) for expert in forecast.leased]
+            if forecast.layer == ready.work.layer:
+                self._settle(forecast, rows, costs)
         self.resting = max(0, self.resting - 1)
         guesses = [Guess(expert, n, self._chance(i)) for i, (expert, n) in enumerate(self.predictor.expects(ready))]
         if guesses:
@@ -100,8 +103,25 @@ class Prefetcher:
 
     def drop(self, wave: int) -> None:
         """Forget a wave."""
-        self._forecasts.pop(wave, None)
+        forecast = self._forecasts.pop(wave, None)
+        if forecast is not None:
+            self._due += [(forecast.layer, expert) for expert in forecast.leased]
         self._passed.pop(wave, None)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of the slots that were kept for layers that have come; what they use they have leased by now."""
+        for key in self._due:
+            self._cache.release(key)
+        self._due.clear()
+
+    def landed(self, key: Key) -> None:
+        """Keep what was copied ahead until its layer comes: the next copy ahead must not evict it."""
+        for forecast in self._forecasts.values():
+            layer, expert = key
+            if forecast.layer == layer and expert in forecast.copied and expert not in forecast.leased:
+                self._cache.lease(key)
+                forecast.leased.append(expert)
 
     def choose(self, costs: CostModel, backlog: Backlog, planner: Planner) -> Reservation | None:
         """Return the slot of the expert to copy in now that the link is idle; `None` for none."""
@@ -112,9 +132,10 @@ class Prefetcher:
             if absent:
                 view = View(forecast, absent, costs, backlog, self.gap_s, planner)
                 guess = self._rule(view)
-                if guess is not None:
-                    price = price_s(costs, forecast.layer, backlog.cpu_s, self.gap_s)
-                    return self._issue(forecast, guess, price)
+                price = price_s(costs, forecast.layer, backlog.cpu_s, self.gap_s)
+                reservation = self._issue(forecast, guess, price) if guess is not None else None
+                if reservation is not None:
+                    return reservation
         return None
 
     def _is_absent(self, forecast: Forecast, expert: int) -> bool:
@@ -122,7 +143,9 @@ class Prefetcher:
         return expert not in forecast.copied and not self._cache.holds((forecast.layer, expert))
 
     def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
-        reservation = self._cache.reserve((forecast.layer, guess.expert))
+        # mixtral-offloading guesses into buffers of their own; one that is used then takes the place of another
+        enter = self._cache.stage if self._rule is eager else self._cache.reserve
+        reservation = enter((forecast.layer, guess.expert))
         if reservation is not None:
             forecast.copied[guess.expert] = cost_s
             self._latest = reservation.key

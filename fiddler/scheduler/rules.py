@@ -31,6 +31,8 @@ class Forecast:
     guesses: tuple[Guess, ...]
     copied: dict[int, float] = field(default_factory=dict)
     """Seconds that each copy made ahead for it was held to cost, by expert."""
+    leased: list[int] = field(default_factory=list)
+    """Of these, those that have landed: their slots stay until the layer comes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
             replace(
                 _PEER, name="hybrimoe", planner="two-ended", policy="hybrimoe", prefetch="impact", staging="layer"
             ),
+            replace(_PEER, name="hybrimoe-no-prefetch", planner="two-ended", policy="hybrimoe", staging="layer"),
             replace(_PEER, name="ktransformers", planner="cpu-or-stream", policy="static", staging="layer"),
             replace(_PEER, name="freetoken", planner="bandwidth-split", policy="lru", staging="layer"),
             replace(
