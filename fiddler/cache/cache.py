@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from fiddler.cache import learnt
 from fiddler.cache.keys import Key, Rows
 from fiddler.cache.room import Room
-from fiddler.cache.saved import counts, part, text
 from fiddler.cache.slots import Reservation, Slots
 from fiddler.cache.staging import Staging
 from fiddler.cache.standings import Place, Standings
@@ -210,27 +210,11 @@ class ExpertCache:
 
     def state(self) -> dict[str, object]:
         """What was learned, JSON-able; not which experts are resident."""
-        return {
-            "policy": self.policy.name,
-            "n_experts": [list(self.history.n_experts)],
-            "history": self.history.state(),
-            "worth": self.policy.state(),
-        }
+        return learnt.state(self.policy)
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from what another run learned; ValueError for another policy's or another model's state."""
-        state = part({"state": state}, "state")
-        n_layers = len(self._keys)
-        saved = text(state, "policy"), counts(state, "n_experts", [n_layers])
-        if saved != (self.policy.name, [list(self.history.n_experts)]):
-            raise ValueError(f"the saved state is of {saved}, not of this policy and model")
-        before = self.history.state()
-        try:
-            self.history.restore(part(state, "history"))
-            self.policy.restore(part(state, "worth"))
-        except ValueError:
-            self.history.restore(before)
-            raise
+        learnt.restore(self.policy, state)
         self._rank_anew()
 
     def check(self) -> None:

@@ -25,7 +25,6 @@ from fiddler.scheduler.messages import (
     DenseQueued,
     Event,
     Failures,
-    Job,
     JobDone,
     LaneDied,
     LayerReady,
@@ -79,8 +78,8 @@ class Scheduler:
                 return list(self._begin(event))
             case JobDone():
                 return list(self._done(event))
-            case DenseQueued():
-                return [self._dense(event)]
+            case DenseQueued(wave):  # without a GPU its time is all that is asked for
+                return [DenseDone(wave) if "gpu" in self._jobs.dead else self._jobs.dense(event)]
             case LaneDied():
                 return list(self._bury(event))
             case WaveDropped(wave):
@@ -207,11 +206,6 @@ class Scheduler:
         self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
         return self._copies.start(reservation, reason, *waiting)
 
-    def _dense(self, event: DenseQueued) -> Command:
-        if "gpu" in self._jobs.dead:  # its time is all that is asked for
-            return DenseDone(event.wave)
-        return self._jobs.dense(event)
-
     def _fill_link(self, run: LayerRun | None = None) -> Iterator[Command]:
         """If the link has nothing to do: copy in what a next layer may visit, or what this one misses often."""
         if not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
@@ -232,7 +226,9 @@ class Scheduler:
         if ended is None:
             return
         job, predicted_s = ended
-        if not event.failures and self._worked(job):
+        # a job's time tells of its costs only if its rows were there: those of a wave that is gone may not be
+        told = isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
+        if told and not event.failures:
             self.correction.report(job.lane, predicted_s, event.took_s)
         match job:
             case CopyExpert():
@@ -242,10 +238,6 @@ class Scheduler:
             case RunDense():
                 yield DenseDone(job.wave)
         yield from self._fill_link()
-
-    def _worked(self, job: Job) -> bool:
-        # a job's time tells of its costs only if its rows were there: those of a wave that is gone may not be
-        return isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
 
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
         waiting = self._copies.end(key, failed=failed)
