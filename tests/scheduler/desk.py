@@ -175,6 +175,7 @@ class Desk:
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
         assert not self.core.prefetcher._forecasts
         assert not self.core.prefetcher._passed
+        assert not self.core.prefetcher._due
 
     # Its own books
 
@@ -224,7 +225,10 @@ class Desk:
         self.done.append(done)
 
     def _check_leases(self) -> None:
-        held = Counter((run.layer, expert) for run in self.core._runs.all for expert in run.leased)
+        prefetcher = self.core.prefetcher
+        assert not prefetcher._due, "a layer has come, and what was kept for it still is"
+        holders = [*self.core._runs.all, *prefetcher._forecasts.values()]
+        held = Counter((holder.layer, expert) for holder in holders for expert in holder.leased)
         assert held == self.cache._slots._leases
         assert not any(run.reported and run.before for run in self.core._runs.all), "a layer is kept for nothing"
 
@@ -239,6 +243,9 @@ class Desk:
             assert wave not in self.dropped
             assert forecast.layer == at[wave] + 1 < len(LAYERS)
             assert len({guess.expert for guess in forecast.guesses}) == len(forecast.guesses)
+            assert len(set(forecast.leased)) == len(forecast.leased)
+            landed = {e for e in forecast.copied if self.cache.slot((forecast.layer, e)) is not None}
+            assert landed == set(forecast.leased), "what has landed is kept, and nothing else is"
         assert not self.dropped & prefetcher._passed.keys()
 
 

@@ -5,6 +5,7 @@ import pytest
 from fiddler.cost.lanes import LaneName
 from fiddler.scheduler.plan import all_cpu, all_fetch
 from fiddler.scheduler.prefetch import Prefetcher
+from fiddler.scheduler.rules import saved_s
 from tests.scheduler.desk import COSTS, Desk, experts, kinds, resident
 
 LINK, K = COSTS.experts[0].copy_s, COSTS.contention
@@ -61,7 +62,7 @@ def test_a_layer_without_work_for_the_cpu_leaves_no_time() -> None:
 
 
 def test_fetches_come_first_and_what_is_ahead_waits_until_the_link_is_idle() -> None:
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {1: 1, 2: 1}, ahead={3: 1})
     assert copies(desk) == [(0, 1, True), (0, 2, True)]
     desk.report(desk.queues["link"][0])
@@ -71,7 +72,7 @@ def test_fetches_come_first_and_what_is_ahead_waits_until_the_link_is_idle() -> 
 
 
 def test_an_expert_that_is_on_its_way_when_its_layer_comes_is_waited_for() -> None:
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {}, ahead={3: 1})
     copy = desk.only("link")
     desk.ready(0, 1, {3: 1})
@@ -84,7 +85,7 @@ def test_an_expert_that_is_on_its_way_when_its_layer_comes_is_waited_for() -> No
 
 
 def test_a_demand_waits_for_what_was_started_ahead_and_that_is_counted_once() -> None:
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {}, ahead={3: 1})
     desk.ready(1, 0, {4: 1, 5: 1})
     assert mirrored(desk) == [3, 4, 5], "what has started is not overtaken"
@@ -96,7 +97,7 @@ def test_a_demand_waits_for_what_was_started_ahead_and_that_is_counted_once() ->
 
 
 def test_nothing_is_counted_where_a_demand_waits_for_a_demand_or_a_promotion() -> None:
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {1: 1})
     desk.ready(1, 0, {2: 1})
     assert len(desk.jobs) == 2
@@ -105,7 +106,7 @@ def test_nothing_is_counted_where_a_demand_waits_for_a_demand_or_a_promotion() -
 
 def test_a_demand_overtakes_what_is_queued_ahead_and_has_not_started() -> None:
     """The scheduler itself queues nothing ahead behind another copy; a lane would keep the order all the same."""
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {}, ahead={3: 1})
     reservation = desk.cache.reserve((2, 5))
     assert reservation is not None
@@ -116,7 +117,7 @@ def test_a_demand_overtakes_what_is_queued_ahead_and_has_not_started() -> None:
 
 def test_what_was_expected_of_a_wave_that_is_dropped_is_not_copied() -> None:
     def after(*, dropped: bool) -> list[tuple[int, int, bool]]:
-        desk = Desk(prefetch="eager", planner=all_fetch)
+        desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
         desk.ready(0, 0, {1: 1}, ahead={3: 1})
         if dropped:
             desk.drop(0)
@@ -130,7 +131,7 @@ def test_what_was_expected_of_a_wave_that_is_dropped_is_not_copied() -> None:
 @pytest.mark.parametrize("lane", ["link", "gpu", "cpu"])
 @pytest.mark.parametrize("early", [True, False])
 def test_nothing_is_copied_ahead_without_a_lane(lane: LaneName, early: bool) -> None:
-    desk = Desk(prefetch="eager", planner=all_cpu)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_cpu)
     if early:
         desk.die(lane)
     desk.ready(0, 0, {1: 1}, ahead={3: 1, 4: 1})
@@ -162,7 +163,7 @@ def test_an_expert_that_is_worth_too_little_to_stay_passes_through() -> None:
 
 
 def test_a_copy_ahead_that_fails_concerns_nobody_and_is_not_tried_again() -> None:
-    desk = Desk(prefetch="eager", planner=all_fetch)
+    desk = Desk(prefetch="eager", n_staging=2, planner=all_fetch)
     desk.ready(0, 0, {}, ahead={3: 1})
     desk.fail(desk.only("link"))
     assert not desk.jobs
@@ -183,3 +184,44 @@ def test_transitions_copy_ahead_what_a_wave_before_went_on_to() -> None:
     assert not desk.queues["link"]
     desk.ready(1, 0, {1: 1, 2: 1})
     assert copies(desk) == [(1, 4, False)]
+
+
+def test_a_deferred_visit_is_one_that_came_true() -> None:
+    desk = Desk(prefetch="auto", n_slots=1)
+    desk.ready(0, 0, {1: 1, 2: 1}, ahead={3: 1})
+    desk.report(desk.only("link"))
+    desk.report(desk.only("cpu"))
+    desk.ready(0, 1, {5: 1}, late={3: 2})
+    use = made(desk).use
+    assert (use.n_settled, use.n_landed, use.n_used, use.n_true) == (1, 1, 1, 1)
+    assert use.gained_s == saved_s(COSTS, 1, 2)
+
+
+def test_where_one_waves_guess_finds_no_slot_anothers_is_copied() -> None:
+    desk = Desk(n_slots=3, policy="layer-lru", prefetch="impact")
+    resident(desk, 1, 0)
+    desk.ready(0, 1, {0: 1})
+    desk.ready(1, 0, {1: 1}, ahead={3: 1})
+    assert not copies(desk), "the slot of layer 1 is in use"
+    desk.ready(2, 1, {0: 1}, ahead={5: 1})
+    assert copies(desk) == [(2, 5, False)]
+
+
+def test_eager_guesses_take_no_slot_from_those_that_are_kept_until_they_are_used() -> None:
+    desk = Desk(prefetch="eager", n_slots=2, n_staging=1)
+    resident(desk, 0, 0, 1)
+    desk.ready(0, 0, {}, ahead={3: 1, 4: 1})
+    desk.report(desk.only("link"))
+    assert not copies(desk), "there is one slot for guesses"
+    assert all(desk.cache.slot(key) is not None for key in ((0, 0), (0, 1), (1, 3)))
+    desk.ready(0, 1, {3: 1})
+    desk.finish()
+    assert desk.cache.slot((1, 3)) is not None
+    assert (desk.cache.slot((0, 0)) is None) is not (desk.cache.slot((0, 1)) is None), "one gave way to it"
+    assert desk.cache.n_ready == 2
+
+
+def test_without_slots_in_passing_nothing_is_copied_eagerly() -> None:
+    desk = Desk(prefetch="eager")
+    desk.ready(0, 0, {}, ahead={3: 1})
+    assert not copies(desk)

@@ -127,34 +127,41 @@ def test_no_guess_has_more_impact_than_the_one_that_is_taken(
 # What is learnt
 
 
+def empty() -> ExpertCache:
+    """Four slots to keep and two in passing."""
+    return ExpertCache(6, LAYERS, make_policy("lru", LAYERS), n_staging=2)
+
+
 class Made:
     """A prefetcher and its cache, waves one by one through layers 0 and 1, and copies that take no lane."""
 
     def __init__(self, rule: Rule = eager, costs: CostModel | None = None) -> None:
         self.costs = costs or model()
-        self.cache = ExpertCache(4, LAYERS, make_policy("lru", LAYERS))
+        self.cache = empty()
         self.left: dict[Key, float] = {}
         self.made = Prefetcher(LookAhead(), rule, self.cache, self.left.get)
         self.wave = 0
 
     def expect(self, ahead: Rows, now_s: float = 0.0) -> None:
         self.wave += 1
-        self.made.come(LayerReady(self.wave, work(0, {}), 1, 1, ahead=ahead), now_s, self.costs)
+        self.made.come(LayerReady(self.wave, work(0, {}), 1, 1, ahead=ahead), {}, now_s, self.costs)
 
     def visit(self, *experts: int, now_s: float = 0.0) -> None:
-        self.made.come(LayerReady(self.wave, work(1, dict.fromkeys(experts, 1)), 1, 1), now_s, self.costs)
+        rows = dict.fromkeys(experts, 1)
+        self.made.come(LayerReady(self.wave, work(1, rows), 1, 1), rows, now_s, self.costs)
         self.made.drop(self.wave)
 
     def copy(self, *, land: bool = True, backlog: Backlog = BUSY) -> Reservation | None:
         reservation = self.made.choose(self.costs, backlog, all_cpu)
         if reservation is not None and land:
             self.cache.landed(reservation)
+            self.made.landed(reservation.key)
         return reservation
 
     def absent(self, expert: int) -> None:
         """Let the cache forget an expert."""
         if self.cache.slot((1, expert)) is not None:
-            self.cache = self.made._cache = ExpertCache(4, LAYERS, make_policy("lru", LAYERS))
+            self.cache = self.made._cache = empty()
 
 
 def test_copies_and_guesses_are_counted_once_their_layer_comes() -> None:
@@ -233,7 +240,8 @@ def test_the_gap_is_the_time_from_a_layers_end_to_the_next() -> None:
     for now_s, gap_s in ((10.0, 2.0), (20.0, 3.0)):
         desk.expect([(0, 1)], now_s)
         desk.made.passed(desk.wave, now_s + 1.0)
-        desk.made.come(LayerReady(desk.wave, work(1, {}), 1, 1, ahead=[(0, 1)]), now_s + 1.0 + gap_s, desk.costs)
+        ready = LayerReady(desk.wave, work(1, {}), 1, 1, ahead=[(0, 1)])
+        desk.made.come(ready, {}, now_s + 1.0 + gap_s, desk.costs)
         desk.copy()
         desk.made.drop(desk.wave)
     assert gaps == [2.0, pytest.approx(2.0 + WEIGHT)]

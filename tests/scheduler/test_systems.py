@@ -21,6 +21,7 @@ from fiddler.scheduler.planners import PLANNERS, planner
 from fiddler.scheduler.predictors import Nobody
 from fiddler.scheduler.systems import STAGED, SYSTEMS, System, cache_of, prefetch_of, system
 from fiddler.trace import Kind, Span, Trace
+from tests.scheduler.desk import Desk
 from tests.test_simulate import DESKTOP, SMALL, text, visits
 
 EXPERTS = (SMALL.n_experts,) * SMALL.n_layers
@@ -195,17 +196,50 @@ def test_ktransformers_copies_in_long_prompts_and_never_in_decoding() -> None:
     assert not Run(system("ktransformers"), text(prompt=100)).spans("copy"), "short prompts run on the CPU"
 
 
-def test_freetoken_streams_what_the_cpu_is_too_slow_for_and_divides_the_rest() -> None:
-    run = Run(system("freetoken"), text())
-    assert (run.report.n_cpu, run.report.n_fetches > 0) == (0, True), "two reads of the CPU take longer than a copy"
-    slow_link = replace(DESKTOP, link_bytes_per_s=DESKTOP.link_bytes_per_s / 4)
-    report = Run(system("freetoken"), text(), machine=slow_link).report
-    misses = report.n_cpu + report.n_fetches
-    assert 0.05 * misses < report.n_fetches < 0.35 * misses
+@pytest.mark.parametrize("link", [0.25, 1.0, 4.0])
+def test_freetoken_divides_misses_by_both_rates_wherever_it_runs(link: float) -> None:
+    machine = replace(DESKTOP, link_bytes_per_s=DESKTOP.link_bytes_per_s * link)
+    run = Run(system("freetoken"), text(), machine=machine)
+    costs = run.core.correction.costs
+    expert, k = costs.experts[0], costs.contention
+    link_rate, cpu_rate = 1.0 / (k.link * expert.copy_s), 1.0 / (k.cpu * expert.cpu(1))
+    share = link_rate / (link_rate + cpu_rate)
+    for layer in run.trace.decisions:
+        assert abs(layer.n_fetch - share * (layer.n_cpu + layer.n_fetch)) <= 0.5 + 1e-6
+    assert min(run.report.n_cpu, run.report.n_fetches) > 0
+
+
+def test_freetoken_streams_prompts() -> None:
+    run = Run(system("freetoken"), text(prompt=600))
+    decoding = run.spans("cpu", decoding=True)
+    assert decoding
+    assert run.spans("cpu") == decoding, "in the prompt the CPU has nothing to do"
+    assert len(run.spans("copy")) > len(run.spans("copy", decoding=True))
+
+
+@pytest.mark.parametrize("order", [(1, 4), (4, 1)])
+@pytest.mark.parametrize("policy", ["lru", "layer-lru"])
+def test_of_equal_misses_the_one_that_was_visited_last_is_fetched(order: tuple[int, int], policy: str) -> None:
+    desk = Desk(n_slots=3, policy=policy)
+    for wave, expert in enumerate(order):
+        desk.ready(wave, 0, {expert: 1})
+    desk.core.planner = planner("bandwidth-split")
+    desk.ready(2, 0, {1: 1, 4: 1})
+    assert [job.expert for job in desk._copies()] == [order[1]]
 
 
 def test_hybrimoe_copies_ahead_and_uses_all_three_lanes() -> None:
     run = Run(system("hybrimoe"), with_ahead(text(new=60)))
     assert run.core.prefetcher.use.n_used > 0
     assert run.core.prefetcher.resting == 0
+    assert all(run.report.utilisation.values())
+
+
+def test_hybrimoe_without_prefetch_is_the_same_but_for_that() -> None:
+    assert replace(system("hybrimoe"), prefetch="off", name="hybrimoe-no-prefetch") == system(
+        "hybrimoe-no-prefetch"
+    )
+    run = Run(system("hybrimoe-no-prefetch"), with_ahead(text(new=60)))
+    assert run.core.prefetcher.use.n_issued == 0
+    assert not run.spans("ahead")
     assert all(run.report.utilisation.values())
