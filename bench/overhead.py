@@ -25,8 +25,7 @@ import torch
 from bench import machine
 from bench.report import Spread, heading, table, write_json
 from fiddler import DEMO
-from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
+from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.config import EngineConfig
 from fiddler.cost.curve import Curve
@@ -42,6 +41,7 @@ from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
+from fiddler.scheduler.systems import System, cache_of, prefetch_of
 
 N_EXPERTS, TOP_K, SHARE = 128, 8, 0.5
 """Of the scripted model: Qwen3-30B-A3B's, half of its experts resident."""
@@ -59,11 +59,11 @@ async def layer_us(n_layers: int, n_steps: int) -> Spread:
     n_experts = (N_EXPERTS,) * n_layers
     free = Curve(((1.0, 1e-9),))
     costs = CostModel(experts=(ExpertCosts(free, free, 1e-9, 1),) * n_layers)
-    cache = ExpertCache(int(SHARE * N_EXPERTS * n_layers), n_experts, make_policy("aged-lfu", n_experts))
+    cache = cache_of(System(), int(SHARE * N_EXPERTS * n_layers), n_experts, TOP_K)
     lanes = ThreadLanes(nothing)
-    runner = Runner(Scheduler(cache, costs), lanes)
+    runner = Runner(Scheduler(cache, costs, ahead=prefetch_of("auto", cache)), lanes)
     routing = SyntheticRouting(n_layers, N_EXPERTS, TOP_K).sequence(0, n_steps)
-    script = Script(routing, 0)
+    script = Script(Recording("overhead", 0, routing, ahead=guesses(routing)))
     times = []
     for token in range(n_steps):
         wave = ScriptWave([Span(script, token, token + 1, last=True)], n_experts)

@@ -83,7 +83,7 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
     scheduler = _scheduler(resolved, _cache(loaded, n_slots, config), costs, config, trace)
-    experts = Experts(work, loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, config))
+    experts = Experts(work, loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, n_slots, config))
     recorder = Recorder(loaded.n_experts) if config.record else None
     lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)
@@ -153,9 +153,9 @@ def _torch_worker(n_threads: int) -> Generator[None]:
         yield
 
 
-def _lookahead(loaded: ServableModel, config: EngineConfig) -> Lookahead | None:
+def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:
     """Return what asks routers early, where somebody wants to know: what copies ahead by it, or a recording."""
-    asked = loaded.resolved.device != "cpu" and config.prefetch not in _ASKS_NO_ROUTER
+    asked = 0 < n_slots < sum(loaded.n_experts) and config.prefetch not in _ASKS_NO_ROUTER
     return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
 
 

@@ -125,6 +125,8 @@ def simulate(setting: Setting, sequences: Sequence[Recording], *, trace: Trace |
     """
     for recording in sequences:
         _check(setting.shape, recording.experts, recording.n_prompt)
+        if recording.ahead is not None and recording.ahead.shape != recording.experts.shape:
+            raise ConfigError(f"a look-ahead of {recording.ahead.shape}, a routing of {recording.experts.shape}")
     return anyio.run(_Simulation(setting, sequences, trace).run)
 
 
