@@ -10,6 +10,7 @@ from fiddler.cost.curve import Curve
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.layer import LayerRun
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -27,6 +28,7 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch
 from fiddler.scheduler.routing import LayerWork, Load
+from fiddler.scheduler.rules import Forecast
 from fiddler.scheduler.systems import prefetch_of
 
 LAYERS = (6, 6, 6)
@@ -227,7 +229,7 @@ class Desk:
     def _check_leases(self) -> None:
         prefetcher = self.core.prefetcher
         assert not prefetcher._due, "a layer has come, and what was kept for it still is"
-        holders = [*self.core._runs.all, *prefetcher._forecasts.values()]
+        holders: list[LayerRun | Forecast] = [*self.core._runs.all, *prefetcher._forecasts.values()]
         held = Counter((holder.layer, expert) for holder in holders for expert in holder.leased)
         assert held == self.cache._slots._leases
         assert not any(run.reported and run.before for run in self.core._runs.all), "a layer is kept for nothing"
