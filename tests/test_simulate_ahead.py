@@ -54,7 +54,10 @@ def test_guesses_that_never_come_true_cost_next_to_nothing(n_slots: int) -> None
 
 
 def test_better_guesses_are_used_more_often() -> None:
-    reports = [simulate(setting(prefetch="eager"), foreseen(recall=recall)) for recall in (0.0, 0.5, 0.75, 1.0)]
+    reports = [
+        simulate(setting(prefetch="eager", staging="layer"), foreseen(recall=recall))
+        for recall in (0.0, 0.5, 0.75, 1.0)
+    ]
     used = [report.prefetch.n_used / report.prefetch.n_issued for report in reports]
     assert used == sorted(used)
     assert used[-1] > 0.99
@@ -67,7 +70,9 @@ def test_better_guesses_are_used_more_often() -> None:
 def test_every_copy_is_counted_by_its_reason(prefetch: PrefetchMode) -> None:
     """Without a prompt all of it is decoding."""
     trace = Trace()
-    report = simulate(setting(prefetch=prefetch, n_slots=40), foreseen(prompt=0, recall=0.75), trace=trace)
+    report = simulate(
+        setting(prefetch=prefetch, n_slots=40, staging="layer"), foreseen(prompt=0, recall=0.75), trace=trace
+    )
     ahead = report.prefetch
     copies = report.n_fetches + report.n_promotions + ahead.n_issued
     assert report.read_bytes["link"] == copies * SMALL.expert_bytes
