@@ -237,7 +237,8 @@ def test_what_is_typical_is_what_nothing_disturbed() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_command_measures_and_the_second_time_reads(tiny: Path) -> None:
-    first, second = (run("-m", tiny, "--device", "sim") for _ in range(2))
+    # anew, since another test may have stored a calibration of the same shape
+    first, second = run("-m", tiny, "--device", "sim", "--anew"), run("-m", tiny, "--device", "sim")
 
     assert (first.exit_code, second.exit_code) == (0, 0), first.output
     assert "experts of 24.58 kB, in 3 layers" in first.stdout
@@ -254,7 +255,6 @@ def test_the_command_measures_and_the_second_time_reads(tiny: Path) -> None:
         assert text in first.stdout
     assert "now, in" in first.stdout
     assert "before; --anew measures again" in second.stdout
-    assert "now, in" in run("-m", tiny, "--device", "sim", "--anew").stdout
 
 
 @pytest.mark.usefixtures("quick")
