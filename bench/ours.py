@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from bench.workload import Run, Step, Workload
 from fiddler import Engine
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.mlp import run_expert
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.combine import gather
 from fiddler.lanes.experts import ExpertWork
@@ -189,12 +188,8 @@ def _kernels_alone(probe: Probe, layer: int, hidden: Tensor, index: Tensor) -> f
     device, loaded = probe.device, probe.loaded
     work = route(layer, index.flatten().tolist(), loaded.n_experts[layer])
     rows = gather(hidden, work, index.shape[1])
-    jobs = []
-    for load in work.loads:
-        weights = loaded.weights(layer, load.expert)
-        jobs.append((weights, rows[load.start : load.stop], *device.matmuls(layer, load.n_rows)))
-    formula = device.formulas[layer]
+    weights = [loaded.weights(layer, load.expert) for load in work.loads]
+    out = empty_results(rows)
     started = perf_counter()
-    for job in jobs:
-        run_expert(formula, *job)
+    device.run(layer, work.loads, weights, rows, out)
     return perf_counter() - started

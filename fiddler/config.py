@@ -1,5 +1,6 @@
 """Options of an engine, and the pure function that resolves every `"auto"`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import inf
@@ -137,6 +138,11 @@ class Resolved:
     dtype: Literal["float32", "bfloat16", "float16"]
     max_context: int
     store: Literal["mapped", "packed"]
+
+
+def cache_folder() -> Path:
+    """Return where what is measured or compiled for this machine is kept unless told."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) -> Resolved:

@@ -14,8 +14,9 @@ from torch.nn.functional import silu
 from fiddler.config import EngineConfig
 from fiddler.devices.arena import Arena
 from fiddler.devices.base import ExpertFormula
-from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
+from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from fiddler.scheduler.routing import Load
 from fiddler.store.block import ALIGNMENT, BlockLayout
@@ -140,7 +141,7 @@ class Places:
         arena.check()
         sample = self.mapped.weights(layer, 0)
         keys = [shape_key(weight) for weight in (*sample.up, sample.down)]
-        kernels = Kernels({(key, bucket): kernel for key in keys for bucket in BUCKETS})
+        kernels = Kernels({(key, bucket): kernel for key in keys for bucket in BUCKETS}, native())
         rows = torch.randn(n_experts * n_rows, sample.down.shape[0]).to(sample.down.dtype)
         loads = tuple(Load(e, e * n_rows, (e + 1) * n_rows) for e in range(n_experts))
         places = (
@@ -148,7 +149,12 @@ class Places:
             self.packed.weights,
             lambda _, expert: arena.views(n_experts - 1 - expert, layout),
         )
-        return [CpuDevice(weights, self.formulas, kernels).run(layer, loads, rows) for weights in places]
+        return [self.run(CpuDevice(weights, self.formulas, kernels), layer, loads, rows) for weights in places]
+
+    def run(self, device: CpuDevice, layer: int, loads: tuple[Load, ...], rows: Tensor) -> Tensor:
+        out = empty_results(rows)
+        device.run(layer, loads, [device.weights(layer, load.expert) for load in loads], rows, out)
+        return out
 
 
 @pytest.fixture(
@@ -168,7 +174,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 class TestSameBits:
-    @pytest.mark.parametrize("kernel", ["linear", "rows_last", "vector"])
+    @pytest.mark.parametrize("kernel", ["linear", "rows_last", "vector", "native"])
     @torch.inference_mode()
     def test_wherever_the_weights_are(self, tiny: Places, kernel: KernelName) -> None:
         for n_rows in ROWS if kernel != "vector" else (1,):
@@ -187,8 +193,8 @@ class TestSameBits:
         layout = Layout(((ExpertParts((View("up"),), View("down")),),))
         mapped = MappedStore(Checkpoint.open(tmp_path), layout, dtype)
         places = Places.of(mapped, (ExpertFormula(gated=True, activation=silu),))
-        assert mapped.weights(0, 0).up[0].data_ptr() % ALIGNMENT
-        for kernel in ("linear", "rows_last"):
+        assert mapped.checkpoint.tensor("up").data_ptr() % ALIGNMENT
+        for kernel in ("linear", "rows_last", "native"):
             for n_rows in ROWS:
                 outputs = places.outputs(0, n_rows, kernel)
                 assert torch.equal(outputs[0], outputs[1])

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -121,16 +120,23 @@ def break_copies(patch: pytest.MonkeyPatch, fails: Callable[[int, int], bool]) -
 
 def break_experts(patch: pytest.MonkeyPatch, fails: Callable[[int, int, bool], bool]) -> None:
     """Let experts fail by (layer, expert, whether their weights lie in a slot)."""
-    expert = CpuDevice.expert
+    run = CpuDevice.run
 
-    def broken(self: CpuDevice, layer: int, load: Load, weights: ExpertWeights, rows: Tensor) -> Tensor:
-        host = self.weights(layer, load.expert)
-        in_slot = host.down.data_ptr() != weights.down.data_ptr()
-        if fails(layer, load.expert, in_slot):
-            raise BROKEN
-        return expert(self, layer, load, weights, rows)
+    def broken(
+        self: CpuDevice,
+        layer: int,
+        loads: Sequence[Load],
+        weights: Sequence[ExpertWeights],
+        rows: Tensor,
+        out: Tensor,
+    ) -> None:
+        for load, own in zip(loads, weights, strict=True):
+            in_slot = self.weights(layer, load.expert).down.data_ptr() != own.down.data_ptr()
+            if fails(layer, load.expert, in_slot):
+                raise BROKEN
+        run(self, layer, loads, weights, rows, out)
 
-    patch.setattr(CpuDevice, "expert", broken)
+    patch.setattr(CpuDevice, "run", broken)
 
 
 def break_lane(patch: pytest.MonkeyPatch, lane: LaneName, after: int) -> None:
@@ -264,18 +270,17 @@ async def test_whatever_fails_each_request_has_its_tokens_or_a_typed_error(
     model = save_tiny(tmp_path, num_experts_per_tok=6)
     expected = await undisturbed(model, defer=defer)
     async with opened(model, device=device, defer=defer) as engine:
-        rng, on_cpu = Random(1), count(1)
+        rng, broken = Random(1), set[tuple[int, int]]()
         found: list[Outcome] = []
 
-        def due() -> bool:
-            return next(on_cpu) % 97 == 0
+        def fails(layer: int, expert: int, in_slot: bool) -> bool:
+            return rng.random() < 0.2 if in_slot else (layer, expert) in broken
 
         with monkeypatch.context() as patch:
             break_copies(patch, lambda layer, expert: rng.random() < 0.2)
-            break_experts(
-                patch, lambda layer, expert, in_slot: rng.random() < 0.2 if in_slot else next(on_cpu) % 97 == 0
-            )
-            for _ in range(6):
+            break_experts(patch, fails)
+            for turn in range(6):  # in every other one an expert is broken wherever its weights are
+                broken = {(rng.randrange(N_LAYERS), rng.randrange(N_EXPERTS))} if turn % 2 else set()
                 found += await outcomes(engine)
         for got, want in zip(found, expected * 6, strict=True):
             assert got == want or has_failed(got)

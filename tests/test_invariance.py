@@ -24,7 +24,7 @@ from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.devices.base import ExpertFormula, Matmul
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.kernels import KERNELS, KernelName, Kernels, rows_last, shape_key
+from fiddler.devices.kernels import TORCH, KernelName, Kernels, rows_last, shape_key
 from fiddler.engine.rig import DEFER_FROM, assemble_rig
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.scheduler.routing import Load
@@ -334,7 +334,7 @@ def test_an_engine_gives_the_same_tokens_and_logprobs_on_every_device(tmp_path: 
 # What the stores differ in
 
 
-@pytest.mark.parametrize("name", list(KERNELS))
+@pytest.mark.parametrize("name", list(TORCH))
 def test_a_matrix_with_gaps_gives_the_bits_of_its_block(name: KernelName) -> None:
     """gpt-oss interleaves gate and up: mapped ones have gaps, and their blocks have none."""
     generator = torch.Generator().manual_seed(0)
@@ -347,7 +347,7 @@ def test_a_matrix_with_gaps_gives_the_bits_of_its_block(name: KernelName) -> Non
     packed = layout.views(block).up[0]
     assert torch.equal(packed, mapped)
     assert packed.stride() != mapped.stride()
-    assert torch.equal(KERNELS[name](x, packed, None), KERNELS[name](x, mapped, None))
+    assert torch.equal(TORCH[name](x, packed, None), TORCH[name](x, mapped, None))
 
 
 def test_an_expert_whose_gate_and_up_lie_apart_takes_the_kernel_of_its_layer() -> None:
@@ -366,9 +366,9 @@ def test_an_expert_whose_gate_and_up_lie_apart_takes_the_kernel_of_its_layer() -
             return rows
 
         with patch("fiddler.devices.cpu.run_expert", spy):
-            device.run(
-                0, tuple(Load(expert, 4 * i, 4 * i + 4) for i, expert in enumerate(order)), torch.ones(8, 32)
-            )
+            loads = [Load(expert, 4 * i, 4 * i + 4) for i, expert in enumerate(order)]
+            own = [device.weights(0, expert) for expert in order]
+            device.run(0, loads, own, torch.ones(8, 32), torch.empty(8, 32))
         return ups
 
     assert picked(0, 1) == picked(1, 0) == [rows_last, rows_last]

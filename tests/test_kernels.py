@@ -13,8 +13,8 @@ from fiddler.devices import calibrate
 from fiddler.devices.calibrate import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
 from fiddler.devices.kernels import (
     BUCKETS,
-    KERNELS,
     TIE,
+    TORCH,
     KernelName,
     Kernels,
     ShapeKey,
@@ -23,6 +23,7 @@ from fiddler.devices.kernels import (
     rows_last,
     shape_key,
 )
+from fiddler.devices.native import Native, native
 
 LARGE = torch.empty(1024, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
 OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
@@ -65,10 +66,10 @@ class TestKernels:
         assert kernels.name(LARGE, TIE) == "linear"
 
     @pytest.mark.parametrize("bias", [None, torch.rand(3)])
-    @pytest.mark.parametrize("name", KERNELS)
+    @pytest.mark.parametrize("name", TORCH)
     def test_every_kernel_multiplies_one_row(self, name: KernelName, bias: torch.Tensor | None) -> None:
         weight, x = torch.rand(3, 4), torch.rand(1, 4)
-        y = KERNELS[name](x, weight, bias)
+        y = TORCH[name](x, weight, bias)
         torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias))
 
     @pytest.mark.parametrize("bias", [None, torch.rand(3)])
@@ -85,7 +86,7 @@ class Measured:
     def __init__(self) -> None:
         self.asked: list[ShapeKey] = []
 
-    def __call__(self, key: ShapeKey) -> dict[int, dict[KernelName, float]]:
+    def __call__(self, key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
         self.asked.append(key)
         return {n: {"linear": 1.0, "rows_last": 0.5 if n <= 4 else 1.0} for n in BUCKETS}
 
@@ -96,6 +97,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     fake = Measured()
     monkeypatch.setattr(calibrate, "measure", fake)
     monkeypatch.setattr(calibrate, "amx", lambda: True)
+    monkeypatch.setattr(calibrate, "native", lambda: None)
     return fake
 
 
@@ -201,7 +203,7 @@ class TestCalibration:
         tried, files = [], set()
         for there in (True, False):
             monkeypatch.setattr(calibrate, "amx", lambda there=there: there)
-            tried.append([calibrate.candidates(n) for n in (1, 2)])
+            tried.append([calibrate.candidates(MIN_BYTES, n, None) for n in (1, 2)])
             files.add(calibration_file(config))
         assert tried == [
             [("linear", "rows_last", "vector"), ("linear", "rows_last")],
@@ -225,8 +227,12 @@ class TestCalibration:
     def test_measuring_times_every_candidate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(calibrate, "SET_BYTES", 4096)
         monkeypatch.setattr(calibrate, "amx", lambda: True)
-        times = calibrate.measure((16, 32, torch.bfloat16))
-        assert {n: set(by) for n, by in times.items()} == {n: set(calibrate.candidates(n)) for n in BUCKETS}
+        monkeypatch.setattr(calibrate, "MIN_BYTES", 1024)
+        ours = native()
+        times = calibrate.measure((16, 32, torch.bfloat16), ours)
+        tried = {n: set(calibrate.candidates(1024, n, ours)) for n in BUCKETS}
+        assert {n: set(by) for n, by in times.items()} == tried
+        assert tried[1] >= {"linear", "rows_last", "vector"}
         assert all(seconds > 0 for by in times.values() for seconds in by.values())
 
 

@@ -15,6 +15,7 @@ from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models import seam
 from fiddler.models.loaded import load
+from fiddler.store import host
 from fiddler.store.checkpoint import INDEX, SINGLE, Checkpoint
 from fiddler.store.host import MappedStore
 from fiddler.store.layout import Every, ExpertParts, Layout, Select, Transpose, View
@@ -32,6 +33,12 @@ def store(folder: Path, tensors: dict[str, Tensor], *parts: ExpertParts, **optio
     """Return a store of one layer over a file of `tensors`."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE)
     return MappedStore(Checkpoint.open(folder), Layout((parts,)), options.pop("dtype", torch.float32), **options)
+
+
+@pytest.fixture(autouse=True)
+def _any_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are what is tested here, on a machine that would copy what lies off a boundary too."""
+    monkeypatch.setattr(host, "_bits_hang_on_alignment", lambda: False)
 
 
 def tensors_of(weights: ExpertWeights) -> list[Tensor]:
@@ -244,3 +251,26 @@ def assert_same(ours: ExpertWeights, theirs: ExpertWeights) -> None:
         assert ours.down_bias is not None
         assert torch.equal(torch.cat(ours.up_bias), torch.cat(theirs.up_bias))
         assert torch.equal(ours.down_bias, theirs.down_bias)
+
+
+class TestBoundaries:
+    """Where bits hang on it, a float32 matrix off a boundary is copied, and nothing else is."""
+
+    @pytest.fixture(params=[True, False], ids=["hang", "do not"])
+    def hang(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+        monkeypatch.setattr(host, "_bits_hang_on_alignment", lambda: request.param)
+        return bool(request.param)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("pad", [0, 1, 4])
+    def test_copies(self, hang: bool, dtype: torch.dtype, pad: int) -> None:
+        room = torch.zeros(128 + 16, dtype=dtype)
+        start = -room.data_ptr() // room.itemsize % 16
+        found = room[start + pad :][:64].view(8, 8)
+        off = found.data_ptr() % host.BOUNDARY != 0
+        for tensor in (found, found.t()):
+            kept = host.aligned(tensor)
+            copies = hang and off and dtype == torch.float32
+            assert (kept is tensor) == (not copies)
+            assert not copies or (kept.stride() == tensor.stride() and kept.data_ptr() % host.BOUNDARY == 0)
+        assert host.aligned(found[:, ::2]).data_ptr() == found.data_ptr()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,14 @@ class ExpertFormula:
     activation: Callable[[Tensor], Tensor] | None
     gate: Callable[[Tensor], Tensor] | None = None
     post_norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_swiglu(self) -> bool:
+        """Whether it is `silu(gate) * up` and no more. The activation is tried: its class may be anybody's."""
+        if not self.gated or self.gate is not None or self.post_norm is not None or self.activation is None:
+            return False
+        sample = torch.linspace(-9.0, 9.0, 64)
+        return torch.equal(self.activation(sample), F.silu(sample))
 
 
 Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]

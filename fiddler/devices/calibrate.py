@@ -11,18 +11,20 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fiddler.config import EngineConfig
-from fiddler.devices.kernels import BUCKETS, KERNELS, KernelName, Kernels, ShapeKey, shape_key
+from fiddler.config import EngineConfig, cache_folder
+from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
+from fiddler.devices.native import MOST_ROWS, Native, native
 
 MIN_BYTES = 1 << 20
-"""Matrices below this are not measured: dispatch decides there, and `linear` has the least."""
+"""Matrices below this stay in a cache, and are measured there. Dispatch decides, and of torch's kernels `linear`
+has the least."""
 SET_BYTES = 768 << 20
-"""Copies of a matrix together hold at least this much: more than the 300 MB caches of large servers."""
+"""Copies of a larger matrix together hold at least this much: more than the 300 MB caches of large servers."""
 REPEATS = 7
 BUDGET_S = 0.3
 """Time for one shape and row count; large matrices are repeated less, at least twice."""
@@ -34,16 +36,22 @@ def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kern
     """Return the kernel choice for weights shaped like `matrices` `[out, in]`, measuring what is not stored yet."""
     if config.kernels == "linear":
         return Kernels()
+    ours = native()
     file = calibration_file(config)
-    choice = _read(file)
-    shapes = {shape_key(m) for m in matrices if m.nbytes >= MIN_BYTES and m.dtype == torch.bfloat16}
-    missing = [key for key in sorted(shapes, key=str) if any((key, rows) not in choice for rows in BUCKETS)]
+    stored = _read(file)
+    measured = {shape_key(m) for m in matrices if m.dtype == torch.bfloat16 and _worth(m, ours)}
+    missing = [key for key in sorted(measured, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
     for key in missing:
-        times = measure(key)
-        choice.update({(key, rows): fastest(times[rows]) for rows in BUCKETS})
+        times = measure(key, ours)
+        stored.update({(key, rows): fastest(times[rows]) for rows in BUCKETS})
     if missing:
-        _write(file, choice)
-    return Kernels(choice)
+        _write(file, stored)
+    return Kernels(stored, ours)
+
+
+def _worth(matrix: Tensor, ours: Native | None) -> bool:
+    """Whether there is anything to choose between."""
+    return matrix.nbytes >= MIN_BYTES or ours is not None
 
 
 def amx() -> bool:
@@ -52,13 +60,12 @@ def amx() -> bool:
 
 
 def calibration_file(config: EngineConfig) -> Path:
-    """Return where this machine's calibration is stored."""
-    folder = config.calibration_dir
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    """Return where this machine's calibration is stored: another one for other kernels of ours, or none."""
+    folder, ours = config.calibration_dir or cache_folder(), native()
     isa = "amx" if amx() else torch.backends.cpu.get_cpu_capability().lower()
     version = torch.__version__.partition("+")[0]
-    return folder / f"kernels-{platform.machine()}-{isa}-{torch.get_num_threads()}threads-torch{version}.json"
+    made = f"torch{version}" if ours is None else f"torch{version}-{ours.library.stem}"
+    return folder / f"kernels-{platform.machine()}-{isa}-{torch.get_num_threads()}threads-{made}.json"
 
 
 def fastest(times: dict[KernelName, float]) -> KernelName:
@@ -67,30 +74,34 @@ def fastest(times: dict[KernelName, float]) -> KernelName:
     return best if times[best] < MARGIN * times["linear"] else "linear"
 
 
-def candidates(n_rows: int) -> tuple[KernelName, ...]:
-    """Return the kernels worth measuring for a row count on this machine."""
+def candidates(nbytes: int, n_rows: int, ours: Native | None) -> tuple[KernelName, ...]:
+    """Return the kernels worth measuring for a matrix of so many bytes and a row count, on this machine."""
     names: list[KernelName] = ["linear"]
-    if amx():
+    if amx() and nbytes >= MIN_BYTES:
         names.append("rows_last")
-    if n_rows == 1:
+    if n_rows == 1 and nbytes >= MIN_BYTES:
         names.append("vector")
+    if ours is not None and n_rows <= MOST_ROWS:
+        names.append("native")
     return tuple(names)
 
 
-def measure(key: ShapeKey) -> dict[int, dict[KernelName, float]]:
+def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
     """Return the least seconds of each kernel by row count, interleaved so that drift hits all alike.
 
     The least, for noise only ever adds.
     """
     out, columns, dtype = key
-    n_copies = max(2, SET_BYTES // (out * columns * dtype.itemsize) + 1)
+    nbytes = out * columns * dtype.itemsize
+    n_copies = 2 if nbytes < MIN_BYTES else max(2, SET_BYTES // nbytes + 1)
     copies = [torch.full((out, columns), 0.01, dtype=dtype) for _ in range(n_copies)]
     with torch.inference_mode():
-        return {rows: _measure_rows(copies, rows) for rows in BUCKETS}
+        return {rows: _measure_rows(copies, rows, ours) for rows in BUCKETS}
 
 
-def _measure_rows(copies: list[Tensor], n_rows: int) -> dict[KernelName, float]:
-    names = candidates(n_rows)
+def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dict[KernelName, float]:
+    kernels = Kernels(native=ours)
+    names = candidates(copies[0].nbytes, n_rows, ours)
     if len(names) == 1:
         return {"linear": 0.0}
     x = torch.full((n_rows, copies[0].shape[1]), 0.5, dtype=copies[0].dtype)
@@ -99,7 +110,7 @@ def _measure_rows(copies: list[Tensor], n_rows: int) -> dict[KernelName, float]:
     for repeat in range(REPEATS + 1):
         for name in names:
             started = perf_counter()
-            KERNELS[name](x, copies[0], None)
+            kernels.kernel(name)(x, copies[0], None)
             times[name].append(perf_counter() - started)
             copies.append(copies.pop(0))
         if repeat >= 2 and perf_counter() - began > BUDGET_S:
@@ -113,7 +124,7 @@ def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
         return {
             ((e["out"], e["in"], getattr(torch, e["dtype"])), e["rows"]): e["kernel"]
             for e in entries
-            if e["kernel"] in KERNELS
+            if e["kernel"] in get_args(KernelName)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # absent or of another make: measured anew

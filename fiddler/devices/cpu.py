@@ -1,7 +1,8 @@
 """The CPU: experts run where their weights lie on the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,41 +10,75 @@ from torch import Tensor
 from fiddler.devices.base import ExpertFormula, Matmul
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.mlp import run_expert
+from fiddler.devices.native import Native, fits
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
 
+class _Way(NamedTuple):
+    """How a layer's experts run at some row count."""
+
+    up: Matmul
+    down: Matmul
+    together: Native | None
+    """Runs them all at once; `None`: one after the other."""
+
+
 @dataclass(frozen=True, slots=True)
 class CpuDevice:
-    """Runs experts of any layer on rows, one after the other; torch spreads each over the threads."""
+    """Runs experts of any layer on rows; the threads share each expert, or all of them at once.
+
+    What an expert's rows come to depends on the expert and their number, not on what runs beside it.
+    """
 
     weights: Callable[[int, int], ExpertWeights]
     """(layer, expert) to its weights."""
     formulas: tuple[ExpertFormula, ...]
     """By layer."""
     kernels: Kernels
-    _picked: dict[tuple[int, int], tuple[Matmul, Matmul]] = field(default_factory=dict)
+    _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
 
-    def run(self, layer: int, loads: tuple[Load, ...], rows: Tensor) -> Tensor:
-        """Run the loads of a layer on `rows` `[n, H]`, grouped by expert; returns `[n, H]` in the same order."""
-        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for load in loads:
-            out[load.start : load.stop] = self.expert(layer, load, self.weights(layer, load.expert), rows)
-        return out
+    def run(
+        self, layer: int, loads: Sequence[Load], weights: Sequence[ExpertWeights], rows: Tensor, out: Tensor
+    ) -> None:
+        """Run loads of a layer with these `weights`, wherever they are.
 
-    def expert(self, layer: int, load: Load, weights: ExpertWeights, rows: Tensor) -> Tensor:
-        """Return one load's output `[n_rows, H]` with these `weights`, wherever they are."""
-        up, down = self.matmuls(layer, load.n_rows)
-        return run_expert(self.formulas[layer], weights, rows[load.start : load.stop], up, down)
+        `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
+        """
+        ways = [self._way(layer, load.n_rows) for load in loads]
+        together = [i for i, way in enumerate(ways) if way.together is not None]
+        if together:
+            native = ways[together[0]].together
+            assert native is not None
+            native.experts([loads[i] for i in together], [weights[i] for i in together], rows, out)
+        for load, own, way in zip(loads, weights, ways, strict=True):
+            if way.together is None:
+                mine = slice(load.start, load.stop)
+                out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
 
-    def matmuls(self, layer: int, n_rows: int) -> tuple[Matmul, Matmul]:
-        """Return the kernels for up and down, looked up once per layer and row count: experts share a shape.
+    def _way(self, layer: int, n_rows: int) -> _Way:
+        """Look up once per layer and row count: experts share a shape.
 
         The layer's first expert decides, as in its blocks: a file may end between one's gate and up.
         """
-        found = self._picked.get((layer, n_rows))
+        found = self._ways.get((layer, n_rows))
         if found is None:
-            weights = self.weights(layer, 0)
-            found = self.kernels.pick(weights.up[0], n_rows), self.kernels.pick(weights.down, n_rows)
-            self._picked[layer, n_rows] = found
+            found = self._ways[layer, n_rows] = self._choose(layer, n_rows)
         return found
+
+    def _choose(self, layer: int, n_rows: int) -> _Way:
+        weights, kernels = self.weights(layer, 0), self.kernels
+        matrices = (*weights.up, weights.down)
+        whole = (
+            all(kernels.name(matrix, n_rows) == "native" and fits(matrix) for matrix in matrices)
+            and self.formulas[layer].is_swiglu
+            and not weights.up_bias
+            and weights.down_bias is None
+        )
+        up, down = (kernels.pick(matrix, n_rows) for matrix in (weights.up[0], weights.down))
+        return _Way(up, down, kernels.native if whole else None)
+
+
+def empty_results(rows: Tensor) -> Tensor:
+    """Return room for the results of `rows` `[n, H]`, without gaps."""
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
 """Which matmul multiplies a weight: a pure function of (shape, dtype, rows, stored calibration).
 
 `linear` is torch's own `F.linear(x, W)`. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the weights at up to twice
-the bandwidth for few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. Only a
-measurement on this machine picks one of the last two.
+the bandwidth for few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. `native`
+is ours (native.c), where it could be compiled. Only a measurement on this machine picks one of the last three.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.devices.base import Matmul
+from fiddler.devices.native import Native
 
-KernelName = Literal["linear", "rows_last", "vector"]
+KernelName = Literal["linear", "rows_last", "vector", "native"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Row counts that are calibrated; others use the nearest below."""
@@ -67,7 +68,8 @@ def _without_gaps(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t() if weight.stride(0) < weight.stride(1) else weight.contiguous()
 
 
-KERNELS: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
+TORCH: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
+"""The kernels that are always there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Kernels:
     """The choice per (weight shape, row bucket); `linear` where nothing was calibrated."""
 
     choice: Mapping[tuple[ShapeKey, int], KernelName] = field(default_factory=dict)
+    native: Native | None = None
+    """Ours, where they could be compiled."""
 
     def name(self, weight: Tensor, n_rows: int) -> KernelName:
         """Return the kernel's name for `n_rows` rows of this weight."""
@@ -84,4 +88,11 @@ class Kernels:
 
     def pick(self, weight: Tensor, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
-        return KERNELS[self.name(weight, n_rows)]
+        return self.kernel(self.name(weight, n_rows))
+
+    def kernel(self, name: KernelName) -> Matmul:
+        """Return a kernel by name."""
+        if name == "native":
+            assert self.native is not None
+            return self.native.matmul
+        return TORCH[name]

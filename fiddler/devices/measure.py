@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, ExpertCosts
-from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.sim import SimDevice
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
@@ -94,8 +94,9 @@ class Bench:
 
     def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor) -> float:
         """Run an expert on the first of `rows`; returns its seconds."""
+        out = empty_results(rows[:n_rows])
         started = perf_counter()
-        self.host.expert(layer, Load(0, 0, n_rows), weights, rows)
+        self.host.run(layer, (Load(0, 0, n_rows),), (weights,), rows, out)
         return perf_counter() - started
 
     def _rows(self, layer: int, n_rows: int) -> Tensor:

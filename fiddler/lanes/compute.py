@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.lanes.combine import combine, gather
 from fiddler.scheduler.routing import route
 
@@ -23,4 +23,7 @@ class ComputeLane:
         if not work.loads:
             return hidden.new_zeros(hidden.shape)
         rows = gather(hidden, work, index.shape[1])
-        return combine(self.device.run(layer, work.loads, rows), work.order, weights)
+        out = empty_results(rows)
+        own = [self.device.weights(layer, load.expert) for load in work.loads]
+        self.device.run(layer, work.loads, own, rows, out)
+        return combine(out, work.order, weights)

@@ -1,15 +1,14 @@
 """The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from fiddler.cost.lanes import LANES, LaneName
-from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights, LaneStatistics
@@ -61,8 +60,7 @@ class ExpertWork:
 
     def open(self, wave: int, layer: int, rows: Tensor) -> None:
         """Take a layer's rows `[n, H]`, one per visit, before its jobs start."""
-        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        self._open[wave, layer] = _Buffers(rows, out)
+        self._open[wave, layer] = _Buffers(rows, empty_results(rows))
 
     def results(self, wave: int, layer: int, failed: Iterable[Load] = ()) -> Tensor:
         """Return a layer's outputs `[n, H]`, zero for loads that failed. Those that still run are not there yet."""
@@ -90,21 +88,31 @@ class ExpertWork:
 
     def _run(self, job: RunExperts) -> Failures:
         buffers = self._open.get((job.wave, job.layer))
-        failures: dict[int, Exception] = {}
         if buffers is None:
-            return failures
-        counters = self.counters[job.lane]
+            return {}
+        every = range(len(job.loads))
+        try:
+            self._run_loads(job, every, buffers)
+        except Exception:  # whose fault it was shows when each runs alone
+            return self._run_one_by_one(job, buffers)
+        return {}
+
+    def _run_one_by_one(self, job: RunExperts, buffers: _Buffers) -> Failures:
+        failures: dict[int, Exception] = {}
         for i, load in enumerate(job.loads):
             try:
-                weights = self._weights(job, i)
-                buffers.out[load.start : load.stop] = self.host.expert(job.layer, load, weights, buffers.rows)
+                self._run_loads(job, (i,), buffers)
             except Exception as error:
                 failures[load.expert] = error
-            else:
-                counters.n_rows += load.n_rows
-                counters.n_loads += 1
-                counters.n_bytes += weights.nbytes
         return failures
+
+    def _run_loads(self, job: RunExperts, which: Sequence[int], buffers: _Buffers) -> None:
+        loads, weights = [job.loads[i] for i in which], [self._weights(job, i) for i in which]
+        self.host.run(job.layer, loads, weights, buffers.rows, buffers.out)
+        counters = self.counters[job.lane]
+        counters.n_rows += sum(load.n_rows for load in loads)
+        counters.n_loads += len(loads)
+        counters.n_bytes += sum(own.nbytes for own in weights)
 
     def _weights(self, job: RunExperts, i: int) -> ExpertWeights:
         if job.lane == "cpu":

@@ -1,20 +1,26 @@
 """The experts' weights on the host, as views of the mapped checkpoint."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.layout import Every, ExpertParts, Layout, Select, Step, Transpose, View
 from fiddler.types import ExpertWeights
+
+BOUNDARY = 16
+"""Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
-    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy.
+    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. So is a
+    float32 matrix treated that lies off a boundary where this machine's products hang on that (`aligned`).
     """
 
     checkpoint: Checkpoint
@@ -44,7 +50,7 @@ class MappedStore:
         if len(views) != 2 or any(v.steps for v in views):
             return None
         tensor = self.checkpoint.joined(views[0].tensor, views[1].tensor)
-        return None if tensor is None else (tensor.to(self.dtype),)
+        return None if tensor is None else (aligned(tensor.to(self.dtype)),)
 
     def _bias(self, views: tuple[View, ...], n: int) -> tuple[Tensor, ...]:
         biases = tuple(self._part(v) for v in views)
@@ -53,13 +59,35 @@ class MappedStore:
         return (torch.cat(biases),) if n == 1 else biases[0].chunk(n)
 
     def _part(self, view: View) -> Tensor:
-        return self._view(view).to(self.dtype)
+        return aligned(self._view(view).to(self.dtype))
 
     def _view(self, view: View) -> Tensor:
         tensor = self.checkpoint.tensor(view.tensor)
         for step in view.steps:
             tensor = _apply(tensor, step)
         return tensor
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor whose products are those of a packed block: itself, or a copy on a boundary.
+
+    MKL takes another path for float32 off a boundary of 16 bytes on processors that are not Intel's, and other bits
+    come out. Tensors with gaps are copied before they are multiplied, whoever does it.
+    """
+    off = tensor.dtype == torch.float32 and tensor.data_ptr() % BOUNDARY
+    dense = tensor.is_contiguous() or tensor.t().is_contiguous()
+    return tensor.clone() if off and dense and _bits_hang_on_alignment() else tensor
+
+
+@lru_cache
+def _bits_hang_on_alignment() -> bool:
+    """Try it: the same product, the matrix on a boundary and one float further."""
+    n = 64
+    with torch.inference_mode(False):
+        weight, x = torch.linspace(-1.0, 1.0, n * n).sin().view(n, n), torch.linspace(0.0, 2.0, n).cos()[None]
+        room = torch.empty(n * n + 1)
+        off = room[1:].view(n, n).copy_(weight)
+        return any(not torch.equal(F.linear(rows, weight), F.linear(rows, off)) for rows in (x, x.repeat(3, 1)))
 
 
 def _apply(tensor: Tensor, step: Step) -> Tensor:
