@@ -2,8 +2,9 @@
 
    torch runs one parallel region per matrix and ends it with a barrier: of a small expert that barrier is most of the
    time. Here a region holds a whole layer's experts, cut into chunks that threads take as they come free, so a core
-   that other programs slow down holds up nobody. Four rows of weights are read side by side, for a core asks memory
-   for more when it follows several streams.
+   that other programs slow down holds up nobody. A core asks memory for more when it follows several streams, and a
+   stream that ends with every row never gets going: four rows of weights are read side by side, each walking through
+   its own part of the chunk.
 
    A result depends on its row and its weights alone, never on how many rows or experts run beside it.
    Compiled by native.py for the machine it runs on. */
@@ -19,7 +20,7 @@ typedef uint16_t bf16;
 typedef int64_t integer;
 
 enum { W = 4, X = 4 };                 /* A tile: rows of weights by rows of activations. */
-enum { CHUNK_BYTES = 128 * 1024 };     /* Of weights, what a thread takes at a time. */
+enum { CHUNKS = 8, LEAST_BYTES = 1 << 15, MOST_BYTES = 1 << 20 }; /* For each thread, and their bytes of weights. */
 
 typedef struct {
     const bf16 *gate, *up, *down; /* [inner, hidden] twice, [hidden, inner]; columns side by side */
@@ -119,25 +120,31 @@ static void tile(const bf16 *const w[W], const bf16 *x, integer columns, integer
 
 INLINE integer least(integer a, integer b) { return a < b ? a : b; }
 
-/* Rows of weights to a chunk: a multiple of W. */
-static integer chunk_rows(integer columns) {
-    integer rows = CHUNK_BYTES / (integer)sizeof(bf16) / columns / W * W;
-    return rows < W ? W : rows;
+/* Rows of weights to a chunk, of n matrices of so many rows that n_threads share. */
+static integer chunk_rows(integer n, integer rows, integer columns, integer n_threads) {
+    integer row_bytes = columns * (integer)sizeof(bf16), bytes = n * rows * row_bytes / (CHUNKS * n_threads);
+    bytes = bytes < LEAST_BYTES ? LEAST_BYTES : least(bytes, MOST_BYTES);
+    return (bytes / row_bytes + W) / W * W;
 }
 
 /* Rows start to stop of y = x wT (+ bias), of which y has out columns. */
 static void multiply(const bf16 *w, integer stride, const bf16 *x, const bf16 *bias, bf16 *y, integer out,
                      integer columns, integer n_rows, integer start, integer stop) {
-    for (integer row = start; row < stop; row += W) {
+    integer part = (stop - start + W - 1) / W;
+    for (integer step = 0; step < part; step++) {
         const bf16 *ws[W];
-        for (int i = 0; i < W; i++) ws[i] = w + least(row + i, stop - 1) * stride;
+        integer rows[W];
+        for (int i = 0; i < W; i++) {
+            rows[i] = least(start + i * part + step, stop - 1);
+            ws[i] = w + rows[i] * stride;
+        }
         for (integer j = 0; j < n_rows; j += X) {
             float found[W][X];
             integer n_x = least(n_rows - j, X);
             tile(ws, x + j * columns, columns, n_x, found);
-            for (int i = 0; i < least(stop - row, W); i++)
+            for (int i = 0; i < W; i++)
                 for (int k = 0; k < n_x; k++)
-                    y[(j + k) * out + row + i] = narrow(found[i][k] + (bias ? widen(bias[row + i]) : 0.0f));
+                    y[(j + k) * out + rows[i]] = narrow(found[i][k] + (bias ? widen(bias[rows[i]]) : 0.0f));
         }
     }
 }
@@ -150,17 +157,18 @@ INLINE bf16 gated(float gate, float up) {
 
 /* Rows start to stop of the up half, [n_rows, inner]: two rows of the gate and two of up make a tile. */
 static void rise(const expert *e, bf16 *middle, integer hidden, integer inner, integer start, integer stop) {
-    for (integer row = start; row < stop; row += 2) {
-        integer second = least(row + 1, stop - 1);
-        const bf16 *ws[W] = {e->gate + row * e->gate_stride, e->gate + second * e->gate_stride,
-                             e->up + row * e->up_stride, e->up + second * e->up_stride};
+    integer part = (stop - start + 1) / 2;
+    for (integer step = 0; step < part; step++) {
+        integer first = start + step, second = least(start + part + step, stop - 1);
+        const bf16 *ws[W] = {e->gate + first * e->gate_stride, e->gate + second * e->gate_stride,
+                             e->up + first * e->up_stride, e->up + second * e->up_stride};
         for (integer j = 0; j < e->n_rows; j += X) {
             float found[W][X];
             integer n_x = least(e->n_rows - j, X);
             tile(ws, e->x + j * hidden, hidden, n_x, found);
             for (int k = 0; k < n_x; k++) {
-                middle[(j + k) * inner + row] = gated(found[0][k], found[2][k]);
-                middle[(j + k) * inner + second] = gated(found[second - row][k], found[2 + second - row][k]);
+                middle[(j + k) * inner + first] = gated(found[0][k], found[2][k]);
+                middle[(j + k) * inner + second] = gated(found[1][k], found[3][k]);
             }
         }
     }
@@ -169,7 +177,7 @@ static void rise(const expert *e, bf16 *middle, integer hidden, integer inner, i
 /* y [n_rows, out] = x [n_rows, columns] wT (+ bias [out]). */
 void fiddler_matmul(const bf16 *w, integer stride, const bf16 *x, const bf16 *bias, bf16 *y, integer out,
                     integer columns, integer n_rows, int n_threads) {
-    integer rows = chunk_rows(columns);
+    integer rows = chunk_rows(1, out, columns, n_threads);
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (integer start = 0; start < out; start += rows)
         multiply(w, stride, x, bias, y, out, columns, n_rows, start, least(start + rows, out));
@@ -177,7 +185,8 @@ void fiddler_matmul(const bf16 *w, integer stride, const bf16 *x, const bf16 *bi
 
 /* A layer's experts; middle [sum of n_rows, inner] is room for what lies between up and down. */
 void fiddler_experts(const expert *experts, integer n, integer hidden, integer inner, bf16 *middle, int n_threads) {
-    integer up_rows = chunk_rows(2 * hidden), down_rows = chunk_rows(inner);
+    integer up_rows = chunk_rows(n, inner, 2 * hidden, n_threads);
+    integer down_rows = chunk_rows(n, hidden, inner, n_threads);
     integer up_chunks = (inner + up_rows - 1) / up_rows, down_chunks = (hidden + down_rows - 1) / down_rows;
     bf16 *rooms[n];
     for (integer i = 0; i < n; i++) {
