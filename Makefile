@@ -13,7 +13,7 @@ INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 # A machine without an NVIDIA GPU wants the CPU build, where an index has one: the other brings gigabytes of CUDA.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: demo test check lowest format clean
+.PHONY: demo test check lowest format figures documents clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -36,6 +36,14 @@ lowest: $(LOWEST)/.dev
 format: $(VENV)/.dev
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
+
+# Every picture of README and docs, from committed results and recordings.
+figures: $(VENV)/.dev
+	$(RUN) bench.figures
+
+# Every number of README and docs, from committed results.
+documents: $(VENV)/.dev
+	$(RUN) bench.documents
 
 clean:
 	rm -rf $(VENV) $(LOWEST)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench import machine
-from bench.report import write_json
+from bench.report import result, write_json
 from fiddler.cache.compare import BOUNDS, MakePolicy, compare
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.recorded import Recording, RoutingTrace, visits
@@ -198,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = list(summaries(cells))
     print(render(found))
     if options.json is not None:
-        report: dict[str, Any] = {"bench": "cache", "machine": machine.describe(), "settings": settings}
-        write_json(options.json, report | {"summary": found, "cells": cells})
+        fields: dict[str, Any] = {"settings": settings, "summary": found, "cells": cells}
+        write_json(options.json, result("cache", machine.describe(), virtual=False, **fields))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ larger than any cache, as the experts of a model are.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,19 +21,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import machine
-from bench.report import Spread, heading, table, write_json
+from bench.report import Spread, heading, result, table, write_json
 from fiddler.config import EngineConfig
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels
+from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.kernels import Kernels, linear, rows_last
-from fiddler.devices.mlp import run_expert
+from fiddler.devices.native import MOST_ROWS, native
+from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
 SHAPES = {"qwen3-30b-a3b": (2048, 768), "mixtral-8x7b": (4096, 14336)}
 """(hidden, intermediate) of an expert, by model."""
 SET_BYTES = 1 << 30
 """A set of copies holds this much: three times the largest cache found on servers today."""
+GEMM_SIZE = 4096
+"""Rows and columns of the largest matmul; half as many are as fast."""
 PASSES = 7
+AT_ONCE = 8
+"""Experts to a layer."""
 SWIGLU = ExpertFormula(gated=True, activation=F.silu)
 
 Call = Callable[[], object]
@@ -50,7 +58,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRate:
-    """A whole expert's GB/s, through `run_expert` with the kernels the calibration picks."""
+    """The GB/s of whole experts as the engine runs them, with the kernels that the calibration picks."""
 
     hidden: int
     intermediate: int
@@ -59,7 +67,10 @@ class ExpertRate:
 
 
 def rate(calls: Sequence[Call], n_bytes: int, passes: int) -> Spread:
-    """Return the GB/s of passes over `calls`, which together read `n_bytes`; a first pass warms up."""
+    """Return the GB/s of passes over `calls`, which together read `n_bytes`; a first pass warms up.
+
+    Of operations, where `n_bytes` counts those.
+    """
     values = []
     with torch.inference_mode():
         for _ in range(passes + 1):
@@ -86,12 +97,25 @@ def read_ceiling(n_bytes: int = SET_BYTES, passes: int = PASSES) -> dict[str, Sp
         "mv float32, a stream a row": lambda: torch.mv(rows, x),
         "mm bfloat16, a stream a row": lambda: torch.mm(narrow, x_narrow),
     }
+    if (ours := native()) is not None:
+        one = x_narrow.t()[:1].contiguous()
+        ways["ours bfloat16, four streams a thread"] = lambda: ours.matmul(one, narrow, None)
     return {way: rate([call], flat.nbytes, passes) for way, call in ways.items()}
 
 
 def ceiling(ways: Mapping[str, Spread]) -> float:
     """Return the machine's read ceiling in GB/s: the best pass of the best way."""
     return max(spread.high for spread in ways.values())
+
+
+def gemm_flop_per_s(set_bytes: int = SET_BYTES, passes: int = PASSES) -> Spread:
+    """Return the operations per second of a large square bf16 matmul; its best pass is this machine's limit.
+
+    A multiplication and an addition are two operations. The three matrices together hold at most `set_bytes`.
+    """
+    n = min(GEMM_SIZE, isqrt(set_bytes // 6))
+    x, weight = (torch.full((n, n), value, dtype=torch.bfloat16) for value in (0.5, 0.01))
+    return rate([lambda: linear(x, weight, None)], 2 * n**3, passes).scaled(1e9)
 
 
 def copies(out: int, columns: int, set_bytes: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -112,6 +136,8 @@ def kernel_rates(
         "linear": lambda w: lambda: linear(x, w, None),
         "rows_last": lambda w: lambda: rows_last(padded, w, None),
     }
+    if dtype == torch.bfloat16 and n_rows <= MOST_ROWS and (ours := native()) is not None:
+        kernels["native"] = lambda w: lambda: ours.matmul(x, w, None)
     if n_rows == 1:
         kernels["mv"] = lambda w: lambda: torch.mv(w, x[0])
     n_bytes = sum(w.nbytes for w in weights)
@@ -124,22 +150,22 @@ def kernel_rates(
 def expert_rate(
     hidden: int, intermediate: int, n_rows: int, kernels: Kernels, set_bytes: int, passes: int
 ) -> ExpertRate:
-    """Measure whole SwiGLU experts, gate and up as one matrix."""
+    """Measure whole SwiGLU experts, gate and up as one matrix, `AT_ONCE` to a layer, `n_rows` rows each."""
     n_bytes = 6 * hidden * intermediate
-    experts = [_expert(hidden, intermediate) for _ in range(-(-set_bytes // n_bytes))]
-    x = torch.full((n_rows, hidden), 0.5, dtype=torch.bfloat16)
-    calls = [_bound(weights, x, kernels) for weights in experts]
+    n_layers = -(-set_bytes // n_bytes // AT_ONCE)
+    experts = [_expert(hidden, intermediate) for _ in range(n_layers * AT_ONCE)]
+    device = CpuDevice(lambda _, expert: experts[expert], (SWIGLU,), kernels)
+    loads = [Load(i, i * n_rows, (i + 1) * n_rows) for i in range(AT_ONCE)]
+    rows = torch.full((AT_ONCE * n_rows, hidden), 0.5, dtype=torch.bfloat16)
+    out = empty_results(rows)
+    layers = [experts[start : start + AT_ONCE] for start in range(0, len(experts), AT_ONCE)]
+    calls = [partial(device.run, 0, loads, layer, rows, out) for layer in layers]
     return ExpertRate(hidden, intermediate, n_rows, rate(calls, n_bytes * len(experts), passes))
 
 
 def _expert(hidden: int, intermediate: int) -> ExpertWeights:
     up = torch.full((2 * intermediate, hidden), 0.01, dtype=torch.bfloat16)
     return ExpertWeights((up,), torch.full((hidden, intermediate), 0.01, dtype=torch.bfloat16))
-
-
-def _bound(weights: ExpertWeights, x: Tensor, kernels: Kernels) -> Call:
-    up, down = (kernels.pick(w, x.shape[0]) for w in (weights.up[0], weights.down))
-    return lambda: run_expert(SWIGLU, weights, x, up, down)
 
 
 def attainable_gbs(
@@ -171,15 +197,17 @@ def measure(
             rates += kernel_rates((2 * inner, hidden), n_rows, set_bytes, passes)
             rates += kernel_rates((hidden, inner), n_rows, set_bytes, passes)
             experts.append(expert_rate(hidden, inner, n_rows, kernels, set_bytes, passes))
-    return {
-        "bench": "kernels",
-        "machine": machine.describe(),
-        "settings": {"set_bytes": set_bytes, "passes": passes, "shapes": shapes, "rows": list(rows)},
-        "read_ceiling_gbs": ceiling(ways),
-        "ways_to_read": ways,
-        "kernels": rates,
-        "experts": experts,
-    }
+    return result(
+        "kernels",
+        machine.describe(),
+        virtual=False,
+        settings={"set_bytes": set_bytes, "passes": passes, "shapes": shapes, "rows": list(rows)},
+        read_ceiling_gbs=ceiling(ways),
+        ways_to_read=ways,
+        gemm_flop_per_s=gemm_flop_per_s(set_bytes, passes),
+        kernels=rates,
+        experts=experts,
+    )
 
 
 def render(report: dict[str, Any]) -> str:
@@ -199,6 +227,7 @@ def render(report: dict[str, Any]) -> str:
         [
             heading(report["machine"]),
             table("Reading memory; the ceiling is the best pass", ("way", "GB/s (spread)", "of ceiling"), ways),
+            f"\nLarge bf16 matmul: {report['gemm_flop_per_s'].scaled(1e-12):.2f} TFLOP/s",
             table("One matmul", ("weight [out, in], kernel", *columns), kernels),
             table("A whole SwiGLU expert", ("(hidden, intermediate)", *columns), experts),
         ]

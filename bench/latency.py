@@ -1,35 +1,35 @@
-"""Tokens per second of a whole model, and how near each part of a step comes to what the machine allows.
+"""Tokens per second of Fiddler and of what one would use instead, on the same weights in the same run.
 
-    python -m bench.latency --synthetic qwen3-30b-a3b --compare eager,batched_mm,grouped_mm
-    python -m bench.latency --model FOLDER [--input-tokens 64] [--output-tokens 64] [--repeats 5] [--json FILE]
-    python -m bench.latency --demo --concurrency 1,8
+    python bench/latency.py --demo
+    python bench/latency.py --synthetic qwen3-30b-a3b --scenario single,concurrent,prefill
+    python bench/latency.py --model FOLDER --scenario single --input-tokens paper --output-tokens paper --json FILE
+    python bench/latency.py --model FOLDER --device sim:rtx4090-desktop   # a described machine, virtual time
 
-Systems take turns within each repeat, so that whatever else the machine does hits all alike.
+Systems take turns within each repeat, so that whatever else the machine does hits all alike. Beside every speed
+stands the share it is of what this machine could do at most, measured in the same run.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import anyio
 import torch
-from transformers import PreTrainedModel
 
-import fiddler
-from bench import kernels, limits, machine, ours, peers
-from bench.report import Spread, heading, table, write_json
-from bench.workload import Run, Step, Unavailable, Workload, decoding
-from fiddler import Engine, EngineConfig
-from tools import synthesize
+from bench import ceilings, checkpoints, kernels, machine
+from bench.ceilings import Ceilings
+from bench.contest import limits, scenarios, shown
+from bench.contest.contest import Contest, contest
+from bench.contest.rates import Limit, Results, rows
+from bench.contest.scenarios import SCENARIOS, Sizes
+from bench.peers import PEERS
+from bench.report import result, write_json
+from fiddler import ConfigError, EngineConfig
 
-OURS = "fiddler"
-PEERS = ("eager", "batched_mm", "grouped_mm")
-CACHE = Path.home() / ".cache" / "fiddler-bench"
-WARM_UP_TOKENS = 4
+LIMIT_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,237 +37,147 @@ class Settings:
     """What to run."""
 
     folder: Path
-    n_input: int
-    n_output: int
+    scenarios: tuple[str, ...]
+    sizes: Sizes
     repeats: int
-    concurrency: tuple[int, ...]
-    compare: tuple[str, ...]
-    set_bytes: int = kernels.SET_BYTES
+    peers: tuple[str, ...]
+    set_bytes: int
+    """How much is read to find a limit."""
     config: EngineConfig = field(default_factory=EngineConfig)
-
-
-@dataclass(slots=True)
-class Results:
-    """What was seen at one concurrency."""
-
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-    """By system."""
-    unavailable: dict[str, str] = field(default_factory=dict)
-    """Why a system did not run, by system."""
-    steps: list[Step] = field(default_factory=list)
-    alone_s: list[float] = field(default_factory=list)
-    """Seconds of each step's expert kernels, run again with nothing around them."""
-
-    def add(self, system: str, outcome: Run | Unavailable) -> None:
-        """Note what a system did."""
-        if isinstance(outcome, Run):
-            self.runs.setdefault(system, []).append(outcome)
-        else:
-            self.unavailable[system] = outcome.reason
 
 
 async def measure(settings: Settings) -> dict[str, Any]:
     """Run everything and return the report."""
-    results = {n: Results() for n in settings.concurrency}
-    async with Engine(settings.folder, settings.config) as engine:
-        probe = ours.Probe(engine)
-        ways = await probe.call(lambda: kernels.read_ceiling(settings.set_bytes))
-        model: PreTrainedModel | Unavailable = Unavailable("not asked for")
-        if settings.compare:
-            model = await probe.call(lambda: peers.load(settings.folder))
-        loads = {n: _workload(probe, n, settings) for n in settings.concurrency}
+    async with contest(settings.folder, settings.config, settings.peers) as found:
+        asked = [
+            Results(scenario, workload)
+            for scenario in settings.scenarios
+            for workload in scenarios.workloads(scenario, settings.sizes, found.n_vocabulary)
+        ]
+        before = await _ceilings(found, settings)
         for seed in range(settings.repeats + 1):
-            for n, workload in loads.items():
-                await _turn(engine, probe, model, workload, seed, settings.compare, results[n])
-        return await probe.call(lambda: _report(settings, results, limits.sizes(probe.loaded), ways))
+            for results in asked:
+                await found.turn(results, seed)
+        after = await _ceilings(found, settings)
+        made = before.or_better(after) if before and after else None
+        fields = (
+            await found.probe.call(partial(_parts, found, asked, made, settings.set_bytes))
+            if found.probe is not None and made is not None
+            else {"systems": [row for results in asked for row in rows(results, None)]}
+        )
+    about = {"model": settings.folder.name, "device": settings.config.device, "repeats": settings.repeats}
+    return result("latency", machine.describe(), virtual=found.virtual, settings=about, **fields)
 
 
-def _report(
-    settings: Settings, results: dict[int, Results], sizes: limits.Sizes, before: dict[str, Spread]
-) -> dict[str, Any]:
-    """Measure the limits, again or for the first time, and put everything together."""
-    ways = limits.better(before, kernels.read_ceiling(settings.set_bytes))
-    parts = {
-        n: limits.parts(sizes, kernels.ceiling(ways), n, r.steps, r.alone_s, settings.set_bytes)
-        for n, r in results.items()
-    }
+async def _ceilings(found: Contest, settings: Settings) -> Ceilings | None:
+    """Measure on the engine's thread; nothing where time is not this machine's."""
+    if found.probe is None:
+        return None
+    return await found.probe.call(partial(ceilings.measure, settings.set_bytes, LIMIT_PASSES))
+
+
+def _parts(found: Contest, asked: Sequence[Results], made: Ceilings, set_bytes: int) -> dict[str, Any]:
+    """Set everything beside its limits."""
+    assert found.probe is not None
+    sizes = limits.sizes(found.probe.loaded)
+
+    def limit(results: Results) -> Limit:
+        return limits.of(sizes, results, made.gbs, made.flop_per_s)
+
+    apart = [results for results in asked if results.steps]
     return {
-        "bench": "latency",
-        "machine": machine.describe(),
-        "settings": {
-            "model": settings.folder.name,
-            "input_tokens": settings.n_input,
-            "output_tokens": settings.n_output,
-            "repeats": settings.repeats,
-        },
-        "model": sizes,
-        "read_ceiling_gbs": kernels.ceiling(ways),
-        "ways_to_read": ways,
-        "systems": [row for n, r in results.items() for row in _systems(n, r)],
-        "parts": [part for n in results for part in parts[n]],
-        "overhead": [limits.overhead(sizes, n, r.steps, r.alone_s) for n, r in results.items()],
+        "model": asdict(sizes),
+        "read_ceiling_gbs": made.gbs,
+        "ways_to_read": made.ways_to_read,
+        "gemm_flop_per_s": made.gemm,
+        "systems": [row for results in asked for row in rows(results, limit(results))],
+        "parts": [part for results in apart for part in limits.parts(sizes, made.gbs, results, set_bytes)],
+        "overhead": [limits.overhead(sizes, results) for results in apart],
     }
-
-
-def _workload(probe: ours.Probe, n_sequences: int, settings: Settings) -> Workload:
-    embedding: Any = probe.loaded.model.get_input_embeddings()
-    return Workload(n_sequences, settings.n_input, settings.n_output, embedding.num_embeddings)
-
-
-async def _turn(
-    engine: Engine,
-    probe: ours.Probe,
-    model: PreTrainedModel | Unavailable,
-    workload: Workload,
-    seed: int,
-    compare: Sequence[str],
-    results: Results,
-) -> None:
-    """Let every system run the workload once; turn 0 warms up, and is not counted."""
-    if seed == 0:
-        workload = Workload(workload.n_sequences, workload.n_input, WARM_UP_TOKENS, workload.n_vocabulary)
-    probe.steps.clear()
-    run = await ours.run(engine, workload, seed)
-    steps = decoding(probe.steps, workload.n_sequences)
-    outcomes: dict[str, Run | Unavailable] = {OURS: run}
-    for name in compare:
-        outcomes[name] = (
-            model
-            if isinstance(model, Unavailable)
-            else await probe.call(partial(peers.run, model, name, workload, workload.prompts(seed), run.tokens))
-        )
-    if seed:
-        results.steps += steps
-        results.alone_s += await probe.call(lambda: ours.alone(probe, steps))
-        for system, outcome in outcomes.items():
-            results.add(system, outcome)
-
-
-def _systems(n_sequences: int, results: Results) -> list[dict[str, Any]]:
-    """Summarise every system, with its time as a multiple of Fiddler's."""
-    base = median(run.decode_tokens_per_s for run in results.runs[OURS])
-    rows: list[dict[str, Any]] = []
-    for system, runs in results.runs.items():
-        whole = [r.tokens_per_s for r in runs if r.tokens_per_s is not None]
-        firsts = [r.first_token_s for r in runs if r.first_token_s is not None]
-        decode = Spread.of(r.decode_tokens_per_s for r in runs)
-        rows.append(
-            {
-                "system": system,
-                "concurrency": n_sequences,
-                "tokens_per_s": Spread.of(whole) if whole else None,
-                "decode_tokens_per_s": decode,
-                "first_token_s": Spread.of(firsts) if firsts else None,
-                "fiddler_is_times": base / decode.median,
-                "unavailable": None,
-            }
-        )
-    for system, reason in results.unavailable.items():
-        rows.append({"system": system, "concurrency": n_sequences, "unavailable": reason})
-    return rows
-
-
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    sizes, settings, limit = report["model"], report["settings"], report["read_ceiling_gbs"]
-    ran = [s for s in report["systems"] if s["unavailable"] is None]
-    lines = [
-        heading(report["machine"]),
-        f"{settings['model']}: {sizes.n_layers} MoE layers, experts {sizes.expert_bytes / 1e9:.2f} GB, "
-        f"read per token outside experts {(sizes.dense_bytes + sizes.head_bytes) / 1e6:.0f} MB; "
-        f"{settings['input_tokens']} tokens in, {settings['output_tokens']} out, {settings['repeats']} repeats",
-        f"read ceiling of this machine, measured in this run: {limit:.1f} GB/s",
-        table(
-            "Whole model",
-            ("system", "concurrent", "tokens/s", "decoding tokens/s", "first token s", "fiddler is"),
-            [
-                (
-                    s["system"],
-                    str(s["concurrency"]),
-                    f"{s['tokens_per_s']:.1f}" if s["tokens_per_s"] else "-",
-                    f"{s['decode_tokens_per_s']:.1f}",
-                    f"{s['first_token_s']:.3f}" if s["first_token_s"] else "-",
-                    f"{s['fiddler_is_times']:.2f}x",
-                )
-                for s in ran
-            ],
-        ),
-        *(
-            f"{s['system']} at {s['concurrency']}: did not run: {s['unavailable']}"
-            for s in report["systems"]
-            if s["unavailable"] is not None
-        ),
-        table(*limits.parts_table(report["parts"])),
-        table(*limits.overhead_table(report["overhead"])),
-        *_batching(ran),
-    ]
-    return "\n".join(lines)
-
-
-def _batching(ran: Sequence[dict[str, Any]]) -> list[str]:
-    """Say how much more concurrent requests make than one."""
-    rates = {s["concurrency"]: s["decode_tokens_per_s"].median for s in ran if s["system"] == OURS}
-    if 1 not in rates:
-        return []
-    return [
-        f"\n{n} concurrent requests make {r / rates[1]:.2f}x the tokens of one" for n, r in rates.items() if n > 1
-    ]
-
-
-def _folder(options: argparse.Namespace) -> Path:
-    if options.demo:
-        return fiddler.DEMO
-    if options.model:
-        return Path(options.model)
-    spec: str = options.synthetic
-    return synthesize.write(synthesize.config_of(spec), options.cache / spec.replace(":", "-"))
-
-
-def _set_bytes(folder: Path) -> int:
-    """Return how much to read to find a limit: a model that fits in the cache is read from there."""
-    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return min(kernels.SET_BYTES, max(n_bytes, 16 << 20))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a checkpoint folder")
-    source.add_argument("--synthetic", help="random weights: qwen3-30b-a3b[:layers=N] or mixtral-8x7b[:layers=N]")
-    source.add_argument("--demo", action="store_true", help="the demo model that ships with Fiddler")
-    parser.add_argument(
-        "--cache", type=Path, default=CACHE, help="for synthetic checkpoints (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="bench/latency.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--concurrency", default="1,8")
-    parser.add_argument("--compare", default="", help=f"transformers' experts, of {','.join(PEERS)}")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    checkpoints.add_options(parser)
+    _add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        report = anyio.run(measure, _settings(options))
+    except (ValueError, ConfigError) as error:
+        parser.error(str(error))
+    print(shown.render(report))
+    if options.json:
+        write_json(options.json, report)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, sim, sim:MACHINE (default: %(default)s)")
+    what = "; ".join(f"{name}: {means}" for name, means in SCENARIOS.items())
+    parser.add_argument(
+        "--scenario", type=_scenarios, default=("single", "concurrent"), help=f"{what} (default: single,concurrent)"
+    )
+    parser.add_argument("--input-tokens", type=partial(_lengths, 0), default=(), help="N,N,… or paper")
+    parser.add_argument("--output-tokens", type=partial(_lengths, 1), default=(), help="N,N,… or paper")
+    parser.add_argument("--concurrency", type=_numbers, default=(8,), help="sequences (default: 8)")
+    parser.add_argument("--beams", type=_numbers, default=(4,), help="of a search (default: 4)")
+    parser.add_argument(
+        "--compare", type=_names, default=tuple(PEERS), help=f"of {','.join(PEERS)}; or none (default: all)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what the engine chooses)")
     parser.add_argument("--kernels", choices=("auto", "linear"), default="auto")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
     parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 768)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    folder = _folder(options)
-    settings = Settings(
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    folder = checkpoints.folder(options)
+    limit_bytes = checkpoints.set_bytes(folder, kernels.SET_BYTES)
+    return Settings(
         folder=folder,
-        n_input=options.input_tokens,
-        n_output=options.output_tokens,
+        scenarios=options.scenario,
+        sizes=Sizes(options.input_tokens, options.output_tokens, options.concurrency, options.beams),
         repeats=options.repeats,
-        concurrency=tuple(int(n) for n in options.concurrency.split(",")),
-        compare=tuple(name for name in options.compare.split(",") if name),
-        set_bytes=options.set_mib << 20 if options.set_mib else _set_bytes(folder),
+        peers=options.compare,
+        set_bytes=options.set_mib << 20 if options.set_mib else limit_bytes,
         config=EngineConfig(
-            threads=options.threads, kernels=options.kernels, calibration_dir=options.calibration_dir
+            device=options.device,
+            threads=options.threads,
+            kernels=options.kernels,
+            calibration_dir=options.calibration_dir,
         ),
     )
-    report = anyio.run(measure, settings)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(text.split(","))
+
+
+def _scenarios(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in SCENARIOS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(SCENARIOS)}")
+    return names
+
+
+def _lengths(axis: int, text: str) -> tuple[int, ...]:
+    return scenarios.PAPER[axis] if text == "paper" else _numbers(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,N,…") from error
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers begin at 1")
+    return numbers
 
 
 if __name__ == "__main__":

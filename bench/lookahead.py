@@ -29,6 +29,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from bench import machine
+from bench.report import result
 from fiddler import DEMO
 from fiddler.models import lookahead as asking
 from fiddler.models import seam
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each window")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"machine": machine.describe(), "n_tokens": {}}
+    found: dict[str, Any] = result("lookahead", machine.describe(), virtual=False, n_tokens={})
     with torch.inference_mode():
         loaded = adopt(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16).eval())
         seam.bind(loaded.experts, lambda *_: torch.empty(0))

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from bench import machine
-from bench.report import heading, table, write_json
+from bench.report import heading, result, table, write_json
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, descent
 from tests.scheduler.instances import Instance, instances
 from tests.scheduler.oracle import best_s
@@ -70,13 +70,14 @@ def ratios(n_seeds: int) -> list[Ratios]:
 
 def measure(loads: Sequence[int], n_layers: int, repeats: int, n_seeds: int) -> dict[str, Any]:
     """Measure everything and return the report."""
-    return {
-        "bench": "plan",
-        "machine": machine.describe(),
-        "settings": {"layers": n_layers, "repeats": repeats, "seeds": n_seeds},
-        "times": [plan_times(n, n_layers, repeats) for n in loads],
-        "ratios": ratios(n_seeds),
-    }
+    return result(
+        "plan",
+        machine.describe(),
+        virtual=False,
+        settings={"layers": n_layers, "repeats": repeats, "seeds": n_seeds},
+        times=[plan_times(n, n_layers, repeats) for n in loads],
+        ratios=ratios(n_seeds),
+    )
 
 
 def render(report: dict[str, Any]) -> str:

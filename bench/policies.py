@@ -194,9 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = {"bench": "policies", "machine": about, "virtual": True, "work": work, "verdicts": found}
         write_json(options.json, report | {"cells": cells})
     if options.plot is not None:
-        from bench.systems_plot import draw
+        from bench.figures import style, systems
 
-        draw(cells, options.plot)
+        with style.applied():
+            style.save(systems.picture(cells), options.plot)
 
 
 if __name__ == "__main__":

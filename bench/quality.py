@@ -1,102 +1,163 @@
-"""What each way of running the demo model does to its predictions: bits per byte of text it is made to read.
+"""The guard of quality: what each way of running the demo model does to its predictions of text it is made to read.
 
     python -m bench.quality [--tokens 256] [--json FILE]
 
-The text is Python's own standard library, a piece of each of some modules; the model is fed its true tokens, one a
-step, eight sequences side by side. The paths differ in device, dtype, store and deferral; those that promise the
-same bits must show the same number. Deferral is refused below 6 experts a token; here it is forced on a model with
-2, so it holds back half of what a token visits: the worst case, not the case it is meant for.
+The text is Python's own standard library, a piece of each of some modules, eight sequences side by side; the model
+is fed its true tokens. Every path makes a promise, relative to another path: the same bits for every token; or
+another rounding, or a loss, which change the perplexity by at most so much. The bounds are for 256 tokens a module;
+of fewer the noise is larger. Where a promise is broken the bench says so and exits with 1.
+
+Deferral is refused below 6 experts a token; here it is forced on a model with 2, so it holds back half of what a
+token visits: the worst case, not the case it is meant for.
 """
 
 import argparse
 import inspect
 import textwrap
-from argparse import ArgumentParser
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from math import log
-from pathlib import Path
+from math import exp, log
+from pathlib import Path as File
+from typing import Any
 
-import anyio
 import torch
+from torch import Tensor
 
 from bench import machine
-from bench.report import heading, table, write_json
+from bench.quality_forced import Texts
+from bench.quality_paths import BASE, PATHS, Path, Promise
+from bench.report import heading, result, table, write_json
 from fiddler import DEMO
-from fiddler.config import EngineConfig
-from fiddler.devices.kernels import Kernels
-from fiddler.engine.assemble import Span
-from fiddler.engine.rig import assemble_rig
-from fiddler.models.kv import SequenceKV
-from fiddler.models.loaded import load
+from fiddler.models.text import Text
 
 MODULES = ("textwrap", "argparse", "heapq", "bisect", "statistics", "fractions", "shutil", "string")
-PATHS: dict[str, EngineConfig] = {
-    "cpu": EngineConfig(device="cpu"),
-    "cpu, packed": EngineConfig(device="cpu", store="packed"),
-    "cpu, float32": EngineConfig(device="cpu", dtype="float32"),
-    "sim, a quarter resident": EngineConfig(device="sim:rtx4090-desktop"),
-    "sim, none resident": EngineConfig(device="sim:rtx4090-desktop", slots=0),
-    "sim, two waves": EngineConfig(device="sim:rtx4090-desktop", waves="two"),
-}
-DEFERRED = "cpu, one of two experts deferred (lossy)"
+CHARACTERS_A_TOKEN = 16
+"""No module's text needs more; a longer piece than the model's context brings a warning."""
 
 
-@dataclass(slots=True, eq=False)
-class Reading:
-    """A sequence whose tokens are known."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a path did, and what it promised."""
 
-    ids: list[int]
-    past: SequenceKV = field(default_factory=SequenceKV)
+    bits_per_byte: float
+    perplexity: float
+    """Per token. Of a path that reads chunks only the tokens after chunks count."""
+    n_tokens: int
+    against_cpu: float
+    """Relative change of the perplexity of the same tokens."""
+    promise: Promise
+    like: str
+    """The path it is relative to."""
+    against_like: float
+    bound: float
+    """On the size of `against_like`."""
+    n_different: int
+    """Tokens whose log-probabilities are not the same bits as those of `like`."""
 
-    def tokens(self, start: int, stop: int) -> Sequence[int]:
-        """Return the true tokens."""
-        return self.ids[start:stop]
-
-
-async def bits(config: EngineConfig, texts: Sequence[list[int]], n_deferred: int = 0) -> float:
-    """Return the bits that the model gives all tokens of `texts` but each one's first."""
-    loaded = load(DEMO, config)
-    rig = assemble_rig(loaded, Kernels(), config)
-    rig.steps._experts = replace(rig.steps._experts, n_deferred=n_deferred)
-    await rig.runner.preload()
-    readings = [Reading(ids) for ids in texts]
-    total = 0.0
-    for i in range(len(texts[0]) - 1):
-        outcomes = await rig.steps.run([Span(reading, i, i + 1, last=True) for reading in readings])  # type: ignore[arg-type]
-        for reading, outcome in zip(readings, outcomes, strict=True):
-            if outcome.error is not None:
-                raise outcome.error
-            assert outcome.logits is not None
-            total -= float(torch.log_softmax(outcome.logits.float(), -1)[reading.ids[i + 1]])
-    await rig.aclose()
-    return total / log(2.0)
+    @property
+    def kept(self) -> bool:
+        """Whether the promise is."""
+        if self.promise == "same bits":
+            return self.n_different == 0
+        return abs(self.against_like) <= self.bound
 
 
-def main() -> None:
-    parser: ArgumentParser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def texts_of(n_tokens: int) -> tuple[Texts, int]:
+    """Return the first tokens of every module, and the bytes of all of them but each one's first."""
+    text = Text.open(DEMO)
+    sources = (textwrap.dedent(inspect.getsource(import_module(name))) for name in MODULES)
+    texts = [text.encode(source[: CHARACTERS_A_TOKEN * n_tokens])[:n_tokens] for source in sources]
+    assert text.tokenizer is not None
+    read = [str(text.tokenizer.decode(ids[1:])) for ids in texts]
+    return texts, sum(len(one.encode()) for one in read)
+
+
+def measure(paths: Mapping[str, Path], texts: Texts, n_bytes: int) -> dict[str, Outcome]:
+    """Read the texts by every path; `BASE`, and whatever a path is to be like, comes before it."""
+    read: dict[str, Tensor] = {}
+    outcomes: dict[str, Outcome] = {}
+    bytes_a_token = n_bytes / sum(len(ids) - 1 for ids in texts)
+    for name, path in paths.items():
+        with torch.inference_mode():
+            read[name] = path.read(texts)
+        like, base = (read[other][:, path.chunk - 1 :: path.chunk] for other in (path.like, BASE))
+        outcomes[name] = _outcome(path, read[name], like, base, bytes_a_token)
+    return outcomes
+
+
+def _outcome(path: Path, read: Tensor, like: Tensor, base: Tensor, bytes_a_token: float) -> Outcome:
+    nats = -_mean(read)
+    return Outcome(
+        bits_per_byte=nats / log(2.0) / bytes_a_token,
+        perplexity=exp(nats),
+        n_tokens=read.numel(),
+        against_cpu=exp(nats + _mean(base)) - 1.0,
+        promise=path.promise,
+        like=path.like,
+        against_like=exp(nats + _mean(like)) - 1.0,
+        bound=path.bound,
+        n_different=int((read != like).sum()),
     )
-    parser.add_argument("--tokens", type=int, default=256, help="of each module")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    text = load(DEMO, EngineConfig()).text
-    sources = [textwrap.dedent(inspect.getsource(import_module(name))) for name in MODULES]
-    texts = [text.encode(source[:20_000])[: options.tokens] for source in sources]
-    n_bytes = sum(len(text.tokenizer.decode(ids[1:]).encode()) for ids in texts)
+
+
+def _mean(logprobs: Tensor) -> float:
+    return float(logprobs.double().mean())
+
+
+def broken(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Return what to say of every path that does not keep its promise; a path that gives no number is one."""
+    return [f"{name}: {_complaint(outcome)}" for name, outcome in outcomes.items() if not outcome.kept]
+
+
+def _complaint(outcome: Outcome) -> str:
+    if outcome.promise == "same bits":
+        return f"promises the bits of {outcome.like!r}; {outcome.n_different} of {outcome.n_tokens} tokens differ"
+    change, bound = (f"{100 * value:.4f} %" for value in (outcome.against_like, outcome.bound))
+    return f"changes the perplexity of {outcome.like!r} by {change}; at most {bound} is promised"
+
+
+def render(outcomes: Mapping[str, Outcome]) -> str:
+    """Return the outcomes as text."""
+    rows = [
+        (
+            name,
+            f"{one.bits_per_byte:.4f}",
+            f"{one.perplexity:.4f}",
+            f"{100 * one.against_cpu:+.4f} %",
+            f"{_verdict(one)} {one.like}",
+        )
+        for name, one in outcomes.items()
+    ]
+    header = ("path", "bits/byte", "perplexity", "against cpu", "promise")
+    return table("What the demo model makes of text", header, rows)
+
+
+def _verdict(one: Outcome) -> str:
+    if not one.kept:
+        return "BROKEN:"
+    if one.promise == "same bits":
+        return "bit-identical to"
+    return f"{one.promise}, within {100 * one.bound:.3g} % of"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256, help="of each module (default: %(default)s)")
+    parser.add_argument("--json", type=File, metavar="FILE")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
-    with torch.inference_mode():
-        for name, config in PATHS.items():
-            found[name] = anyio.run(bits, config, texts) / n_bytes
-        found[DEFERRED] = anyio.run(bits, PATHS["cpu"], texts, 1) / n_bytes
+    texts, n_bytes = texts_of(options.tokens)
+    outcomes = measure(PATHS, texts, n_bytes)
     where = machine.describe()
-    rows = [(name, f"{value:.4f}", f"{100 * (value / found['cpu'] - 1):+.2f} %") for name, value in found.items()]
     print(heading(where))
-    print(table("Bits per byte of the demo model", ("path", "bits/byte", "against cpu"), rows))
+    print(render(outcomes))
     if options.json is not None:
-        write_json(options.json, {"machine": where, "modules": MODULES, "n_bytes": n_bytes, "bits_per_byte": found})
+        fields: dict[str, Any] = {"modules": MODULES, "tokens": options.tokens, "n_bytes": n_bytes}
+        write_json(options.json, result("quality", where, virtual=False, **fields, paths=outcomes))
+    complaints = broken(outcomes)
+    if complaints:
+        raise SystemExit("\n".join(complaints))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Numbers for people (tables) and for machines (JSON)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,8 +22,16 @@ class Spread:
         ordered = sorted(values)
         return cls(median(ordered), ordered[0], ordered[-1])
 
+    def scaled(self, factor: float) -> "Spread":
+        """Return the same in another unit; `factor` must be above 0."""
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
     def __format__(self, spec: str) -> str:
         return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Title, header and rows, as `table` takes them."""
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,6 +58,14 @@ def heading(machine: dict[str, Any]) -> str:
         f"transformers {machine['transformers']}, {machine['threads']} threads, {machine['date']}, "
         f"load average {machine['load_average']:.2f}"
     )
+
+
+def result(bench: str, machine: Mapping[str, Any], *, virtual: bool, **fields: Any) -> dict[str, Any]:
+    """Return what a bench writes: its name, where it ran, whether its times are virtual, and its own `fields`.
+
+    A result without times is not virtual.
+    """
+    return {"bench": bench, "machine": machine, "virtual": virtual, **fields}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import machine
-from bench.report import heading, table, write_json
+from bench.report import heading, result, table, write_json
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.config import WaveMode
@@ -101,7 +101,7 @@ def main() -> None:
     print(f"\nLeast ratio {min(cell.gain for cell in cells):.4f}, most {max(cell.gain for cell in cells):.4f}")
     print(heading(where))
     if options.json is not None:
-        write_json(options.json, {"machine": where, "virtual": True, "setting": setting, "cells": cells})
+        write_json(options.json, result("waves", where, virtual=True, setting=setting, cells=cells))
 
 
 if __name__ == "__main__":

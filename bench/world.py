@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from bench import machine
-from bench.published import Cell, World
-from bench.report import heading, table, write_json
+from bench.report import heading, result, table, write_json
+from bench.world_published import Cell, World
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
@@ -229,10 +229,8 @@ def main() -> None:
     if options.json is not None:
         routing = "made up" if options.routing is None else options.routing.name
         cells = [row for rows in tables.values() for row in rows]
-        write_json(
-            options.json,
-            {"machine": where, "virtual": True, "routing": routing, "order_right": orders, "cells": cells},
-        )
+        found = result("world", where, virtual=True, routing=routing, order_right=orders, cells=cells)
+        write_json(options.json, found)
 
 
 def _line(row: Row) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import fiddler
 from bench import kernels, latency
+from bench.contest.workload import Run, Workload
 from bench.report import Spread, table
-from bench.workload import Run, Workload
+from bench.schemas import problems
 from fiddler import EngineConfig
+from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from tools import synthesize
 
@@ -89,52 +91,81 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(file.read_text())
     assert report["machine"].keys() >= MACHINE
     assert report["read_ceiling_gbs"] == max(way["high"] for way in report["ways_to_read"].values())
-    assert {(r["kernel"], r["n_rows"]) for r in report["kernels"]} == {
-        ("linear", 1),
-        ("linear", 4),
-        ("rows_last", 1),
-        ("rows_last", 4),
-        ("mv", 1),
-    }
+    anywhere = {("linear", 1), ("linear", 4), ("rows_last", 1), ("rows_last", 4), ("mv", 1)}
+    ours = {("native", 1), ("native", 4)} if native() is not None else set()
+    assert {(r["kernel"], r["n_rows"]) for r in report["kernels"]} == anywhere | ours
     assert [e["n_rows"] for e in report["experts"]] == [1, 4]
     assert "of ceiling" in capsys.readouterr().out
 
 
+SCENARIOS = ("single", "concurrent", "prefill", "beam")
+
+
 def test_latency_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = tiny("qwen3-30b-a3b", tmp_path / "model")
-    report = _latency(folder, tmp_path, "--compare", "eager,no_such", "--concurrency", "1,2")
-    assert report["machine"].keys() >= MACHINE
-    systems = {(s["system"], s["concurrency"]): s for s in report["systems"]}
-    assert systems.keys() == {(name, n) for name in ("fiddler", "eager", "no_such") for n in (1, 2)}
-    assert "no_such" in systems["no_such", 1]["unavailable"]
-    assert systems["eager", 2]["decode_tokens_per_s"]["median"] > 0
-    assert {(p["part"], p["concurrency"]) for p in report["parts"]} == {
-        (part, n)
-        for n in (1, 2)
-        for part in (
-            "experts, kernels alone",
-            "experts, in the lane",
-            "experts, whole call",
-            "attention, router, norms",
-            "output layer",
-        )
-    }
-    assert [o["concurrency"] for o in report["overhead"]] == [1, 2]
+    report = _latency(folder, tmp_path, "--scenario", ",".join(SCENARIOS), "--concurrency", "2", "--beams", "3")
+    systems = {(s["system"], s["scenario"]): s for s in report["systems"]}
+    assert systems.keys() == {(name, scenario) for name in ("fiddler", "eager") for scenario in SCENARIOS}
+    assert {s["fiddler_is_times"] for (name, _), s in systems.items() if name == "fiddler"} == {1.0}
+    for (_, scenario), row in systems.items():
+        assert (row["n_sequences"], row["n_beams"]) == {"concurrent": (2, 1), "beam": (1, 3)}.get(scenario, (1, 1))
+        assert row["first_token_s"]["median"] > 0
+        assert (row["decode_tokens_per_s"] is None) == (scenario == "prefill")
+        assert (row["of_limit"] is None) == (scenario == "beam")
+    parts = ("experts, kernels alone", "experts, in the lane", "experts, whole call")
+    parts += ("attention, router, norms", "output layer")
+    assert {(p["part"], p["n_sequences"]) for p in report["parts"]} == {(p, n) for n in (1, 2) for p in parts}
+    assert [o["n_sequences"] for o in report["overhead"]] == [1, 2]
     out = capsys.readouterr().out
-    assert "no_such at 1: did not run" in out
     assert "2 concurrent requests make" in out
+    assert "Beam search, 3 beams" in out
 
 
-def test_latency_of_the_demo(tmp_path: Path) -> None:
-    report = _latency(fiddler.DEMO, tmp_path, "--concurrency", "1")
-    assert [s["system"] for s in report["systems"]] == ["fiddler"]
+def test_latency_grid(tmp_path: Path) -> None:
+    lengths = ("--scenario", "single", "--input-tokens", "2,5", "--output-tokens", "3,4")
+    report = _latency(fiddler.DEMO, tmp_path, *lengths, peers="none")
+    assert [(s["system"], s["n_input"], s["n_output"]) for s in report["systems"]] == [
+        ("fiddler", n_input, n_output) for n_input in (2, 5) for n_output in (3, 4)
+    ]
 
 
-def _latency(folder: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
+def test_latency_on_a_described_machine_is_virtual_and_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--device", "sim:rtx4090-desktop", "--scenario", "single")
+    reports = [_latency(fiddler.DEMO, tmp_path, *options) for _ in range(2)]
+    assert reports[0]["virtual"]
+    assert reports[0]["systems"] == reports[1]["systems"]
+    ours, eager = reports[0]["systems"]
+    assert ours["decode_tokens_per_s"]["median"] > 0
+    assert "CPU alone" in eager["unavailable"]
+    assert "VIRTUAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--compare", "no_such", "llama.cpp"),
+        ("--scenario", "no_such", "prefill"),
+        ("--device", "no_such", "'sim'"),
+        ("--input-tokens", "many", "N,N"),
+        ("--beams", "0", "begin at 1"),
+    ],
+)
+def test_what_latency_does_not_know_is_named(
+    option: str, value: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--demo", *QUICK, option, value])
+    assert says in capsys.readouterr().err
+
+
+def _latency(folder: Path, tmp_path: Path, *options: str, peers: str = "eager") -> dict[str, Any]:
     file = tmp_path / "latency.json"
-    short = ["--input-tokens", "3", "--output-tokens", "4", "--repeats", "1"]
+    short = ["--input-tokens", "3", "--output-tokens", "4", "--repeats", "1", "--compare", peers]
     latency.main(["--model", str(folder), *short, *QUICK, *options, "--json", str(file)])
     report: dict[str, Any] = json.loads(file.read_text())
+    assert problems(report) == []
     return report
 
 

@@ -12,6 +12,7 @@ from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette without its yellow: its colours stay apart under the common colour blindnesses. With more
@@ -37,7 +38,15 @@ def check(file: Path) -> None:
 
 
 def write(results: Sequence[Replayed], file: Path) -> None:
-    """Draw a panel for each trace. Raises `ConfigError` where the file cannot be written."""
+    """Write the picture. Raises `ConfigError` where the file cannot be written."""
+    try:
+        draw(results).savefig(file, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written: {error}") from error
+
+
+def draw(results: Sequence[Replayed]) -> "Figure":
+    """Return a picture with a panel for each trace."""
     from matplotlib.figure import Figure
 
     n_columns = min(_N_COLUMNS, len(results))
@@ -46,11 +55,10 @@ def write(results: Sequence[Replayed], file: Path) -> None:
     looks = _looks(results)
     for number, result in enumerate(results):
         _panel(figure.add_subplot(n_rows, n_columns, number + 1), result, looks)
-    figure.suptitle("Expert reads, as a multiple of Belady's", x=0.01, ha="left", fontsize=13, fontweight="bold")
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be written: {error}") from error
+    figure.suptitle(
+        "Expert reads as a multiple of Belady's, replayed", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )
+    return figure
 
 
 def _looks(results: Sequence[Replayed]) -> dict[str, dict[str, object]]:
@@ -91,7 +99,8 @@ def _frame(axes: "Axes", result: Replayed, highest: float) -> None:
     shares = [f"{100 * share:g} %\n{n_slots:,}" for n_slots, share in result.shares.items()]
     axes.set_xticks(range(len(shares)), shares)
     axes.margins(x=0.04)
-    axes.set_xlabel("experts that have a slot")
+    axes.set_xlabel("experts that have a slot: share and number")
+    axes.set_ylabel("expert reads, Belady's = 1, logarithmic")
     axes.set_title(result.title().replace(": ", "\n", 1), loc="left", fontsize=9, color="#444444")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -114,7 +123,6 @@ def _labels(axes: "Axes", ends: Sequence[tuple[str, Score, dict[str, object] | N
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 5},
         )
 

@@ -102,7 +102,7 @@ def replay(routing: RoutingOptions, cache: CacheOptions, output: ReplayOptions) 
         _check(cache)
         traces = _recorded(routing) if routing.traces else [_made_up(routing)]
         notes = Notes(quiet=output.as_json)
-        results = _replays(traces, cache, notes)
+        results = replays(traces, cache, notes)
         if output.plot is not None:
             curves.write(results, output.plot)
             notes.say(f"plot: {output.plot}")
@@ -157,7 +157,8 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
     return name, RoutingTrace(shape.name, n_experts, (Recording(name, 0, experts),))
 
 
-def _replays(traces: "Sequence[tuple[str, RoutingTrace]]", options: CacheOptions, notes: Notes) -> "list[Replayed]":
+def replays(traces: "Sequence[tuple[str, RoutingTrace]]", options: CacheOptions, notes: Notes) -> "list[Replayed]":
+    """Replay each trace, whose name stands before it, with every policy and size of the options."""
     from fiddler.cache.compare import BOUNDS, compare
     from fiddler.cache.recorded import visits
     from fiddler.cli.replayed import Replayed

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from fiddler.errors import ConfigError
@@ -12,14 +13,23 @@ from fiddler.trace import Decision, Kind, Span, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
 N_LAYERS = 5
 """Layers in a picture whose length nobody gave."""
 _N_TRIED = 64
 """Windows that are compared."""
-_CHARACTERS = 190
+_CHARACTERS = 108
 """Of a label, across the whole picture."""
+_FAINT = 0.45
+"""How much of its colour a second wave keeps."""
+_MARGIN = 1.0
+"""Of a label in its bar, in characters."""
+_SIZE = (8.4, 4.4)
+"""In inches: about as wide as a page shows a picture, so that its letters are not shrunk."""
+_N_COLUMNS = 4
+"""Of the legend."""
 
 _LANES = {"gpu": "GPU", "link": "link", "cpu": "CPU"}
 # Okabe and Ito's palette: its colours stay apart under the common colour blindnesses. A hatch tells two yellows.
@@ -27,7 +37,7 @@ _LOOKS: Mapping[Kind, tuple[str, str, str]] = {
     "dense": ("dense part", "#BBBBBB", ""),
     "slots": ("experts from slots", "#0072B2", ""),
     "copy": ("demand copy", "#E69F00", ""),
-    "ahead": ("copy ahead", "#56B4E9", "...."),
+    "ahead": ("copy ahead", "#56B4E9", r"\\\\"),
     "promote": ("promotion", "#F0E442", "////"),
     "cpu": ("experts on the CPU", "#009E73", ""),
 }
@@ -75,7 +85,7 @@ def write(trace: Trace, file: Path, about: Mapping[str, str], *, from_s: float, 
         if file.suffix == ".json":
             file.write_text(json.dumps(trace.chrome(about)), encoding="utf-8")
         else:
-            _draw(trace, file, list(about.values()), choose_window(trace, from_s, length_s))
+            draw(trace, list(about.values()), choose_window(trace, from_s, length_s)).savefig(file, dpi=200)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written: {error}") from error
 
@@ -114,13 +124,14 @@ def _end_s(decision: Decision) -> float:
     return decision.at_s + decision.measured_s
 
 
-def _draw(trace: Trace, file: Path, about: Sequence[str], window: Window) -> None:
+def draw(trace: Trace, about: Sequence[str], window: Window) -> "Figure":
+    """Return a picture of a window; `about` says what was run, the title first."""
     from matplotlib.figure import Figure
 
     waves = _by_wave(d for d in trace.decisions if window.sees(d.at_s, _end_s(d)))
     spans = [span for span in trace.spans if window.sees(span.start_s, span.end_s)]
     second = set(_second(waves))
-    figure = Figure(figsize=(13.0, 4.4), layout="constrained")
+    figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlim(0.0, window.length_ms)
     axes.set_ylim(-0.5, len(_LANES) - 0.5)
@@ -131,8 +142,9 @@ def _draw(trace: Trace, file: Path, about: Sequence[str], window: Window) -> Non
     _frame(axes, window)
     _legend(axes, [kind for kind in _LOOKS if any(span.kind == kind for span in spans)], two=bool(second))
     figure.suptitle(about[0], x=0.01, ha="left", fontsize=13, fontweight="bold")
-    axes.set_title("\n".join(about[1:]), loc="left", fontsize=9, color="#444444", pad=36 if second else 22)
-    figure.savefig(file, dpi=150)
+    lines = [line for text in about[1:] for line in wrap(text, _CHARACTERS)]
+    axes.set_title("\n".join(lines), loc="left", fontsize=9, color="#444444", pad=36 if second else 22)
+    return figure
 
 
 def _second(waves: Mapping[int, Sequence[Decision]]) -> Iterator[int]:
@@ -146,16 +158,24 @@ def _second(waves: Mapping[int, Sequence[Decision]]) -> Iterator[int]:
 def _bar(axes: "Axes", span: Span, window: Window, *, faint: bool) -> None:
     """Draw a job, with what it is where there is room for that."""
     _, colour, hatch = _LOOKS[span.kind]
+    edge = "#333333"
+    if faint:
+        colour, edge = _paler(colour), _paler(edge)
     start, end = window.clip_ms(span.start_s, span.end_s)
     row = list(reversed(_LANES)).index(span.lane)
-    alpha = 0.45 if faint else 1.0
-    axes.barh(row, end - start, 0.62, start, color=colour, hatch=hatch, edgecolor="#333333", lw=0.5, alpha=alpha)
+    axes.barh(row, end - start, 0.62, start, color=colour, hatch=hatch, edgecolor=edge, lw=0.5)
     room = (end - start) / window.length_ms * _CHARACTERS
-    label = next((label for label in _labels(span) if len(label) <= room), None)
+    label = next((label for label in _labels(span) if len(label) + _MARGIN <= room), None)
     if label is not None:
         colour = "white" if span.kind in _WITH_WHITE and not faint else "black"
         under = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if hatch else None
-        axes.text((start + end) / 2, row, label, ha="center", va="center", fontsize=8, color=colour, bbox=under)
+        axes.text((start + end) / 2, row, label, ha="center", va="center", fontsize=9, color=colour, bbox=under)
+
+
+def _paler(colour: str) -> str:
+    """Return a colour mixed with white, so that no line shines through."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(_FAINT * part + (1 - _FAINT) * 255):02X}" for part in parts)
 
 
 def _labels(span: Span) -> tuple[str, ...]:
@@ -211,8 +231,8 @@ def _legend(axes: "Axes", kinds: Sequence[Kind], *, two: bool) -> None:
     axes.legend(
         handles=handles,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.16),
-        ncols=len(handles),
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=_N_COLUMNS,
         frameon=False,
         fontsize=9,
     )

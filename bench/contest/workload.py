@@ -14,6 +14,8 @@ class Workload:
     n_input: int
     n_output: int
     n_vocabulary: int
+    n_beams: int = 1
+    """Above 1: beam search with so many beams a sequence."""
 
     def prompts(self, seed: int) -> list[list[int]]:
         """Return seeded random token ids: random weights have no tokenizer, and timing does not need one."""
@@ -31,6 +33,7 @@ class Run:
     """From the first token to the last."""
     n_sequences: int
     n_output: int
+    """Tokens made by each sequence: fewer than asked for where the bench lost its patience."""
     tokens: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     """Made tokens by sequence."""
 
@@ -42,16 +45,13 @@ class Run:
         return self.n_sequences * self.n_output / (self.first_token_s + self.decode_s)
 
     @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens after each sequence's first, over the time after it."""
-        return self.n_sequences * (self.n_output - 1) / self.decode_s
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after each sequence's first, over the time after it; `None` where there is none."""
+        return self.n_sequences * (self.n_output - 1) / self.decode_s if self.n_output > 1 else None
 
 
-@dataclass(frozen=True, slots=True)
-class Unavailable:
-    """A system that cannot run a workload, and why."""
-
-    reason: str
+class UnavailableError(Exception):
+    """A system that cannot run a workload; says why."""
 
 
 @dataclass(slots=True)
@@ -71,6 +71,8 @@ class Step:
     """In the output layer."""
     expert_bytes: int = 0
     n_loads: int = 0
+    n_visits: int = 0
+    """Of rows to experts."""
     calls: list[Any] = field(default_factory=list, repr=False)
     """Inputs `(layer, hidden [T, H], index [T, K])` of the calls for experts, to run their kernels again alone."""
 

@@ -1,15 +1,15 @@
 """What the parts of a step could reach on this machine, and what they do reach."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
+from bench.contest.rates import Limit, Results
 from bench.kernels import attainable_gbs
-from bench.report import Spread
-from bench.workload import Step
+from bench.report import Table
 from fiddler.models.loaded import ServableModel
 
 PASSES = 5
@@ -22,6 +22,10 @@ class Sizes:
     n_layers: int
     """Layers with experts."""
     dtype: str
+    weight_bytes: int
+    """Of one weight."""
+    visited: float
+    """Share of its experts that a token visits."""
     expert_bytes: int
     """All experts together."""
     dense_bytes: int
@@ -38,7 +42,7 @@ class Part:
     """One part of a decoding step beside its limits."""
 
     part: str
-    concurrency: int
+    n_sequences: int
     step_ms: float
     gbs: float
     kernel_gbs: float
@@ -56,6 +60,8 @@ def sizes(loaded: ServableModel) -> Sizes:
     return Sizes(
         n_layers=len(loaded.n_experts),
         dtype=str(head.weight.dtype).removeprefix("torch."),
+        weight_bytes=head.weight.itemsize,
+        visited=loaded.top_k * len(loaded.n_experts) / sum(loaded.n_experts),
         expert_bytes=sum(weights.nbytes for weights in every),
         dense_bytes=sum(p.nbytes for p in dense),
         head_bytes=head.weight.nbytes,
@@ -65,21 +71,27 @@ def sizes(loaded: ServableModel) -> Sizes:
     )
 
 
-def better(first: Mapping[str, Spread], second: Mapping[str, Spread]) -> dict[str, Spread]:
-    """Return the better of two measurements of each way to read."""
-    return {way: max(first[way], second[way], key=lambda spread: spread.high) for way in first}
+def of(size: Sizes, results: Results, gbs: float, flop_per_s: float) -> Limit:
+    """Return what a workload asks at the least of whoever runs it; each visited expert is read once a step."""
+    per_token = (size.dense_bytes + size.expert_bytes * size.visited) / size.weight_bytes
+    expert = median(step.expert_bytes for step in results.steps) if results.steps else 0.0
+    head = size.head_bytes / size.weight_bytes  # of a prompt, its last row alone
+    return Limit(
+        step_bytes=expert + size.dense_bytes + size.head_bytes,
+        prompt_flop=2.0 * (results.workload.n_input * per_token + head),
+        gbs=gbs,
+        flop_per_s=flop_per_s,
+    )
 
 
-def parts(
-    size: Sizes, ceiling: float, n_sequences: int, steps: Sequence[Step], alone_s: Sequence[float], set_bytes: int
-) -> list[Part]:
-    """Set each part's GB/s, the median over decoding steps, beside its limits."""
+def parts(size: Sizes, ceiling: float, results: Results, set_bytes: int) -> list[Part]:
+    """Set each part's GB/s, the median over a workload's decoding steps, beside its limits."""
+    steps, n_sequences = results.steps, results.workload.n_sequences
     dtype = getattr(torch, size.dtype)
-    visits = sum(call[2].numel() for step in steps for call in step.calls)
-    n_rows = max(1, round(visits / sum(step.n_loads for step in steps)))
+    n_rows = max(1, round(sum(step.n_visits for step in steps) / sum(step.n_loads for step in steps)))
     n_bytes = median(step.expert_bytes for step in steps)
     reached = {
-        "experts, kernels alone": (median(alone_s), n_bytes, size.expert_shapes, n_rows),
+        "experts, kernels alone": (median(results.alone_s), n_bytes, size.expert_shapes, n_rows),
         "experts, in the lane": (median(s.kernels_s for s in steps), n_bytes, size.expert_shapes, n_rows),
         "experts, whole call": (median(s.experts_s for s in steps), n_bytes, size.expert_shapes, n_rows),
         "attention, router, norms": (
@@ -101,16 +113,16 @@ def parts(
     return made
 
 
-def overhead(size: Sizes, n_sequences: int, steps: Sequence[Step], alone_s: Sequence[float]) -> dict[str, Any]:
+def overhead(size: Sizes, results: Results) -> dict[str, Any]:
     """Return where a decoding step's time goes beside the weights, in microseconds.
 
     Per layer: the time inside the call for experts less that of the same experts' kernels alone. The dense part
     runs in between, cold, as it does in a whole model; a run without experts would find it in the caches.
     """
-    n = size.n_layers
+    n, steps, alone_s = size.n_layers, results.steps, results.alone_s
     return asdict(
         Overhead(
-            concurrency=n_sequences,
+            n_sequences=results.workload.n_sequences,
             per_layer_us=median(s.experts_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
             routing_us=median(s.experts_s - s.kernels_s for s in steps) / n * 1e6,
             kernels_us=median(s.kernels_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
@@ -123,7 +135,7 @@ def overhead(size: Sizes, n_sequences: int, steps: Sequence[Step], alone_s: Sequ
 class Overhead:
     """Medians over decoding steps."""
 
-    concurrency: int
+    n_sequences: int
     per_layer_us: float
     """What a layer's call for experts takes beyond its kernels."""
     routing_us: float
@@ -134,15 +146,11 @@ class Overhead:
     """Of a step outside the forward: scheduling, sampling, handing out tokens."""
 
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""Title, header and rows, as `report.table` takes them."""
-
-
 def parts_table(rows: Sequence[Part]) -> Table:
     """Return title, header and rows."""
-    header = ("part of a step", "concurrent", "ms", "GB/s", "best kernels GB/s", "of kernels", "of ceiling")
+    header = ("part of a step", "sequences", "ms", "GB/s", "best kernels GB/s", "of kernels", "of ceiling")
     cells: list[tuple[str, ...]] = [
-        (p.part, str(p.concurrency), f"{p.step_ms:.2f}", f"{p.gbs:.1f}", f"{p.kernel_gbs:.1f}",
+        (p.part, str(p.n_sequences), f"{p.step_ms:.2f}", f"{p.gbs:.1f}", f"{p.kernel_gbs:.1f}",
          f"{p.of_kernel:.0%}", f"{p.of_ceiling:.0%}")
         for p in rows
     ]  # fmt: skip
@@ -151,7 +159,7 @@ def parts_table(rows: Sequence[Part]) -> Table:
 
 def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return title, header and rows."""
-    header = ("microseconds", "concurrent", "a layer", "routing, combining", "slower kernels", "a step outside")
+    header = ("microseconds", "sequences", "a layer", "routing, combining", "slower kernels", "a step outside")
     names = ("per_layer_us", "routing_us", "kernels_us", "per_step_us")
-    cells = [("overhead", str(row["concurrency"]), *(f"{row[name]:.0f}" for name in names)) for row in rows]
+    cells = [("overhead", str(row["n_sequences"]), *(f"{row[name]:.0f}" for name in names)) for row in rows]
     return "Time beside the kernels (goal: at most 150 us a layer)", header, cells

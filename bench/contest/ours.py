@@ -1,7 +1,7 @@
 """Fiddler under the stopwatch: an engine whose steps are taken apart from inside."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -9,7 +9,7 @@ import anyio
 import torch
 from torch import Tensor, nn
 
-from bench.workload import Run, Step, Workload
+from bench.contest.workload import Run, Step, Workload
 from fiddler import Engine
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.lanes.channel import Channel
@@ -62,8 +62,13 @@ class Probe:
         loop._step = self._step(loop._step)
         loop._apply = self._apply(loop._apply)
         self._inbox: Any = engine._inbox
+        self._suspend = Forward.suspend
         self._watch_head(self.loaded.model.get_output_embeddings())
         self._watch_experts()
+
+    def close(self) -> None:
+        """Stop watching forwards: those of other engines are none of ours."""
+        Forward.suspend = self._suspend
 
     async def call(self, work: Callable[[], T]) -> T:
         """Do something on the engine's thread and return its outcome.
@@ -118,10 +123,11 @@ class Probe:
         Every forward of the process is watched from now on. Not with hooks of the experts modules, which slow the
         demo model by a fifth.
         """
-        suspend = Forward.suspend
+        suspend = self._suspend
 
         def watched(forward: Forward, call: ExpertsCall) -> Tensor:
             step = self.steps[-1]
+            step.n_visits += call.index.numel()
             step.calls.append((call.layer, call.hidden.clone(), call.index.clone()))
             started = perf_counter()
             output = suspend(forward, call)
@@ -176,6 +182,22 @@ async def run(engine: Engine, workload: Workload, seed: int) -> Run:
         n_output=workload.n_output,
         tokens=tuple(tuple(made) for made in tokens),
     )
+
+
+async def run_on_its_clock(engine: Engine, workload: Workload, seed: int) -> Run:
+    """Run a workload on a machine in virtual time: its prompts to their first tokens, and then once more whole.
+
+    Its clock goes on while a token is on its way to whoever reads it, so the two are told apart by two runs.
+    """
+    first = await _clocked(engine, replace(workload, n_output=1), seed)
+    whole = await _clocked(engine, workload, seed)
+    return Run(first, whole - first, workload.n_sequences, workload.n_output)
+
+
+async def _clocked(engine: Engine, workload: Workload, seed: int) -> float:
+    before = engine.statistics().step_s
+    await run(engine, workload, seed)
+    return engine.statistics().step_s - before
 
 
 def alone(probe: Probe, steps: Sequence[Step]) -> list[float]:

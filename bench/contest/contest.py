@@ -1,0 +1,143 @@
+"""Fiddler and its peers on one checkpoint, in turns, so that whatever else the machine does hits all alike."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import fiddler
+from bench.contest import ours
+from bench.contest.rates import OURS, Results
+from bench.contest.workload import Run, UnavailableError, Workload, decoding
+from bench.peers import Peer, forwards, open_peer
+from fiddler import Engine, EngineConfig
+
+T = TypeVar("T")
+WARM_UP_TOKENS = 4
+PATIENCE_S = 20.0
+"""A peer that is slow decodes so long in a turn, and its rate is of the tokens it made."""
+
+
+@dataclass(slots=True)
+class Contest:
+    """Whoever takes part, opened."""
+
+    engine: Engine
+    folder: Path
+    probe: ours.Probe | None
+    """Where the engine's steps can be taken apart: on the CPU alone."""
+    virtual: bool
+    peers: dict[str, Peer] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Who does not take part, and why."""
+    _search: Any = None
+    """transformers' model over Fiddler's experts, for beam search."""
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Tokens to draw prompts from."""
+        assert self.engine._loaded is not None
+        embedding: Any = self.engine._loaded.model.get_input_embeddings()
+        return int(embedding.num_embeddings)
+
+    async def turn(self, results: Results, seed: int) -> None:
+        """Let everybody run the workload once; turn 0 warms up, and is not counted."""
+        workload = results.workload
+        if seed == 0:
+            workload = replace(workload, n_output=min(workload.n_output, WARM_UP_TOKENS))
+        made = await self._ours(workload, seed)
+        if seed:
+            results.runs.setdefault(OURS, []).append(made)
+            await self._take_apart(results)
+        for name, peer in self.peers.items():
+            if name in results.unavailable:
+                continue
+            try:
+                run = await self._theirs(peer, workload, seed, made)
+            except UnavailableError as error:
+                results.unavailable[name] = str(error)
+                results.runs.pop(name, None)
+            else:
+                if seed:
+                    results.runs.setdefault(name, []).append(run)
+        results.unavailable |= self.missing
+
+    async def _ours(self, workload: Workload, seed: int) -> Run:
+        if self.virtual:
+            return await ours.run_on_its_clock(self.engine, workload, seed)
+        if self.probe is None:
+            return await ours.run(self.engine, workload, seed)
+        if workload.n_beams > 1:
+            return await self.probe.call(lambda: self._searched(workload, seed))
+        self.probe.steps.clear()
+        return await ours.run(self.engine, workload, seed)
+
+    def _searched(self, workload: Workload, seed: int) -> Run:
+        if self._search is None:
+            self._search = fiddler.attach(self.folder)
+        return forwards.run(self._search, workload, workload.prompts(seed), (), PATIENCE_S)
+
+    async def _theirs(self, peer: Peer, workload: Workload, seed: int, made: Run) -> Run:
+        assert self.probe is not None
+        return await self.probe.call(
+            _with_own_threads(lambda: peer.run(workload, workload.prompts(seed), made.tokens, PATIENCE_S))
+        )
+
+    async def _take_apart(self, results: Results) -> None:
+        """Keep the steps in which every sequence decoded, and run their experts once more with nothing around."""
+        if self.probe is None or results.scenario not in ("single", "concurrent"):
+            return
+        probe = self.probe
+        steps = decoding(probe.steps, results.workload.n_sequences)
+        results.steps += steps
+        results.alone_s += await probe.call(lambda: ours.alone(probe, steps))
+        for step in steps:
+            step.calls.clear()  # gigabytes of rows otherwise, on a long run
+
+
+@asynccontextmanager
+async def contest(folder: Path, config: EngineConfig, peers: Sequence[str]) -> AsyncIterator[Contest]:
+    """Open Fiddler and whichever of `peers` can be opened. Raises `ValueError` for a peer that there is not."""
+    async with Engine(folder, config) as engine:
+        assert engine._loaded is not None
+        resolved = engine._loaded.resolved
+        on_cpu = resolved.device == "cpu"
+        found = Contest(engine, folder, ours.Probe(engine) if on_cpu else None, resolved.machine is not None)
+        try:
+            for name in peers:
+                await _open(found, name)
+            yield found
+        finally:
+            for peer in found.peers.values():
+                peer.close()
+            if found.probe is not None:
+                found.probe.close()
+
+
+async def _open(found: Contest, name: str) -> None:
+    """Open a peer on the engine's thread, as many threads as the engine has."""
+    if found.probe is None:
+        found.missing[name] = "runs on the CPU alone, and this engine has a simulated device"
+        return
+    try:
+        found.peers[name] = await found.probe.call(
+            _with_own_threads(lambda: open_peer(name, found.folder, torch.get_num_threads()))
+        )
+    except UnavailableError as error:
+        found.missing[name] = str(error)
+
+
+def _with_own_threads(work: Callable[[], T]) -> Callable[[], T]:
+    """Let a peer set this thread's torch threads, which are the engine's, for as long as it runs."""
+
+    def run() -> T:
+        n_threads = torch.get_num_threads()
+        try:
+            return work()
+        finally:
+            torch.set_num_threads(n_threads)
+
+    return run

@@ -1,0 +1,1 @@
+"""Documents whose numbers come from result files, and are held to them."""

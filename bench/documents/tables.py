@@ -1,0 +1,123 @@
+"""Tables of documents that show measurements, each a function of results."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.values import Record, one, pick
+
+OURS = "fiddler"
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+TRUE_SHAPES = {"mixtral": ("Mixtral-8x7B", 32), "qwen3": ("Qwen3-30B-A3B", 48)}
+"""What a synthetic checkpoint is a part of, and how many layers the whole has; by its folder's name."""
+PLANNERS = {"descent": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
+FED = {
+    "1 hidden as the experts get it": "**the rows as the experts get them**",
+    "2 hidden / this norm's weight * the next one's": "with the next layer's norm instead of this one's",
+    "4 residual + experts' output through the next norm": "the residual and the experts' output, a layer done",
+    "1, two layers ahead": "two layers ahead",
+    "the token before": "the token before, same layer",
+    "transitions, of other domains": "transition counts, fit on other domains",
+}
+"""What a look-ahead may go by: its name in the file, and what documents call it."""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def how_fast(*reports: Record) -> str:
+    """Return decoding speeds beside transformers' fastest experts, of reports of `bench.latency`."""
+    header = (
+        "model, true shapes, random weights",
+        "sequences",
+        "Fiddler tok/s",
+        "transformers' fastest experts",
+        "ratio",
+        "experts read at",
+    )
+    return markdown(
+        header, [_speed(report, ours) for report in reports for ours in pick(report.systems, system=OURS)]
+    )
+
+
+def _speed(report: Record, ours: Record) -> Sequence[str]:
+    best = fastest_peer(report, ours.n_sequences)
+    return (
+        _model(report),
+        str(ours.n_sequences),
+        f"{ours.decode_tokens_per_s.median:.1f}",
+        f"{best.decode_tokens_per_s.median:.1f} (`{best.system}`)",
+        f"{best.fiddler_is_times:.2f}{TIMES}",
+        _read_at(report, ours.n_sequences),
+    )
+
+
+def fastest_peer(report: Record, n_sequences: int) -> Record:
+    """Return the fastest other system of a latency report."""
+    ran = pick(report.systems, n_sequences=n_sequences, unavailable=None)
+    return max((s for s in ran if s.system != OURS), key=lambda s: s.decode_tokens_per_s.median)
+
+
+def _model(report: Record) -> str:
+    name = report.settings.model
+    if name not in TRUE_SHAPES:
+        return f"the {name} model"
+    whole, n_layers = TRUE_SHAPES[name]
+    return f"{whole}, {report.model.n_layers} of {n_layers} layers"
+
+
+def _read_at(report: Record, n_sequences: int) -> str:
+    if report.settings.model not in TRUE_SHAPES:
+        return "lies in the cache"
+    lane = part(report, "experts, in the lane", n_sequences)
+    shares = f"{lane.of_kernel:.2f} of the best single kernel, {lane.of_ceiling:.2f} of the read ceiling"
+    return f"{lane.gbs:.1f} GB/s: {shares}"
+
+
+def part(report: Record, name: str, n_sequences: int = 1) -> Record:
+    """Return a part of a step of a latency report."""
+    return one(report.parts, part=name, n_sequences=n_sequences)
+
+
+def rate(report: Record, n_sequences: int) -> float:
+    """Return Fiddler's decoding tokens/s in a latency report, all sequences together."""
+    found: float = one(report.systems, system=OURS, n_sequences=n_sequences).decode_tokens_per_s.median
+    return found
+
+
+def step_times(*reports: Record) -> str:
+    """Return where the milliseconds of a step with one sequence go."""
+    parts = [pick(report.parts, n_sequences=1) for report in reports]
+    rows = [
+        (same[0].part, *(f"{p.step_ms:.1f} ({p.gbs:.1f} GB/s)" for p in same)) for same in zip(*parts, strict=True)
+    ]
+    return markdown(("ms per step", *map(_model, reports)), rows)
+
+
+def planners(report: Record) -> str:
+    """Return makespans as multiples of the best, by planner."""
+    found = [(said, one(report.ratios, planner=name)) for name, said in PLANNERS.items()]
+    rows = [(said, f"{r.mean:.4f}", f"{r.p99:.3f}", f"{r.worst:.2f}") for said, r in found]
+    return markdown(("planner", "mean", "p99", "worst"), rows)
+
+
+def lookaheads(report: Record) -> str:
+    """Return what share of the next layer's experts was named, by what the look-ahead goes by."""
+    rows = [_recall(report.recall, name, said) for name, said in FED.items()]
+    chance = report.recall.chance
+    header = ("fed", "mean", "layers 1 … 5", "among twice as many guesses")
+    return markdown(header, [*rows, ("chance", f"{chance:.3f}", "", f"{2 * chance:.3f}")])
+
+
+def _recall(recall: Record, name: str, said: str) -> Sequence[str]:
+    once = recall[name] if name in recall else recall[f"{name}, x1"]
+    twice = f"{recall[f'{name}, x2'].mean:.3f}" if f"{name}, x2" in recall else DASH
+    layers = [f"{once[f'layer {i}']:.2f}" if f"layer {i}" in once else DASH for i in range(1, 6)]
+    return (said, f"{once.mean:.3f}", ", ".join(layers), twice)
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    f.__name__: f for f in (how_fast, fastest_peer, part, rate, step_times, planners, lookaheads)
+}

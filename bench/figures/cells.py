@@ -1,0 +1,55 @@
+"""What the pictures of whole systems show of a run of `bench.policies`: one sequence on one machine."""
+
+from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
+
+from bench.figures import results
+
+if TYPE_CHECKING:
+    from bench.policies import Cell
+
+RESULTS = "policies-virtual"
+MACHINE, ROUTING = "rtx4090-desktop", "fitted"
+OURS = "fiddler"
+WHERE = f"One sequence on {MACHINE}, simulated, in virtual time; {ROUTING} routing."
+BOUND = "Dashed, the physical bound: what Fiddler reads, each reader at its full rate, nothing else taking time."
+
+
+def load() -> "list[Cell]":
+    """Return the committed cells."""
+    from bench.policies import Cell, Place
+
+    return [Cell(**{**cell, "place": Place(**cell["place"])}) for cell in results.load(RESULTS)["cells"]]
+
+
+def shown(cells: "Iterable[Cell]") -> "list[Cell]":
+    """Return those of one sequence on `MACHINE`. Raises `ValueError` if there are none."""
+    wanted = (MACHINE, ROUTING, 1)
+    found = [c for c in cells if (c.place.machine, c.place.routing, c.place.n_sequences) == wanted]
+    if not found:
+        raise ValueError(f"no cell of one sequence on {MACHINE} with {ROUTING} routing")
+    return found
+
+
+def models(cells: "Sequence[Cell]") -> list[str]:
+    """Return the models, in their order."""
+    return list(dict.fromkeys(cell.place.model for cell in cells))
+
+
+def shares(cells: "Sequence[Cell]") -> list[float]:
+    """Return the shares of experts on the GPU, the least first."""
+    return sorted({cell.place.resident for cell in cells})
+
+
+def ranked(cells: "Sequence[Cell]") -> list[str]:
+    """Return the systems, the fastest first, by their mean over all places."""
+    speeds: dict[str, list[float]] = {}
+    for cell in cells:
+        speeds.setdefault(cell.system, []).append(cell.tokens_per_s)
+    return sorted(speeds, key=lambda system: -geometric_mean(speeds[system]))
+
+
+def bound(cell: "Cell") -> float:
+    """Return the tokens per second that a cell's reads allow."""
+    return cell.tokens_per_s / cell.of_bound

@@ -1,0 +1,57 @@
+"""Every system in every place: tokens per second, a column a model, a row a share of experts on the GPU."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from bench.figures import cells, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from bench.policies import Cell
+
+MARGIN = 1.25
+"""Left and right of what is shown, as a factor."""
+
+
+def draw() -> "Figure":
+    """Return the picture of the committed run."""
+    return picture(cells.load())
+
+
+def picture(run: "Sequence[Cell]") -> "Figure":
+    """Return the picture of a run of `bench.policies`. Raises `ValueError` as `cells.shown` does."""
+    found = cells.shown(run)
+    models, shares, order = cells.models(found), cells.shares(found), cells.ranked(found)[::-1]
+    figure = style.figure(7.0, f"Tokens per second by {len(order)} systems' rules", (cells.WHERE, cells.BOUND))
+    panels = figure.subplots(len(shares), len(models), sharex="col", sharey=True, squeeze=False)
+    for line, share in zip(panels, shares, strict=True):
+        for axes, model in zip(line, models, strict=True):
+            place = [cell for cell in found if (cell.place.model, cell.place.resident) == (model, share)]
+            _panel(axes, {cell.system: cell for cell in place}, order)
+        line[0].set_ylabel(f"{100 * share:g} % on the GPU", fontweight="bold")
+    for axes, model in zip(panels[0], models, strict=True):
+        axes.set_title(model)
+        _scale(axes, [cell for cell in found if cell.place.model == model])
+    style.labels(figure, "tokens/s in virtual time, logarithmic")
+    return figure
+
+
+def _panel(axes: "Axes", place: "Mapping[str, Cell]", order: Sequence[str]) -> None:
+    for row, system in enumerate(order):
+        ours = system == cells.OURS
+        speed = place[system].tokens_per_s
+        axes.plot(speed, row, "D" if ours else "o", color=style.OURS if ours else style.GREY, ms=7 if ours else 5.5)
+    if cells.OURS in place:
+        axes.axvline(cells.bound(place[cells.OURS]), color=style.BOUND, ls="--", lw=1.5, zorder=1)
+    style.rows(axes, order, cells.OURS)
+
+
+def _scale(axes: "Axes", column: "Sequence[Cell]") -> None:
+    """Let a model's panels show all its speeds and bounds."""
+    low = min(cell.tokens_per_s for cell in column) / MARGIN
+    high = max(cells.bound(cell) if cell.system == cells.OURS else cell.tokens_per_s for cell in column) * MARGIN
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    style.log_ticks(axes.xaxis, style.round_numbers(low, high, most=5))

@@ -1,0 +1,45 @@
+"""What each lane does when, in a few layers of a simulated run; `fiddler simulate --timeline` draws others."""
+
+from typing import TYPE_CHECKING
+
+from bench.figures import style
+from fiddler.cache.recorded import Recording, guesses
+from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.cli import timeline
+from fiddler.cost.machine import Machine, n_slots
+from fiddler.cost.shape import ModelShape
+from fiddler.engine.simulation import Setting, simulate
+from fiddler.scheduler.systems import SYSTEMS
+from fiddler.trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
+RESIDENT = 0.25
+N_SEQUENCES, N_PROMPT, N_NEW = 2, 128, 64
+LENGTH_S = 6e-3
+HEIGHT = 4.4
+
+
+def draw() -> "Figure":
+    """Return the picture of a window that shows two waves."""
+    shape, machine = ModelShape.load(MODEL), Machine.load(MACHINE)
+    slots = n_slots(shape, machine, share=RESIDENT)
+    trace = Trace()
+    setting = Setting(shape=shape, machine=machine, n_slots=slots, system=SYSTEMS["fiddler"])
+    report = simulate(setting, _sequences(shape), trace=trace)
+    about = (
+        "Two waves: CPU experts, copies and GPU work side by side",
+        f"{MODEL} on {MACHINE}, simulated, in virtual time; {100 * RESIDENT:g} % of the experts on the GPU",
+        f"{N_SEQUENCES} sequences of {N_PROMPT} prompt and {N_NEW} new tokens, made-up routing; "
+        f"{report.tokens_per_s:.3g} tokens/s",
+    )
+    window = timeline.choose_window(trace, report.first_token_s, LENGTH_S)
+    return style.framed(timeline.draw(trace, about, window), HEIGHT)
+
+
+def _sequences(shape: ModelShape) -> list[Recording]:
+    routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
+    made = [routing.sequence(i, N_PROMPT + N_NEW - 1) for i in range(N_SEQUENCES)]  # the last token is not run
+    return [Recording(str(i), N_PROMPT, rows, ahead=guesses(rows, seed=i)) for i, rows in enumerate(made)]

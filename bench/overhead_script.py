@@ -1,0 +1,130 @@
+"""A layer's way through runner, scheduler and three lane threads, where nothing but that takes any time.
+
+What is decided is what would be on a described desktop: its costs are the scheduler's, and every job claims to have
+taken what was predicted. What CPU and link take from each other is left out: no two jobs are ever at work together.
+"""
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from bench.report import Spread
+from fiddler.cache.recorded import Recording, guesses
+from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.cost.machine import Machine, cost_model
+from fiddler.cost.model import Contention
+from fiddler.cost.shape import ModelShape
+from fiddler.engine.assemble import Span
+from fiddler.engine.runner import Runner
+from fiddler.engine.script import Script, ScriptWave
+from fiddler.lanes.threads import ThreadLanes
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunExperts
+from fiddler.scheduler.planners import planner
+from fiddler.scheduler.systems import System, cache_of, prefetch_of
+
+MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
+SHARE = 0.5
+"""Of the experts that are resident."""
+WARM_UP = 8
+"""Steps or hops that are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a layer took, step by step, and what was decided in one on average."""
+
+    us: Spread
+    hits: float
+    on_cpu: float
+    fetched: float
+    promoted: float
+    ahead: float
+    """Copied ahead for the next layer."""
+    jobs: float
+    """Handed to lanes."""
+
+
+def nothing(_job: Job) -> dict[int, Exception]:
+    """Do a job at no cost."""
+    return {}
+
+
+class ToldLanes(ThreadLanes):
+    """Lanes whose jobs take no time and say that they took what was predicted, so nothing else is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__(nothing)
+        self._predicted_s: dict[int, float] = {}
+        self.n_jobs = 0
+
+    def start(self, job: Job) -> None:
+        """Queue a job for its lane's worker."""
+        self.n_jobs += 1
+        self._predicted_s[job.job] = job.predicted_s
+        super().start(job)
+
+    async def report(self) -> JobDone | LaneDied:
+        """Wait for the next report."""
+        return self._told(await super().report())
+
+    def drain(self) -> list[JobDone | LaneDied]:
+        """Return the reports that are there without waiting."""
+        return [self._told(report) for report in super().drain()]
+
+    def _told(self, report: JobDone | LaneDied) -> JobDone | LaneDied:
+        return replace(report, took_s=self._predicted_s.pop(report.job)) if isinstance(report, JobDone) else report
+
+
+async def layer(system: System, n_layers: int, n_steps: int) -> Layer:
+    """Decode a made-up sequence by a system's rules, with `n_layers` of the model's layers."""
+    shape = replace(ModelShape.load(MODEL), n_layers=n_layers)
+    scheduler, lanes = _scheduler(shape, system), ToldLanes()
+    runner = Runner(scheduler, lanes)
+    await runner.preload()
+    n_copied = lanes.n_jobs
+    routing = SyntheticRouting(n_layers, shape.n_experts, shape.top_k).sequence(0, n_steps)
+    script = Script(Recording("scripted", 0, routing, ahead=guesses(routing)))
+    times = []
+    for token in range(n_steps):
+        wave = ScriptWave([Span(script, token, token + 1, last=True)], (shape.n_experts,) * n_layers)
+        started = perf_counter()
+        await runner.run([wave])
+        times.append(1e6 * (perf_counter() - started) / n_layers)
+    await runner.settle()
+    await lanes.aclose()
+    return _layer(times, scheduler, lanes.n_jobs - n_copied, n_layers * n_steps)
+
+
+def _scheduler(shape: ModelShape, system: System) -> Scheduler:
+    costs = replace(cost_model(shape, Machine.load(MACHINE)), contention=Contention())
+    cache = cache_of(system, int(SHARE * shape.total_experts), (shape.n_experts,) * shape.n_layers, shape.top_k)
+    ahead = prefetch_of(system.prefetch, cache)
+    return Scheduler(cache, costs, planner=planner(system.planner), promote=system.promote, ahead=ahead)
+
+
+def _layer(times: list[float], scheduler: Scheduler, n_jobs: int, n_layers: int) -> Layer:
+    decided = scheduler.counters
+    return Layer(
+        us=Spread.of(times[WARM_UP:]),
+        hits=decided.n_hits / n_layers,
+        on_cpu=decided.n_cpu / n_layers,
+        fetched=decided.n_fetches / n_layers,
+        promoted=decided.n_promotions / n_layers,
+        ahead=scheduler.prefetched.n_issued / n_layers,
+        jobs=n_jobs / n_layers,
+    )
+
+
+async def hop_us(n_hops: int) -> Spread:
+    """Return the microseconds from handing a job each to two lanes to having both reports."""
+    lanes = ThreadLanes(nothing)
+    times = []
+    for i in range(n_hops):
+        started = perf_counter()
+        lanes.start(RunExperts(2 * i, "cpu", 0, 0, (), (), 0.0))
+        lanes.start(CopyExpert(2 * i + 1, 0, 0, 0, "demand", 0.0))
+        for _ in range(2):
+            await lanes.report()
+        times.append(1e6 * (perf_counter() - started))
+    await lanes.aclose()
+    return Spread.of(times[WARM_UP:])

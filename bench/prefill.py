@@ -1,0 +1,174 @@
+"""Seconds to the first token by prompt length and chunk size, beside what the machine's matmuls and memory allow.
+
+    python -m bench.prefill --demo
+    python -m bench.prefill --synthetic qwen3-30b-a3b [--lengths 128,512,2048] [--chunks 128,512,2048]
+    python -m bench.prefill --model FOLDER [--repeats 5] [--json FILE]
+
+A chunk reads each expert it visits once, so a prompt in few chunks reads fewer bytes; and with many rows an expert
+is bound by arithmetic. Operations are two per weight and row: of experts by the visits counted, of everything else
+by the prompt's tokens, of the output layer for one; attention to the context is left out. Both limits are measured
+before and after, the better counts. Prompts are random and new in every repeat. All cells take turns within each
+repeat, on one engine, so that whatever else the machine does hits all alike; a first turn warms up.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import anyio
+import torch
+
+from bench import ceilings, checkpoints, kernels, machine
+from bench.ceilings import Ceilings
+from bench.prefill_prompts import Grid, Reading, grid, read
+from bench.report import Spread, heading, result, table, write_json
+from fiddler import Engine, EngineConfig
+from fiddler.cost.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to run. A length beyond the model's context is cut to what leaves room for a token."""
+
+    folder: Path
+    lengths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    repeats: int
+    set_bytes: int = kernels.SET_BYTES
+    config: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One prompt length in chunks of one size; rates are of the median time."""
+
+    n_input: int
+    chunk_tokens: int
+    first_token_s: Spread
+    tokens_per_s: float
+    """Of the prompt."""
+    expert_bytes: int
+    gbs: float
+    """Of expert weights."""
+    of_ceiling: float
+    tflop_per_s: float
+    of_gemm: float
+
+
+def flop(shape: ModelShape, n_input: int, n_expert_rows: int) -> int:
+    """Return the operations of reading a prompt of `n_input` tokens to its first token."""
+    dense = shape.n_layers * shape.dense_weights + shape.n_dense_layers * shape.plain_weights
+    return 2 * (n_input * dense + n_expert_rows * shape.expert_weights + shape.vocab * shape.hidden)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Run everything and return the report. Raises `ConfigError` for a model whose sizes cannot be read."""
+    shape = ModelShape.from_config(json.loads((settings.folder / "config.json").read_text()))
+    before = ceilings.measure_aside(settings.set_bytes)
+    cells = anyio.run(_read, settings, shape.vocab)
+    best = before.or_better(ceilings.measure_aside(settings.set_bytes))
+    return result(
+        "prefill",
+        machine.describe(),
+        virtual=False,
+        settings={"model": settings.folder.name, "chunks": list(settings.chunks), "repeats": settings.repeats},
+        gemm_flop_per_s=best.gemm,
+        read_ceiling_gbs=best.gbs,
+        ways_to_read=best.ways_to_read,
+        cells=[cell(shape, best, *key, readings) for key, readings in cells.items()],
+    )
+
+
+async def _read(settings: Settings, n_vocabulary: int) -> Grid:
+    async with Engine(settings.folder, settings.config) as engine:
+        cells = grid(settings.lengths, settings.chunks, engine.max_context)
+        await read(engine, cells, settings.repeats, n_vocabulary)
+    return cells
+
+
+def cell(shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, readings: Sequence[Reading]) -> Cell:
+    """Return what the repeats of one cell come to."""
+    first_s = Spread.of(reading.first_token_s for reading in readings)
+    expert_bytes = round(median(reading.expert_bytes for reading in readings))
+    n_rows = round(median(reading.n_expert_rows for reading in readings))
+    gbs = expert_bytes / first_s.median / 1e9
+    flop_per_s = flop(shape, n_input, n_rows) / first_s.median
+    return Cell(
+        n_input=n_input,
+        chunk_tokens=chunk_tokens,
+        first_token_s=first_s,
+        tokens_per_s=n_input / first_s.median,
+        expert_bytes=expert_bytes,
+        gbs=gbs,
+        of_ceiling=gbs / best.gbs,
+        tflop_per_s=flop_per_s / 1e12,
+        of_gemm=flop_per_s / best.flop_per_s,
+    )
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the report as text."""
+    settings, gemm = report["settings"], report["gemm_flop_per_s"].high / 1e12
+    rows = [
+        (
+            str(c.n_input),
+            str(c.chunk_tokens),
+            f"{c.first_token_s:.3f}",
+            f"{c.tokens_per_s:.0f}",
+            f"{c.expert_bytes / 1e9:.2f}",
+            f"{c.gbs:.1f}",
+            f"{c.of_ceiling:.0%}",
+            f"{c.tflop_per_s:.3f}",
+            f"{c.of_gemm:.0%}",
+        )
+        for c in report["cells"]
+    ]
+    header = ("tokens", "a chunk", "first token s", "tokens/s", "GB of experts", "GB/s", "of ceiling")
+    return "\n".join(
+        [
+            heading(report["machine"]),
+            f"{settings['model']}, {settings['repeats']} repeats; limits measured in this run: "
+            f"large bf16 matmul {gemm:.2f} TFLOP/s, reading {report['read_ceiling_gbs']:.1f} GB/s",
+            table("Reading a prompt", (*header, "TFLOP/s", "of matmul"), rows),
+        ]
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    checkpoints.add_options(parser)
+    parser.add_argument("--lengths", type=_numbers, default="128,512,2048", help="of prompts, in tokens")
+    parser.add_argument("--chunks", type=_numbers, default="128,512,2048", help="in tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
+    parser.add_argument("--set-mib", type=int, help="MiB to find a limit with (default: the model's, at most 1024)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder = checkpoints.folder(options)
+    settings = Settings(
+        folder=folder,
+        lengths=options.lengths,
+        chunks=options.chunks,
+        repeats=options.repeats,
+        set_bytes=options.set_mib << 20 if options.set_mib else checkpoints.set_bytes(folder, kernels.SET_BYTES),
+        config=EngineConfig(threads=options.threads, calibration_dir=options.calibration_dir),
+    )
+    report = measure(settings)
+    print(render(report))
+    if options.json:
+        write_json(options.json, report)
+
+
+if __name__ == "__main__":
+    main()
