@@ -17,7 +17,7 @@ from fiddler import Engine, EngineConfig
 
 T = TypeVar("T")
 WARM_UP_TOKENS = 4
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 """A peer that is slow decodes so long in a turn, and its rate is of the tokens it made."""
 
 
