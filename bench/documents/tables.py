@@ -7,8 +7,20 @@ from bench.values import Record, one, pick
 
 OURS = "fiddler"
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
-TRUE_SHAPES = {"mixtral": ("Mixtral-8x7B", 32), "qwen3": ("Qwen3-30B-A3B", 48)}
+TRUE_SHAPES = {
+    "mixtral": ("Mixtral-8x7B", 32),
+    "mixtral-8x7b": ("Mixtral-8x7B", 32),
+    "qwen3": ("Qwen3-30B-A3B", 48),
+    "qwen3-30b-a3b": ("Qwen3-30B-A3B", 48),
+}
 """What a synthetic checkpoint is a part of, and how many layers the whole has; by its folder's name."""
+TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
+ASKED = {
+    "single": "one sequence",
+    "concurrent": "{0.n_sequences} sequences at once",
+    "prefill": "a prompt of {0.n_input}",
+}
+"""The scenarios that the table of speeds shows, and what it calls them."""
 PLANNERS = {"descent": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
 FED = {
     "1 hidden as the experts get it": "**the rows as the experts get them**",
@@ -28,35 +40,47 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def how_fast(*reports: Record) -> str:
-    """Return decoding speeds beside transformers' fastest experts, of reports of `bench.latency`."""
-    header = (
-        "model, true shapes, random weights",
-        "sequences",
-        "Fiddler tok/s",
-        "transformers' fastest experts",
-        "ratio",
-        "experts read at",
-    )
-    return markdown(
-        header, [_speed(report, ours) for report in reports for ours in pick(report.systems, system=OURS)]
-    )
+    """Return speeds beside llama.cpp and transformers' fastest experts, of reports of `bench.latency`."""
+    header = ("model", "what", "Fiddler, tokens/s", "of the limit", "llama.cpp", "transformers' fastest experts")
+    asked = [(report, ours) for report in reports for ours in pick(report.systems, system=OURS)]
+    return markdown(header, [_speeds(report, ours) for report, ours in asked if ours.scenario in ASKED])
 
 
-def _speed(report: Record, ours: Record) -> Sequence[str]:
-    best = fastest_peer(report, ours.n_sequences)
+def _speeds(report: Record, ours: Record) -> Sequence[str]:
+    same = {name: ours[name] for name in ("scenario", "n_sequences", "n_input", "n_output", "n_beams")}
+    ran = {row.system: row for row in pick(report.systems, unavailable=None, **same) if _speed(row) is not None}
+    fastest = max((ran[name] for name in TRANSFORMERS if name in ran), key=_speed, default=None)
     return (
         _model(report),
-        str(ours.n_sequences),
-        f"{ours.decode_tokens_per_s.median:.1f}",
-        f"{best.decode_tokens_per_s.median:.1f} (`{best.system}`)",
-        f"{best.fiddler_is_times:.2f}{TIMES}",
-        _read_at(report, ours.n_sequences),
+        ASKED[ours.scenario].format(ours),
+        _number(_speed(ours)),
+        f"{ours.of_limit:.0%}".replace("%", " %"),
+        _beside(ran.get("llama.cpp")),
+        _beside(fastest) + (f" `{fastest.system}`" if fastest is not None else ""),
     )
+
+
+def _speed(row: Record) -> float | None:
+    """Return tokens a second, of the prompt where there is nothing else; `None` where it was not timed."""
+    if row.scenario == "prefill":
+        return row.n_input / row.first_token_s.median if row.first_token_s is not None else None
+    return None if row.decode_tokens_per_s is None else row.decode_tokens_per_s.median
+
+
+def _beside(row: Record | None) -> str:
+    return DASH if row is None else f"{_number(_speed(row))} ({row.fiddler_is_times:.2f}{TIMES})"
+
+
+def _number(value: float | None) -> str:
+    """Return a speed to three digits; all before the point."""
+    assert value is not None
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def fastest_peer(report: Record, n_sequences: int) -> Record:
     """Return the fastest other system of a latency report."""
-    ran = pick(report.systems, n_sequences=n_sequences, unavailable=None)
+    asked = "single" if n_sequences == 1 else "concurrent"
+    ran = pick(report.systems, scenario=asked, n_sequences=n_sequences, unavailable=None)
     return max((s for s in ran if s.system != OURS), key=lambda s: s.decode_tokens_per_s.median)
 
 
@@ -68,14 +92,6 @@ def _model(report: Record) -> str:
     return f"{whole}, {report.model.n_layers} of {n_layers} layers"
 
 
-def _read_at(report: Record, n_sequences: int) -> str:
-    if report.settings.model not in TRUE_SHAPES:
-        return "lies in the cache"
-    lane = part(report, "experts, in the lane", n_sequences)
-    shares = f"{lane.of_kernel:.2f} of the best single kernel, {lane.of_ceiling:.2f} of the read ceiling"
-    return f"{lane.gbs:.1f} GB/s: {shares}"
-
-
 def part(report: Record, name: str, n_sequences: int = 1) -> Record:
     """Return a part of a step of a latency report."""
     return one(report.parts, part=name, n_sequences=n_sequences)
@@ -83,7 +99,10 @@ def part(report: Record, name: str, n_sequences: int = 1) -> Record:
 
 def rate(report: Record, n_sequences: int) -> float:
     """Return Fiddler's decoding tokens/s in a latency report, all sequences together."""
-    found: float = one(report.systems, system=OURS, n_sequences=n_sequences).decode_tokens_per_s.median
+    asked = "single" if n_sequences == 1 else "concurrent"
+    found: float = one(
+        report.systems, system=OURS, scenario=asked, n_sequences=n_sequences
+    ).decode_tokens_per_s.median
     return found
 
 
