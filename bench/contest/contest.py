@@ -10,7 +10,7 @@ import torch
 
 import fiddler
 from bench.contest import ours
-from bench.contest.rates import OURS, Results
+from bench.contest.rates import OURS, Results, speed
 from bench.contest.workload import Run, UnavailableError, Workload, decoding
 from bench.peers import Peer, forwards, open_peer
 from fiddler import Engine, EngineConfig
@@ -57,6 +57,8 @@ class Contest:
                 continue
             try:
                 run = await self._theirs(peer, workload, seed, made)
+                if speed(run, results.scenario) is None:
+                    raise UnavailableError("cannot run the prompt by itself")
             except UnavailableError as error:
                 results.unavailable[name] = str(error)
                 results.runs.pop(name, None)

@@ -86,7 +86,7 @@ def _figures(results: Results, system: str, limit: Limit | None) -> dict[str, An
         "tokens_per_s": _spread(run.tokens_per_s for run in runs),
     }
     pairs = [
-        (_speed(ours, results.scenario), _speed(theirs, results.scenario))
+        (speed(ours, results.scenario), speed(theirs, results.scenario))
         for ours, theirs in zip(results.runs[OURS], runs, strict=False)
     ]
     ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
@@ -105,8 +105,8 @@ def _of_limit(figures: Mapping[str, Any], workload: Workload, scenario: str, lim
     return {}
 
 
-def _speed(run: Run, scenario: str) -> float | None:
-    """Return the figure a scenario is about, higher for faster."""
+def speed(run: Run, scenario: str) -> float | None:
+    """Return the figure a scenario is about, higher for faster; `None` where the run has none."""
     if scenario == "prefill":
         return None if run.first_token_s is None else 1.0 / run.first_token_s
     return run.tokens_per_s if scenario == "beam" else run.decode_tokens_per_s
