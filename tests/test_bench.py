@@ -121,6 +121,12 @@ def test_latency_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Beam search, 3 beams" in out
 
 
+def test_beam_search_on_a_described_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--demo", *QUICK, "--device", "sim:rtx4090-desktop", "--scenario", "beam"])
+    assert "device cpu" in capsys.readouterr().err
+
+
 def test_latency_grid(tmp_path: Path) -> None:
     lengths = ("--scenario", "single", "--input-tokens", "2,5", "--output-tokens", "3,4")
     report = _latency(fiddler.DEMO, tmp_path, *lengths, peers="none")

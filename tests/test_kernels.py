@@ -105,6 +105,12 @@ def names(kernels: Kernels, matrix: torch.Tensor = LARGE) -> list[KernelName]:
     return [kernels.name(matrix, rows) for rows in BUCKETS]
 
 
+def entry(**other: object) -> bytes:
+    """A stored calibration of one entry, which has all its fields."""
+    fields = {"out": 1, "in": 1, "dtype": "bfloat16", "side_by_side": True, "rows": 1, "kernel": "linear"}
+    return json.dumps({"kernels": [fields | other]}).encode()
+
+
 EXPECTED = ["rows_last" if rows <= 4 else "linear" for rows in BUCKETS]
 
 
@@ -148,8 +154,8 @@ class TestCalibration:
             b"[]",
             b'{"kernels": 3}',
             b'{"kernels": [{"out": 1024}]}',
-            b'{"kernels": [{"out": 1, "in": 1, "dtype": "nothing", "rows": 1, "kernel": "linear"}]}',
-            b'{"kernels": [{"out": 1, "in": 1, "dtype": "bfloat16", "rows": [1], "kernel": "linear"}]}',
+            entry(dtype="nothing"),
+            entry(rows=[1]),
         ],
         ids=["empty", "not text", "no object", "no list", "field missing", "no dtype", "rows not a number"],
     )
@@ -229,10 +235,12 @@ class TestCalibration:
         monkeypatch.setattr(calibrate, "amx", lambda: True)
         monkeypatch.setattr(calibrate, "MIN_BYTES", 1024)
         ours = native()
-        times = calibrate.measure((16, 32, torch.bfloat16), ours)
+        times = calibrate.measure((16, 32, torch.bfloat16, True), ours)
         tried = {n: set(calibrate.candidates(1024, n, ours)) for n in BUCKETS}
         assert {n: set(by) for n, by in times.items()} == tried
         assert tried[1] >= {"linear", "rows_last", "vector"}
+        columns_first = calibrate.measure((16, 32, torch.bfloat16, False), ours)
+        assert not any("native" in by for by in columns_first.values())
         assert all(seconds > 0 for by in times.values() for seconds in by.values())
 
 

@@ -1,8 +1,8 @@
 """Which kernel is fastest on this machine, measured once per weight shape and row count, and stored.
 
 Weights of a decoding step come from memory, not from a cache, so measurements walk over copies of the matrix that
-together exceed the caches. Results are stored per instruction set, thread count and torch version: the choice is
-then a pure function of what is stored, and stays the same from run to run.
+together exceed the caches. Results are stored per instruction set, thread count, torch version and make of our own
+kernels: the choice is then a pure function of what is stored, and stays the same from run to run.
 """
 
 import json
@@ -49,6 +49,10 @@ def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kern
     return Kernels(stored, ours)
 
 
+def _ours(config: EngineConfig) -> Native | None:
+    return None if config.kernels == "linear" else native()
+
+
 def _worth(matrix: Tensor, ours: Native | None) -> bool:
     """Whether there is anything to choose between."""
     return matrix.nbytes >= MIN_BYTES or ours is not None
@@ -61,7 +65,7 @@ def amx() -> bool:
 
 def calibration_file(config: EngineConfig) -> Path:
     """Return where this machine's calibration is stored: another one for other kernels of ours, or none."""
-    folder, ours = config.calibration_dir or cache_folder(), native()
+    folder, ours = config.calibration_dir or cache_folder(), _ours(config)
     isa = "amx" if amx() else torch.backends.cpu.get_cpu_capability().lower()
     version = torch.__version__.partition("+")[0]
     made = f"torch{version}" if ours is None else f"torch{version}-{ours.library.stem}"
@@ -91,12 +95,14 @@ def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, fl
 
     The least, for noise only ever adds.
     """
-    out, columns, dtype = key
+    out, columns, dtype, side_by_side = key
     nbytes = out * columns * dtype.itemsize
     n_copies = 2 if nbytes < MIN_BYTES else max(2, SET_BYTES // nbytes + 1)
-    copies = [torch.full((out, columns), 0.01, dtype=dtype) for _ in range(n_copies)]
+    stored = (out, columns) if side_by_side else (columns, out)
+    made = [torch.full(stored, 0.01, dtype=dtype) for _ in range(n_copies)]
+    copies = made if side_by_side else [matrix.t() for matrix in made]
     with torch.inference_mode():
-        return {rows: _measure_rows(copies, rows, ours) for rows in BUCKETS}
+        return {rows: _measure_rows(copies, rows, ours if side_by_side else None) for rows in BUCKETS}
 
 
 def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dict[KernelName, float]:
@@ -122,7 +128,7 @@ def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
     try:
         entries: list[dict[str, Any]] = json.loads(file.read_text())["kernels"]
         return {
-            ((e["out"], e["in"], getattr(torch, e["dtype"])), e["rows"]): e["kernel"]
+            ((e["out"], e["in"], getattr(torch, e["dtype"]), e["side_by_side"]), e["rows"]): e["kernel"]
             for e in entries
             if e["kernel"] in get_args(KernelName)
         }
@@ -132,8 +138,15 @@ def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
 
 def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
     entries = [
-        {"out": out, "in": columns, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "kernel": kernel}
-        for ((out, columns, dtype), rows), kernel in choice.items()
+        {
+            "out": out,
+            "in": columns,
+            "dtype": str(dtype).removeprefix("torch."),
+            "side_by_side": side_by_side,
+            "rows": rows,
+            "kernel": kernel,
+        }
+        for ((out, columns, dtype, side_by_side), rows), kernel in choice.items()
     ]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,4 +154,4 @@ def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
         partial.write_text(json.dumps({"kernels": entries}, indent=1))
         partial.replace(file)
     except OSError:
-        return  # a read-only home costs a measurement at each start, nothing else
+        return  # a read-only home costs a measurement at each start

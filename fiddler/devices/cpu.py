@@ -10,7 +10,7 @@ from torch import Tensor
 from fiddler.devices.base import ExpertFormula, Matmul
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.mlp import run_expert
-from fiddler.devices.native import Native, fits
+from fiddler.devices.native import fits, takes
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -20,8 +20,8 @@ class _Way(NamedTuple):
 
     up: Matmul
     down: Matmul
-    together: Native | None
-    """Runs them all at once; `None`: one after the other."""
+    together: bool
+    """Whether our own kernels run them all at once, or one runs after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,15 @@ class CpuDevice:
         `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
         """
         ways = [self._way(layer, load.n_rows) for load in loads]
-        together = [i for i, way in enumerate(ways) if way.together is not None]
-        if together:
-            native = ways[together[0]].together
-            assert native is not None
-            native.experts([loads[i] for i in together], [weights[i] for i in together], rows, out)
-        for load, own, way in zip(loads, weights, ways, strict=True):
-            if way.together is None:
-                mine = slice(load.start, load.stop)
-                out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
+        together = [i for i, way in enumerate(ways) if way.together]
+        if together and takes(rows, weights):
+            assert self.kernels.native is not None
+            self.kernels.native.experts([loads[i] for i in together], [weights[i] for i in together], rows, out)
+        else:
+            together = []
+        for i in sorted(set(range(len(loads))) - set(together)):
+            mine = slice(loads[i].start, loads[i].stop)
+            out[mine] = run_expert(self.formulas[layer], weights[i], rows[mine], ways[i].up, ways[i].down)
 
     def _way(self, layer: int, n_rows: int) -> _Way:
         """Look up once per layer and row count: experts share a shape.
@@ -76,7 +76,7 @@ class CpuDevice:
             and weights.down_bias is None
         )
         up, down = (kernels.pick(matrix, n_rows) for matrix in (weights.up[0], weights.down))
-        return _Way(up, down, kernels.native if whole else None)
+        return _Way(up, down, whole)
 
 
 def empty_results(rows: Tensor) -> Tensor:

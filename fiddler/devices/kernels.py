@@ -1,4 +1,4 @@
-"""Which matmul multiplies a weight: a pure function of (shape, dtype, rows, stored calibration).
+"""Which matmul multiplies a weight: a pure function of (shape, dtype, memory order, rows, stored calibration).
 
 `linear` is torch's own `F.linear(x, W)`. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the weights at up to twice
 the bandwidth for few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. `native`
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.devices.base import Matmul
-from fiddler.devices.native import Native
+from fiddler.devices.native import MOST_ROWS, Native
 
 KernelName = Literal["linear", "rows_last", "vector", "native"]
 
@@ -23,8 +23,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TIE = 512
 """From this many rows on the kernels tie, and `linear` is taken."""
 
-ShapeKey = tuple[int, int, torch.dtype]
-"""(out, in, dtype) of a weight matrix."""
+ShapeKey = tuple[int, int, torch.dtype, bool]
+"""(out, in, dtype, whether columns lie side by side) of a weight matrix."""
 
 
 def bucket(n_rows: int) -> int:
@@ -34,7 +34,7 @@ def bucket(n_rows: int) -> int:
 
 def shape_key(weight: Tensor) -> ShapeKey:
     """Return what a calibration knows of a weight matrix `[out, in]`."""
-    return weight.shape[0], weight.shape[1], weight.dtype
+    return weight.shape[0], weight.shape[1], weight.dtype, weight.stride(1) == 1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,7 +84,8 @@ class Kernels:
         """Return the kernel's name for `n_rows` rows of this weight."""
         if n_rows >= TIE:
             return "linear"
-        return self.choice.get((shape_key(weight), bucket(n_rows)), "linear")
+        chosen = self.choice.get((shape_key(weight), bucket(n_rows)), "linear")
+        return "linear" if chosen == "native" and n_rows > MOST_ROWS else chosen
 
     def pick(self, weight: Tensor, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
