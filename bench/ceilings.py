@@ -26,6 +26,10 @@ class Ceilings:
         """The most GB/s."""
         return kernels.ceiling(self.ways_to_read)
 
+    def also(self, ways: dict[str, Spread]) -> "Ceilings":
+        """Return the same with further ways to read."""
+        return Ceilings(self.gemm, self.ways_to_read | ways)
+
     def or_better(self, other: "Ceilings") -> "Ceilings":
         """Return the better of two measurements of each."""
         ways = {way: _better(spread, other.ways_to_read[way]) for way, spread in self.ways_to_read.items()}

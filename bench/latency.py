@@ -29,7 +29,7 @@ from bench.peers import PEERS
 from bench.report import result, write_json
 from fiddler import ConfigError, EngineConfig
 
-LIMIT_PASSES = 2
+LIMIT_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Settings:
 
 async def measure(settings: Settings) -> dict[str, Any]:
     """Run everything and return the report."""
+    where = machine.describe()
     async with contest(settings.folder, settings.config, settings.peers) as found:
         asked = [
             Results(scenario, workload)
@@ -64,8 +65,16 @@ async def measure(settings: Settings) -> dict[str, Any]:
             if found.probe is not None and made is not None
             else {"systems": [row for results in asked for row in rows(results, None)]}
         )
-    about = {"model": settings.folder.name, "device": settings.config.device, "repeats": settings.repeats}
-    return result("latency", machine.describe(), virtual=found.virtual, settings=about, **fields)
+        if found.probe is not None:  # the engine's own, while it is open
+            where["threads"] = await found.probe.call(torch.get_num_threads)
+    about = {
+        "model": settings.folder.name,
+        "device": settings.config.device,
+        "repeats": settings.repeats,
+        "compared": settings.peers,
+        "kernels": settings.config.kernels,
+    }
+    return result("latency", where, virtual=found.virtual, settings=about, **fields)
 
 
 async def _better_ceilings(found: Contest, settings: Settings, best: Ceilings | None) -> Ceilings | None:
@@ -83,6 +92,7 @@ def _parts(found: Contest, asked: Sequence[Results], made: Ceilings, set_bytes: 
     """Set everything beside its limits."""
     assert found.probe is not None
     sizes = limits.sizes(found.probe.loaded)
+    made = made.also(limits.alone_gbs(asked))
 
     def limit(results: Results) -> Limit:
         return limits.of(sizes, results, made.gbs, made.flop_per_s)
@@ -118,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, sim, sim:MACHINE (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, sim, sim:MACHINE; cuda is to come (default: %(default)s)"
+    )
     what = "; ".join(f"{name}: {means}" for name, means in SCENARIOS.items())
     parser.add_argument(
         "--scenario", type=_scenarios, default=("single", "concurrent"), help=f"{what} (default: single,concurrent)"
@@ -134,7 +146,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: what the engine chooses)")
     parser.add_argument("--kernels", choices=("auto", "linear"), default="auto")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 768)")
+    parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 1024)")
     parser.add_argument("--json", type=Path, metavar="FILE")
 
 

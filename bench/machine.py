@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import fiddler
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 """The instruction sets that decide how fast a bf16 expert can run."""
+
+PEERS = ("accelerate", "gguf", "llama-cpp-python")
+"""Packages that a comparison hangs on."""
 
 
 def describe() -> dict[str, Any]:
@@ -31,11 +35,19 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "fiddler": fiddler.__version__,
+        "peers": {name: _version(name) for name in PEERS},
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def free_bytes() -> int:

@@ -49,6 +49,9 @@ _RAN = {
     "decode_tokens_per_s?": SPREAD,
     "tokens_per_s?": SPREAD,
     "fiddler_is_times?": NUMBER,
+    "gbs?": NUMBER,
+    "prompt_flop_per_s?": NUMBER,
+    "of_limit?": NUMBER,
 }
 _PART = {
     "part": str,
@@ -112,6 +115,7 @@ SCHEMAS: Mapping[str, dict[str, Schema]] = {
         "read_ceiling_gbs?": NUMBER,
         "gemm_flop_per_s?": SPREAD,
         "systems": [_RAN],
+        "overhead?": [{"n_sequences": int, "per_layer_us": NUMBER, "routing_us": NUMBER, "per_step_us": NUMBER}],
         "parts?": [_PART],
     },
     "lookahead": {"n_tokens": Each(int), "recall": dict, "demo_us": Each(Each(NUMBER)), "architectures": Each(str)},

@@ -66,6 +66,11 @@ def test_a_picture_is_a_whole_svg_of_a_page_s_width(drawn: Path, name: str, fold
     assert file.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.parametrize("name", ["latency", "roofline", "systems", "resident", "visits"])
+def test_a_committed_picture_shows_the_committed_results(drawn: Path, name: str) -> None:
+    assert (drawn / f"{name}.svg").read_bytes() == (FOLDER / f"{name}.svg").read_bytes(), "run `make figures`"
+
+
 @pytest.mark.parametrize("name", ["latency", "visits"])
 def test_the_same_picture_is_the_same_bytes(drawn: Path, tmp_path: Path, name: str) -> None:
     (again,) = figures.write([name], tmp_path)
@@ -110,7 +115,7 @@ def test_every_picture_that_is_shown_is_there() -> None:
 def test_a_machine_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "MACHINE", "abacus")
 
-    with pytest.raises(ValueError, match="kernels-abacus"):
+    with pytest.raises(FileNotFoundError, match="kernels-abacus"):
         figures.draw("roofline")
 
 

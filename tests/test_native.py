@@ -289,7 +289,8 @@ class TestCompiling:
         self, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert (usual := native()) is not None
+        usual = native()
+        assert usual is not None
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         spoilt = tmp_path / "other" / "fiddler" / usual.library.name
         spoilt.parent.mkdir(parents=True)
@@ -297,7 +298,8 @@ class TestCompiling:
             b"no library" if mode == 0o755 else usual.library.read_bytes() + b"with something behind"
         )
         spoilt.chmod(mode)
-        assert (again := native()) is not None
+        again = native()
+        assert again is not None
         assert again.library == spoilt
         assert spoilt.stat().st_mode & 0o777 == 0o755
         assert spoilt.stat().st_size == usual.library.stat().st_size

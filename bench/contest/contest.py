@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,22 +54,19 @@ class Contest:
         if seed:
             results.runs.setdefault(OURS, []).append(made)
             await self._take_apart(results)
-        for name, peer in self.peers.items():
-            if name in results.unavailable:
-                continue
-            try:
-                run = await self._theirs(peer, workload, seed, made)
-                if speed(run, results.scenario) is None:
-                    raise UnavailableError("cannot run the prompt by itself")
-            except UnavailableError as error:
-                results.unavailable[name] = str(error)
-                results.runs.pop(name, None)
-            else:
-                if seed:
-                    results.runs.setdefault(name, []).append(run)
+        for name in self._order(seed):
+            if name not in results.unavailable:
+                await self._let(name, results, (workload, seed), made)
         results.unavailable |= self.missing
 
+    def _order(self, seed: int) -> list[str]:
+        """Return the peers in another order each turn. Fiddler is always first: it makes the tokens."""
+        names, first = list(self.peers), seed % max(1, len(self.peers))
+        return names[first:] + names[:first]
+
     async def _ours(self, workload: Workload, seed: int) -> Run:
+        if workload.n_beams > 1 and self.probe is None:
+            raise ValueError("beam search runs on the CPU alone: leave scenario beam out, or take device cpu")
         if self.virtual:
             return await ours.run_on_its_clock(self.engine, workload, seed)
         if self.probe is None:
@@ -79,23 +78,34 @@ class Contest:
 
     def _searched(self, workload: Workload, seed: int) -> Run:
         if self._search is None:
-            self._search = fiddler.attach(self.folder)
-        return forwards.run(self._search, workload, workload.prompts(seed), (), PATIENCE_S)
+            self._search = fiddler.attach(self.folder, self.engine.config)
+        return forwards.run(self._search, workload, workload.prompts(seed), (), inf)
 
-    async def _theirs(self, peer: Peer, workload: Workload, seed: int, made: Run) -> Run:
+    async def _let(self, name: str, results: Results, asked: tuple[Workload, int], made: Run) -> None:
+        """Let a peer run what was asked (a workload with a seed), unless it cannot."""
+        (workload, seed), peer = asked, self.peers[name]
+        patience_s = PATIENCE_S if workload.n_beams == 1 else inf  # a search is rated whole
         assert self.probe is not None
-        return await self.probe.call(
-            _with_own_threads(lambda: peer.run(workload, workload.prompts(seed), made.tokens, PATIENCE_S))
-        )
+        try:
+            run = await self.probe.call(
+                _with_own_threads(lambda: peer.run(workload, workload.prompts(seed), made.tokens, patience_s))
+            )
+            if speed(run, results.scenario) is None:
+                raise UnavailableError("cannot run the prompt by itself")
+        except UnavailableError as error:
+            results.unavailable[name] = str(error)
+            results.runs.pop(name, None)
+        else:
+            if seed:
+                results.runs.setdefault(name, []).append(run)
 
     async def _take_apart(self, results: Results) -> None:
         """Keep the steps in which every sequence decoded, and run their experts once more with nothing around."""
         if self.probe is None or results.scenario not in ("single", "concurrent"):
             return
-        probe = self.probe
-        steps = decoding(probe.steps, results.workload.n_sequences)
+        steps = decoding(self.probe.steps, results.workload.n_sequences)
         results.steps += steps
-        results.alone_s += await probe.call(lambda: ours.alone(probe, steps))
+        results.alone_s += await self.probe.call(partial(ours.alone, self.probe, steps))
         for step in steps:
             step.calls.clear()  # gigabytes of rows otherwise, on a long run
 

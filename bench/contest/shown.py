@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.contest.limits import overhead_table, parts_table
 from bench.contest.rates import OURS, Row
+from bench.peers import PEERS
 from bench.report import Spread, Table, heading, table
 
 _KEY = ("scenario", "n_sequences", "n_input", "n_output", "n_beams")
@@ -14,7 +15,7 @@ _KEY = ("scenario", "n_sequences", "n_input", "n_output", "n_beams")
 
 def render(report: Mapping[str, Any]) -> str:
     """Return a report as text: what ran, a table for each workload, on the CPU where a step's time goes."""
-    lines = [heading(report["machine"]), _about(report)]
+    lines = [heading(report["machine"]), _about(report), *_left_out(report["settings"]["compared"])]
     for _, group in groupby(report["systems"], key=lambda row: [getattr(row, name) for name in _KEY]):
         found = list(group)
         lines.append(table(*titled(found)))
@@ -23,6 +24,11 @@ def render(report: Mapping[str, Any]) -> str:
     if report.get("parts"):
         lines += [table(*parts_table(report["parts"])), table(*overhead_table(report["overhead"]))]
     return "\n".join(lines)
+
+
+def _left_out(compared: Sequence[str]) -> list[str]:
+    left = [name for name in PEERS if name not in compared]
+    return [f"not asked for: {', '.join(left)}"] if left else []
 
 
 def _about(report: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python -m bench.documents            # rewrites what is shown in every document
     python -m bench.documents --check    # changes nothing; exits with 1 where something does not hold
 
-In a document `<!--= {overhead_2core_amx.hop_us.median:.0f} us -->133 us<!--/-->` shows what its template says
+In a document `<!--= {overhead_2core_epyc.hop_us.median:.0f} us -->133 us<!--/-->` shows what its template says
 (`bench.values`); a mark that stands alone on its line holds a whole table. A number with a unit, or with a decimal
 point, stands inside such marks or inside `<!--: REASON -->…<!--/-->` (`bench.spans` lists the reasons). The section
 around it, or one that it is part of, names the machine that measured, or says that it was replayed or simulated.

@@ -2,7 +2,7 @@
 
 from bench.values import RESULTS, Record, label, read
 
-MACHINE = "2core-amx"
+MACHINE = "2core-epyc"
 """The machine whose measurements are shown: how their files' names end."""
 
 
@@ -11,12 +11,9 @@ def load(name: str) -> Record:
     return read(RESULTS / f"{name}.json")
 
 
-def measured(bench: str) -> list[Record]:
-    """Return the reports of a bench on `MACHINE`, by name. Raises `ValueError` where there are none."""
-    files = sorted(RESULTS.glob(f"{bench}-{MACHINE}.json"))
-    if not files:
-        raise ValueError(f"{RESULTS.name} has no {bench}-{MACHINE}.json")
-    return [read(file) for file in files]
+def measured(bench: str) -> Record:
+    """Return the report of a bench on `MACHINE`."""
+    return load(f"{bench}-{MACHINE}")
 
 
 def measured_on(report: Record) -> str:

@@ -43,7 +43,7 @@ class Roof:
 
 def draw() -> "Figure":
     """Return the picture of the committed measurement."""
-    return picture(results.measured("kernels")[0])
+    return picture(results.measured("kernels"))
 
 
 def picture(report: Record) -> "Figure":

@@ -93,7 +93,10 @@ class Bench:
         return keys[:n]
 
     def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor) -> float:
-        """Run an expert on the first of `rows`; returns its seconds."""
+        """Run an expert on the first of `rows`; returns its seconds.
+
+        By itself: several at once, as a lane runs them, take less than their sum where our own kernels run them.
+        """
         out = empty_results(rows[:n_rows])
         started = perf_counter()
         self.host.run(layer, (Load(0, 0, n_rows),), (weights,), rows, out)
