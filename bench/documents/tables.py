@@ -21,6 +21,12 @@ ASKED = {
     "prefill": "a prompt of {0.n_input}",
 }
 """The scenarios that the table of speeds shows, and what it calls them."""
+GOALS = {
+    "single": ("1.0 \N{MULTIPLICATION SIGN} and 1.15 \N{MULTIPLICATION SIGN}", "1.5 \N{MULTIPLICATION SIGN}"),
+    "concurrent": ("", ""),
+    "prefill": ("3 \N{MULTIPLICATION SIGN}", ""),
+}
+"""How many times as fast Fiddler should be as llama.cpp (Qwen's shape, Mixtral's) and as transformers."""
 PLANNERS = {"descent": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
 FED = {
     "1 hidden as the experts get it": "**the rows as the experts get them**",
@@ -48,16 +54,23 @@ def how_fast(*reports: Record) -> str:
 
 def _speeds(report: Record, ours: Record) -> Sequence[str]:
     same = {name: ours[name] for name in ("scenario", "n_sequences", "n_input", "n_output", "n_beams")}
-    ran = {row.system: row for row in pick(report.systems, unavailable=None, **same) if _speed(row) is not None}
-    fastest = max((ran[name] for name in TRANSFORMERS if name in ran), key=_speed, default=None)
+    found = pick(report.systems, unavailable=None, **same)
+    fastest = _fastest(found)
+    llama = next((row for row in found if row.system == "llama.cpp"), None)
     return (
         _model(report),
         ASKED[ours.scenario].format(ours),
         _number(_speed(ours)),
         f"{ours.of_limit:.0%}".replace("%", " %"),
-        _beside(ran.get("llama.cpp")),
+        _beside(llama),
         _beside(fastest) + (f" `{fastest.system}`" if fastest is not None else ""),
     )
+
+
+def _fastest(rows: Iterable[Record]) -> Record | None:
+    """Return transformers' fastest experts of those that ran one workload."""
+    timed = [row for row in rows if row.system in TRANSFORMERS and _speed(row) is not None]
+    return max(timed, key=_speed, default=None)
 
 
 def _speed(row: Record) -> float | None:
@@ -75,6 +88,23 @@ def _number(value: float | None) -> str:
     """Return a speed to three digits; all before the point."""
     assert value is not None
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def against(*reports: Record) -> str:
+    """Return how many times as fast Fiddler is as the others in each scenario, beside the goals."""
+    rows = []
+    for scenario, goals in GOALS.items():
+        asked = ASKED[scenario].format(ran(reports[0], OURS, scenario))
+        llama = [ran(report, "llama.cpp", scenario) for report in reports]
+        best = [_fastest(pick(report.systems, scenario=scenario, unavailable=None)) for report in reports]
+        for name, found, goal in (("llama.cpp", llama, goals[0]), ("transformers' fastest", best, goals[1])):
+            rows.append((f"{name}, {asked}", goal, *(f"{row.fiddler_is_times:.2f}{TIMES}" for row in found)))
+    return markdown(("", "goal, on AMX", *map(_model, reports)), rows)
+
+
+def ran(report: Record, system: str, scenario: str) -> Record:
+    """Return a system's row in a scenario that was run once."""
+    return one(report.systems, system=system, scenario=scenario)
 
 
 def fastest_peer(report: Record, n_sequences: int) -> Record:
@@ -138,5 +168,5 @@ def _recall(recall: Record, name: str, said: str) -> Sequence[str]:
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    f.__name__: f for f in (how_fast, fastest_peer, part, rate, step_times, planners, lookaheads)
+    f.__name__: f for f in (how_fast, against, ran, fastest_peer, part, rate, step_times, planners, lookaheads)
 }

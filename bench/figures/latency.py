@@ -1,6 +1,6 @@
 """Fiddler and every peer on the same weights: decoding speed, a panel a model, measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bench.figures import results, style
@@ -42,7 +42,7 @@ def picture(reports: Sequence[Record]) -> "Figure":
     figure = style.figure(height, "Decoding speed on the CPU, the same weights for all", lines)
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axes, report, own in zip(panels, reports, found, strict=True):
-        _panel(axes, own, systems, loads)
+        _panel(axes, own, systems, loads, {row.system for row in report.systems})
         axes.set_title(_title(report))
         axes.set_xlabel("tokens/s, logarithmic")
     figure.legend(handles=_legend(loads), loc="outside lower left", ncols=len(loads))
@@ -65,7 +65,7 @@ def _title(report: Record) -> str:
     return f"{report.settings.model}, {report.model.n_layers} layers{threads}"
 
 
-def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[str]) -> None:
+def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[str], asked: Container[str]) -> None:
     style.rows(axes, systems, OURS)
     axes.set_ylim(-0.5, len(systems) - 0.5)
     for (system, load), speed in own.items():
@@ -74,16 +74,15 @@ def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[st
         _dot(axes, row, speed, MARKERS[turn], ours=system == OURS)
     for system in set(systems) - {system for system, _ in own}:
         where = {"xy": (0.02, systems.index(system)), "xycoords": ("axes fraction", "data")}
-        axes.annotate(
-            "did not run", **where, va="center", fontsize=style.SMALL, fontstyle="italic", color=style.GREY
-        )
+        why = "did not run" if system in asked else "not asked for"
+        axes.annotate(why, **where, va="center", fontsize=style.SMALL, fontstyle="italic", color=style.GREY)
     _scale(axes, min(speed.low for speed in own.values()), max(speed.high for speed in own.values()))
 
 
 def _scale(axes: "Axes", low: float, high: float) -> None:
     """Leave room for a number to the right of the fastest."""
     span = high / low
-    low, high = low / span**0.1, high * span**0.28
+    low, high = low / span**0.1, high * span**0.32
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     style.log_ticks(axes.xaxis, style.round_numbers(low, high, most=5))
@@ -95,7 +94,7 @@ def _dot(axes: "Axes", row: float, speed: Record, marker: str, *, ours: bool) ->
     axes.plot([speed.low, speed.high], [row, row], color=colour, lw=1.5)
     axes.plot(speed.median, row, marker, color=colour, mfc=_face(marker, colour), ms=6, zorder=3)
     axes.annotate(
-        f"{speed.median:.3g}",
+        f"{speed.median:,.0f}" if speed.median >= 100 else f"{speed.median:.3g}",
         (speed.high, row),
         (5, 0),
         textcoords="offset points",
