@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.values import Record, one, pick
+from bench.values import Record, one, percent, pick
 
 OURS = "fiddler"
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -102,6 +102,23 @@ def against(*reports: Record) -> str:
     return markdown(("", "goal, on AMX", *map(_model, reports)), rows)
 
 
+def chunks(report: Record) -> str:
+    """Return times to the first token by prompt length and chunk size."""
+    rows = [
+        (
+            str(cell.n_input),
+            str(cell.chunk_tokens),
+            f"{cell.first_token_s.median:.2f}",
+            f"{cell.tokens_per_s:.0f}",
+            f"{cell.expert_bytes / 1e9:.1f}",
+            percent(cell.of_gemm),
+        )
+        for cell in report.cells
+    ]
+    header = ("prompt", "chunk", "first token, s", "tokens/s", "experts read, GB", "of the best matmul")
+    return markdown(header, rows)
+
+
 def ran(report: Record, system: str, scenario: str) -> Record:
     """Return a system's row in a scenario that was run once."""
     return one(report.systems, system=system, scenario=scenario)
@@ -168,5 +185,6 @@ def _recall(recall: Record, name: str, said: str) -> Sequence[str]:
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    f.__name__: f for f in (how_fast, against, ran, fastest_peer, part, rate, step_times, planners, lookaheads)
+    f.__name__: f
+    for f in (how_fast, against, chunks, ran, fastest_peer, part, rate, step_times, planners, lookaheads)
 }
