@@ -72,7 +72,8 @@ def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[st
         turn = loads.index(load)
         row = systems.index(system) + BAND * (0.5 - (turn + 0.5) / len(loads))
         _dot(axes, row, speed, MARKERS[turn], ours=system == OURS)
-    for system in set(systems) - {system for system, _ in own}:
+    ran = {system for system, _ in own}
+    for system in (system for system in systems if system not in ran):
         where = {"xy": (0.02, systems.index(system)), "xycoords": ("axes fraction", "data")}
         why = "did not run" if system in asked else "not asked for"
         axes.annotate(why, **where, va="center", fontsize=style.SMALL, fontstyle="italic", color=style.GREY)
