@@ -1,6 +1,8 @@
 """Our own kernels: the numbers are torch's to rounding, and a row's are its own whatever runs beside it."""
 
+import gc
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels, calibration_file
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
-from fiddler.devices.native import MOST_ROWS, Native, _native, compiled, native
+from fiddler.devices.native import MOST_ROWS, Native, Outline, _native, compiled, native
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -63,7 +65,8 @@ def run(ours: Native, experts: list[ExpertWeights], x: list[Tensor]) -> list[Ten
     ends = torch.tensor([0, *(len(rows) for rows in x)]).cumsum(0).tolist()
     rows = torch.cat(x)
     out = torch.full_like(rows, torch.nan)
-    ours.experts([Load(i, *ends[i : i + 2]) for i in range(len(x))], experts, rows, out)
+    loads = [Load(i, *ends[i : i + 2]) for i in range(len(x))]
+    ours.experts(loads, [Outline.of(own) for own in experts], rows, out)
     return list(out.split([len(rows) for rows in x]))
 
 
@@ -236,6 +239,15 @@ class TestDevice:
     )
     def test_only_plain_swiglu_is_run_whole(self, formula: ExpertFormula, whole: bool) -> None:
         assert self.device(formula)._way(0, 1).together == whole
+
+    def test_weights_are_let_go_with_their_device(self) -> None:
+        device = self.device()
+        self.outputs(device, Load(0, 0, 1))
+        down = weakref.ref(device.weights(0, 0).down)
+        assert down() is not None
+        del device
+        gc.collect()
+        assert down() is None
 
     def test_gradients_go_through_torch(self) -> None:
         device = self.device()

@@ -10,9 +10,12 @@ from torch import Tensor
 from fiddler.devices.base import ExpertFormula, Matmul
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.mlp import run_expert
-from fiddler.devices.native import fits, takes
+from fiddler.devices.native import Outline, fits, takes
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+
+MOST_OUTLINES = 1 << 16
+"""Experts of which it is remembered how they lie; all are forgotten when there are more."""
 
 
 class _Way(NamedTuple):
@@ -37,6 +40,7 @@ class CpuDevice:
     """By layer."""
     kernels: Kernels
     _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
+    _outlines: dict[int, tuple[ExpertWeights, Outline]] = field(default_factory=dict)
 
     def run(
         self, layer: int, loads: Sequence[Load], weights: Sequence[ExpertWeights], rows: Tensor, out: Tensor
@@ -49,12 +53,22 @@ class CpuDevice:
         together = [i for i, way in enumerate(ways) if way.together]
         if together and takes(rows, weights):
             assert self.kernels.native is not None
-            self.kernels.native.experts([loads[i] for i in together], [weights[i] for i in together], rows, out)
+            outlines = [self._outline(weights[i]) for i in together]
+            self.kernels.native.experts([loads[i] for i in together], outlines, rows, out)
         else:
             together = []
         for i in sorted(set(range(len(loads))) - set(together)):
             mine = slice(loads[i].start, loads[i].stop)
             out[mine] = run_expert(self.formulas[layer], weights[i], rows[mine], ways[i].up, ways[i].down)
+
+    def _outline(self, weights: ExpertWeights) -> Outline:
+        """Look at an expert once; it is kept alive, so that its id stays its own."""
+        known = self._outlines.get(id(weights))
+        if known is None:
+            if len(self._outlines) >= MOST_OUTLINES:
+                self._outlines.clear()
+            known = self._outlines[id(weights)] = weights, Outline.of(weights)
+        return known[1]
 
     def _way(self, layer: int, n_rows: int) -> _Way:
         """Look up once per layer and row count: experts share a shape.

@@ -29,8 +29,6 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
-MOST_OUTLINES = 1 << 16
-"""Experts of which it is remembered how they lie; all are forgotten when there are more."""
 COMPILE_S = 60
 """A compiler that takes longer is given up."""
 
@@ -55,7 +53,6 @@ class Native:
         self._experts = loaded.fiddler_experts
         self._experts.argtypes = [pointer, *[integer] * 3, pointer, threads]
         self._matmul.restype = self._experts.restype = None
-        self._outlines: dict[int, tuple[ExpertWeights, _Outline]] = {}  # by identity
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; what does not fit is left to torch."""
@@ -78,14 +75,15 @@ class Native:
         )
         return y
 
-    def experts(self, loads: Sequence[Load], weights: Sequence[ExpertWeights], rows: Tensor, out: Tensor) -> None:
+    def experts(self, loads: Sequence[Load], outlines: Sequence["Outline"], rows: Tensor, out: Tensor) -> None:
         """Run whole SiLU-gated experts without biases, all at once; `rows` and `out` are `[n, H]`.
 
-        Each load's rows of `rows` go through its weights into the same rows of `out`, which has no gaps. Raises
-        `ValueError` where rows or an expert are not what the first expert's shape says, or not bfloat16.
+        Each load's rows of `rows` go through its expert into the same rows of `out`, which has no gaps. The caller
+        keeps the weights alive that the outlines are of. Raises `ValueError` where rows or an expert are not what
+        the first expert's shape says, or rows not bfloat16.
         """
         rows = rows.contiguous()
-        hidden, inner = weights[0].down.shape
+        hidden, inner = outlines[0].hidden, outlines[0].inner
         for tensor in (rows, out):
             if tensor.dtype != torch.bfloat16 or tensor.shape[1] != hidden:
                 raise ValueError(
@@ -93,8 +91,7 @@ class Native:
                 )
         table = np.empty(len(loads), _EXPERT)
         start, to, row_bytes = rows.data_ptr(), out.data_ptr(), hidden * rows.itemsize
-        for i, (load, own) in enumerate(zip(loads, weights, strict=True)):
-            outline = self._outline(own)
+        for i, (load, outline) in enumerate(zip(loads, outlines, strict=True)):
             if (outline.hidden, outline.inner) != (hidden, inner):
                 raise ValueError(
                     f"expert {load.expert} is {outline.hidden} x {outline.inner}, not {hidden} x {inner}"
@@ -105,17 +102,8 @@ class Native:
         threads = torch.get_num_threads()
         self._experts(table.ctypes.data, len(table), hidden, inner, middle.data_ptr(), threads)
 
-    def _outline(self, weights: ExpertWeights) -> "_Outline":
-        """Return what the kernels need of an expert, looked at once."""
-        known = self._outlines.get(id(weights))
-        if known is None:
-            if len(self._outlines) >= MOST_OUTLINES:
-                self._outlines.clear()
-            known = self._outlines[id(weights)] = weights, _Outline.of(weights)  # kept alive: its id stays its own
-        return known[1]
 
-
-class _Outline(NamedTuple):
+class Outline(NamedTuple):
     """Where an expert's matrices lie and how large they are."""
 
     pointers: tuple[int, int, int]
@@ -125,7 +113,7 @@ class _Outline(NamedTuple):
     inner: int
 
     @classmethod
-    def of(cls, weights: ExpertWeights) -> "_Outline":
+    def of(cls, weights: ExpertWeights) -> "Outline":
         """Look at an expert. Raises `ValueError` for one that the kernels do not take."""
         gate, up, down = weights.up[0], weights.up[-1], weights.down
         hidden, inner = down.shape
