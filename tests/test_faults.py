@@ -18,8 +18,8 @@ from fiddler.devices.sim import SimDevice
 from fiddler.engine.runner import Runner
 from fiddler.engine.stream import TokenStream
 from fiddler.engine.wave import ModelWave
+from fiddler.lanes.crossing import Routing
 from fiddler.lanes.experts import ExpertWork
-from fiddler.models.seam import ExpertsCall
 from fiddler.scheduler.messages import CopyExpert, Event, Failures, Job, JobDone, LayerDone, RunExperts
 from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.types import ExpertWeights
@@ -221,9 +221,9 @@ async def visits(model: Path) -> dict[str, set[Key]]:
     current = [PROMPTS[0]]
     route = ModelWave._route
 
-    def noting(self: ModelWave, call: ExpertsCall) -> LayerWork:
-        visited[current[0]].update((call.layer, expert) for expert in call.index.flatten().tolist())
-        return route(self, call)
+    def noting(self: ModelWave, asked: Any, routing: Routing) -> LayerWork:
+        visited[current[0]].update((asked.layer, expert) for expert in routing.index.flatten().tolist())
+        return route(self, asked, routing)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelWave, "_route", noting)

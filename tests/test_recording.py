@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError, GenerationConfig, PromptError
@@ -18,7 +19,7 @@ from fiddler.engine import rig as rigs
 from fiddler.engine.recorder import Recorder
 from fiddler.engine.wave import ModelWave
 from fiddler.models import loaded as loading
-from fiddler.models.seam import ExpertsCall, find_experts
+from fiddler.models.seam import find_experts
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import Event, LayerDone, LayerReady
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
@@ -254,19 +255,19 @@ async def test_the_scheduler_hears_what_is_expected(tiny: Path, monkeypatch: pyt
         assert rows == sorted(rows, reverse=True)
 
 
-def call(layer: int, index: list[list[int]], weights: list[list[float]] | None = None) -> ExpertsCall:
+def call(index: list[list[int]], weights: list[list[float]] | None = None) -> tuple[Tensor, Tensor]:
     asked = torch.tensor(index)
     given = torch.ones(asked.shape) if weights is None else torch.tensor(weights)
-    return ExpertsCall(layer, torch.zeros(len(index), 4), asked, given.to(torch.bfloat16))
+    return asked, given.to(torch.bfloat16)
 
 
 def test_layers_may_differ_and_be_passed_by_some_forwards_only() -> None:
     recorder = Recorder((4, 2))
     wave = recorder.wave([1, 2])
-    wave.visit(call(0, [[3, 0, 1]]), [0])
-    wave.visit(call(0, [[2, 1, 0], [1, 4, -1]], [[0.5, 0.5, 0.0], [1.0, 1.0, 1.0]]), [1])
+    wave.visit(0, *call([[3, 0, 1]]), [0])
+    wave.visit(0, *call([[2, 1, 0], [1, 4, -1]], [[0.5, 0.5, 0.0], [1.0, 1.0, 1.0]]), [1])
     wave.expect(1, torch.tensor([[1], [2]]), [1])
-    wave.visit(call(1, [[1], [0]]), [1])
+    wave.visit(1, *call([[1], [0]]), [1])
     record = recorder.open(3)
     record.parts.append(wave.rows())
     found = recorder.trace("two layers").recordings[0]
@@ -284,7 +285,7 @@ def test_without_a_look_ahead_there_is_nothing_expected() -> None:
     recorder = Recorder((4,))
     for index in ([[3, 0]], [[1, 2, 3]]):
         wave = recorder.wave([1])
-        wave.visit(call(0, index), [0])
+        wave.visit(0, *call(index), [0])
         recorder.open(1).parts.append(wave.rows())
     recorder.open(7)
     narrow, wide = recorder.trace("one layer").recordings

@@ -57,12 +57,16 @@ class Walk:
     def at_end(self) -> bool:
         return self.layer + 1 == len(LAYERS)
 
-    def advance(self, wave: int) -> LayerReady | None:
+    def launch(self, wave: int) -> None:
         self.layer += 1
+        self.wave = wave
+        self._call("launch")
+
+    def advance(self) -> LayerReady | None:
         self._call("advance")
         if self.layer == len(LAYERS):
             return None
-        return LayerReady(wave, work(self.layer, dict.fromkeys(self.experts, 1)), 2, 1)
+        return LayerReady(self.wave, work(self.layer, dict.fromkeys(self.experts, 1)), 2, 1)
 
     def take(self, done: LayerDone) -> None:
         self._call("take")
@@ -126,7 +130,18 @@ async def test_waves_run_to_their_ends(lanes: LaneSet) -> None:
 
 
 @pytest.mark.parametrize(
-    "raises", [("advance", 0), ("advance", 2), ("advance", 3), ("take", 0), ("take", 2)], ids=str
+    "raises",
+    [
+        ("launch", 0),
+        ("launch", 2),
+        ("launch", 3),
+        ("advance", 0),
+        ("advance", 2),
+        ("advance", 3),
+        ("take", 0),
+        ("take", 2),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("which", [0, 1])
@@ -147,9 +162,9 @@ async def test_in_order_no_wave_overtakes_the_one_in_front(lanes: LaneSet) -> No
         order: list[tuple[int, int]] = []
 
         class Noting(Walk):
-            def advance(self, wave: int) -> LayerReady | None:
+            def launch(self, wave: int) -> None:
                 order.append((waves.index(self), self.layer + 1))
-                return super().advance(wave)
+                super().launch(wave)
 
         waves = [Noting(1, 2, 3, 4), Noting(5), Noting(5)]
         waves[1].experts = waves[2].experts = ()  # nothing but the order holds them up
@@ -285,7 +300,7 @@ async def test_an_error_while_waves_wait_in_order_lets_none_of_them_go_on() -> N
         waves = [Walk(1, 2), Walk(2, 3), Walk(3, 4)]
         with pytest.raises(RuntimeError, match="broken"):
             await driver.run(waves, in_order=True)
-        assert [wave.log for wave in waves] == [[], [], []]
+        assert [wave.log for wave in waves] == [[("launch", 0)], [], []]
         assert [len(wave.ends) for wave in waves] == [1, 1, 1]
         broken = False
 

@@ -43,10 +43,10 @@ class FailingWave(ScriptWave):
         super().__init__(spans, N_EXPERTS)
         self._at = at
 
-    def advance(self, wave: int) -> LayerReady | None:
+    def advance(self) -> LayerReady | None:
         if self._layer + 1 == self._at:
             raise BROKEN
-        return super().advance(wave)
+        return super().advance()
 
 
 class Soak:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fiddler.cache.recorded import Recording, RoutingTrace
-from fiddler.models.seam import ExpertsCall
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,16 +68,16 @@ class WaveRecord:
         self._weights = _Table(n_tokens, 0, np.float16)
         self._ahead = _Table(n_tokens, -1, np.int16)
 
-    def visit(self, call: ExpertsCall, meeting: Sequence[int]) -> None:
-        """Write down a layer's call, whose rows are those of the forwards `meeting`; no visit that adds nothing."""
-        index, weights, at = call.index.cpu().numpy(), call.weights.float().cpu().numpy(), self._at(meeting)
-        real = (index >= 0) & (index < self._n_experts[call.layer]) & (weights != 0.0)
-        self._experts.put(call.layer, at, np.where(real, index, -1))
-        self._weights.put(call.layer, at, np.where(real, weights, 0.0))
+    def visit(self, layer: int, index: Tensor, weights: Tensor, meeting: Sequence[int]) -> None:
+        """Write down who visits whom, `[t, k]`, in the rows of forwards `meeting`; no visit that adds nothing."""
+        visited, given, at = index.numpy(), weights.float().numpy(), self._at(meeting)
+        real = (visited >= 0) & (visited < self._n_experts[layer]) & (given != 0.0)
+        self._experts.put(layer, at, np.where(real, visited, -1))
+        self._weights.put(layer, at, np.where(real, given, 0.0))
 
     def expect(self, layer: int, index: Tensor, meeting: Sequence[int]) -> None:
         """Write down which experts `[t, k]` of `layer` are expected for the rows of the forwards `meeting`."""
-        expected = index.cpu().numpy()
+        expected = index.numpy()
         real = (expected >= 0) & (expected < self._n_experts[layer])
         self._ahead.put(layer, self._at(meeting), np.where(real, expected, -1))
 

@@ -24,6 +24,7 @@ from fiddler.engine.runner import Runner
 from fiddler.engine.setup import compute_lane
 from fiddler.engine.wave import Experts
 from fiddler.errors import ConfigError
+from fiddler.lanes.crossing import HostCrossing
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
@@ -83,7 +84,9 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
     scheduler = _scheduler(resolved, _cache(loaded, n_slots, config), costs, config, trace)
-    experts = Experts(work, loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, n_slots, config))
+    experts = Experts(
+        HostCrossing(work), loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, n_slots, config)
+    )
     recorder = Recorder(loaded.n_experts) if config.record else None
     lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)

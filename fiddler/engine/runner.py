@@ -24,6 +24,7 @@ from fiddler.scheduler.messages import (
     LaneDied,
     LayerDone,
     LayerReady,
+    Report,
     WaveDropped,
 )
 
@@ -40,8 +41,12 @@ class Wave(Protocol):
         """Whether its last layer's experts were asked for: the output head comes next."""
         ...
 
-    def advance(self, wave: int) -> LayerReady | None:
-        """Run the dense part up to the next layer's experts, as wave number `wave`; `None` at the end."""
+    def launch(self, wave: int) -> None:
+        """Run the dense part up to the next layer's experts, as wave number `wave`, or let it run on a GPU."""
+        ...
+
+    def advance(self) -> LayerReady | None:
+        """Take in the layer that the dense part ended in, which is computed by now; `None` at the end."""
         ...
 
     def take(self, done: LayerDone) -> None:
@@ -99,7 +104,7 @@ class Runner:
         while self._in_lanes:
             self._take([await self.lanes.report(), *self.lanes.drain()])
 
-    def _take(self, reports: Sequence[JobDone | LaneDied]) -> None:
+    def _take(self, reports: Sequence[Report]) -> None:
         for report in reports:
             self._apply(self._tell(report))
 
@@ -150,17 +155,21 @@ class Runner:
         ):
             self._held.add(number)
             return []
+        wave = self._waves[number]
+        try:
+            wave.launch(number)
+        except Exception as error:
+            return self._end(number, error)
         if not self.lanes.timed_dense:
             return self._route(number)
-        wave = self._waves[number]
         return self._tell(DenseQueued(number, wave.n_rows, wave.n_context, head=wave.at_end))
 
     def _route(self, number: int) -> Sequence[Command]:
-        """Run a wave's dense part and hand the layer it stops at to the scheduler."""
+        """Hand the layer that a wave's dense part ended in to the scheduler."""
         if number not in self._waves:
             return []
         try:
-            ready = self._waves[number].advance(number)
+            ready = self._waves[number].advance()
         except Exception as error:
             return self._end(number, error)
         self._passed[number] += 1

@@ -57,13 +57,18 @@ class ScriptWave:
         self._ahead = _joined(ahead) if len(ahead) == len(spans) else None
         self._n_experts = n_experts
         self._layer = -1
+        self._wave = -1
 
     @property
     def at_end(self) -> bool:
         """Whether its last layer's experts were asked for: the output head comes next."""
         return self._layer + 1 == len(self._n_experts)
 
-    def advance(self, wave: int) -> LayerReady | None:
+    def launch(self, wave: int) -> None:
+        """Nothing is computed."""
+        self._wave = wave
+
+    def advance(self) -> LayerReady | None:
         """Go to the next layer; `None` after the last."""
         self._layer += 1
         if self._layer == len(self._n_experts):
@@ -71,7 +76,7 @@ class ScriptWave:
         visits = self._rows[:, self._layer]  # [T, K]
         work = route(self._layer, visits.ravel().tolist(), self._n_experts[self._layer])
         n_tokens, top_k = visits.shape
-        return LayerReady(wave, work, n_tokens, top_k, ahead=self._expected())
+        return LayerReady(self._wave, work, n_tokens, top_k, ahead=self._expected())
 
     def _expected(self) -> Rows:
         """Return what a look-ahead expects in the next layer, most rows first, then the likeliest of each token."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fiddler.cache.keys import Rows
 from fiddler.engine.recorder import WaveRecord
-from fiddler.lanes.combine import combine, gather
-from fiddler.lanes.experts import ExpertWork
+from fiddler.lanes.crossing import Ask, Crossing, Routing
 from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.messages import Failures, LayerDone, LayerReady
@@ -22,7 +21,7 @@ from fiddler.scheduler.routing import LayerWork, defer, route
 class Experts:
     """How a model's experts are asked for: the same for all its waves."""
 
-    work: ExpertWork
+    crossing: Crossing
     n_experts: tuple[int, ...]
     """By layer."""
     n_deferred: int = 0
@@ -32,20 +31,23 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _Asked:
     """A layer whose experts were asked for."""
 
-    call: ExpertsCall
-    routed: LayerWork
+    layer: int
+    top_k: int
     meeting: tuple[int, ...]
     """Which forwards wait at it."""
     n_rows: list[int]
     """Rows of each of them."""
 
-    @property
-    def n_now(self) -> int:
-        """Rows that join in this layer; the deferred follow."""
-        return self.routed.loads[-1].stop if self.routed.loads else 0
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The same, once it is known who visits whom."""
+
+    asked: _Asked
+    routed: LayerWork
 
 
 class ModelWave:
@@ -75,6 +77,7 @@ class ModelWave:
         self._forwards = forwards
         self._experts = experts
         self._wave = -1
+        self._asked: _Asked | None = None
         self._now: _Layer | None = None
         self._before: _Layer | None = None  # its deferred visits are not in yet
         self._outputs: Sequence[Tensor | None] = [None] * len(forwards)
@@ -84,38 +87,47 @@ class ModelWave:
         """Whether its last layer's experts were asked for: the output head comes next."""
         return self._now is not None and self._now.routed.layer + 1 == len(self._experts.n_experts)
 
-    def advance(self, wave: int) -> LayerReady | None:
-        """Run forwards to their next experts call and take in the rows of those at the lowest layer."""
+    def launch(self, wave: int) -> None:
+        """Run forwards to their next experts call, and announce the rows of those at the lowest layer."""
+        self._wave, self._asked = wave, None
         meeting = self._resume()
         if not meeting:
-            return None
+            return
         calls = [self.results[i] for i in meeting]
         call = _joined(calls)
-        self._wave = wave
-        self._before = self._now if self._now is not None and self._now.routed.deferred else None
-        self._now = now = _Layer(call, self._route(call), meeting, [c.hidden.shape[0] for c in calls])
-        n_tokens, top_k = call.index.shape
-        self._experts.work.open(wave, call.layer, gather(call.hidden, now.routed, top_k))
-        if self.record is not None:
-            self.record.visit(call, meeting)
-        ahead = self._look_ahead(call, meeting)
-        return LayerReady(wave, now.routed, n_tokens, top_k, ahead=ahead)
+        lookahead = self._experts.lookahead
+        ahead = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
+        self._experts.crossing.announce(wave, Ask(*call, ahead))
+        self._asked = _Asked(call.layer, call.index.shape[1], meeting, [c.hidden.shape[0] for c in calls])
 
-    def _look_ahead(self, call: ExpertsCall, meeting: Sequence[int]) -> Rows:
+    def advance(self) -> LayerReady | None:
+        """Take in the rows of the layer that was announced; `None` where the forwards have ended."""
+        asked, crossing = self._asked, self._experts.crossing
+        if asked is None:
+            return None
+        routing = crossing.routing(self._wave, asked.layer)
+        self._before = self._now if self._now is not None and self._now.routed.deferred else None
+        self._now = now = _Layer(asked, self._route(asked, routing))
+        crossing.open(self._wave, now.routed)
+        if self.record is not None:
+            self.record.visit(asked.layer, routing.index, routing.weights, asked.meeting)
+        ahead = self._look_ahead(asked, routing.ahead)
+        return LayerReady(self._wave, now.routed, routing.index.shape[0], asked.top_k, ahead=ahead)
+
+    def _look_ahead(self, asked: _Asked, index: Tensor | None) -> Rows:
         """Return which experts of the next layer are expected, with the rows of each; likeliest first."""
-        layer, lookahead = call.layer + 1, self._experts.lookahead
-        index = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
+        layer = asked.layer + 1
         if index is None:
             return ()
         if self.record is not None:
-            self.record.expect(layer, index, meeting)
+            self.record.expect(layer, index, asked.meeting)
         n_experts = self._experts.n_experts[layer]
         ranked = index.t().flatten().tolist()  # routers name the likeliest first, and ties keep this order
         return tuple(Counter(expert for expert in ranked if 0 <= expert < n_experts).most_common())
 
     def _resume(self) -> tuple[int, ...]:
         """Let forwards have their outputs; return those that then wait at the lowest layer."""
-        meeting = self._now.meeting if self._now is not None else tuple(range(len(self._forwards)))
+        meeting = self._now.asked.meeting if self._now is not None else tuple(range(len(self._forwards)))
         for i, output in zip(meeting, self._outputs, strict=True):
             self.results[i] = self._forwards[i].send(output)
         waiting = [i for i, forward in enumerate(self._forwards) if not forward.dead]
@@ -124,44 +136,39 @@ class ModelWave:
         layer = min(self.results[i].layer for i in waiting)
         return tuple(i for i in waiting if self.results[i].layer == layer)
 
-    def _route(self, call: ExpertsCall) -> LayerWork:
+    def _route(self, asked: _Asked, routing: Routing) -> LayerWork:
         n_experts = self._experts.n_experts
-        weights = call.weights.flatten().tolist()
-        routed = route(call.layer, call.index.flatten().tolist(), n_experts[call.layer], weights)
-        if self._experts.n_deferred and call.layer + 1 < len(n_experts):
-            return defer(routed, weights, call.index.shape[1], self._experts.n_deferred)
+        weights = routing.weights.flatten().tolist()
+        routed = route(asked.layer, routing.index.flatten().tolist(), n_experts[asked.layer], weights)
+        if self._experts.n_deferred and asked.layer + 1 < len(n_experts):
+            return defer(routed, weights, asked.top_k, self._experts.n_deferred)
         return routed
 
     def take(self, done: LayerDone) -> None:
         """Combine a layer's results and the deferred ones of the layer before; failed rows count as zero."""
-        now, before = self._now, self._before
+        now, before, crossing = self._now, self._before, self._experts.crossing
         assert now is not None
         total = self._combined(now, done.failures, deferred=False)
         if before is not None:
             total = total + self._combined(before, done.late_failures, deferred=True)
-            self._experts.work.let_go(self._wave, before.routed.layer)
+            crossing.let_go(self._wave, before.routed.layer)
         if not now.routed.deferred:
-            self._experts.work.let_go(self._wave, now.routed.layer)
-        self._outputs = total.split(now.n_rows) if len(now.meeting) > 1 else [total]
+            crossing.let_go(self._wave, now.routed.layer)
+        n_rows = now.asked.n_rows
+        self._outputs = total.split(n_rows) if len(n_rows) > 1 else [total]
 
     def _combined(self, layer: _Layer, failures: Failures, *, deferred: bool) -> Tensor:
-        routed, call = layer.routed, layer.call
+        routed, asked = layer.routed, layer.asked
         loads = routed.deferred if deferred else routed.loads
-        if not loads:
-            return call.hidden.new_zeros(call.hidden.shape)
-        failed = [load for load in loads if load.expert in failures]
+        failed = tuple(load for load in loads if load.expert in failures)
         for load in failed:
             for position in routed.order[load.start : load.stop]:
-                self.failed[self._row(layer, position // call.index.shape[1])] = failures[load.expert]
-        outputs = self._experts.work.results(self._wave, routed.layer, failed)
-        if not routed.deferred:
-            return combine(outputs, routed.order, call.weights)
-        part = slice(layer.n_now, None) if deferred else slice(0, layer.n_now)
-        return combine(outputs[part], routed.order[part], call.weights)
+                self.failed[self._row(asked, position // asked.top_k)] = failures[load.expert]
+        return self._experts.crossing.results(self._wave, routed.layer, deferred=deferred, failed=failed)
 
-    def _row(self, layer: _Layer, token: int) -> tuple[int, int]:
+    def _row(self, asked: _Asked, token: int) -> tuple[int, int]:
         """Return the forward, and its row, that a token of a joined call belongs to."""
-        for i, n_rows in zip(layer.meeting, layer.n_rows, strict=True):
+        for i, n_rows in zip(asked.meeting, asked.n_rows, strict=True):
             if token < n_rows:
                 return i, token
             token -= n_rows
@@ -170,9 +177,10 @@ class ModelWave:
     def end(self, error: Exception | None) -> None:
         """Unwind what did not end by itself and let go of all rows."""
         self.error = error
-        for layer in (self._now, self._before):
-            if layer is not None:
-                self._experts.work.let_go(self._wave, layer.routed.layer)
+        layers = [self._asked, *(layer.asked for layer in (self._now, self._before) if layer is not None)]
+        for asked in layers:
+            if asked is not None:
+                self._experts.crossing.let_go(self._wave, asked.layer)
         for forward in self._forwards:
             forward.close()
 

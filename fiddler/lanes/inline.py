@@ -9,7 +9,7 @@ from time import perf_counter
 from fiddler.cost.lanes import LaneName
 from fiddler.lanes.laneset import Execute
 from fiddler.lanes.spans import span
-from fiddler.scheduler.messages import Job, JobDone, LaneDied
+from fiddler.scheduler.messages import Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace
 
 
@@ -22,7 +22,7 @@ class InlineLanes:
         self._execute = execute
         self._trace = trace
         self._dead: set[LaneName] = set()
-        self._reports: deque[JobDone | LaneDied] = deque()
+        self._reports: deque[Report] = deque()
 
     def now_s(self) -> float:
         """Return the wall clock's seconds."""
@@ -44,13 +44,13 @@ class InlineLanes:
             self._trace.span(span(job, started, ended))
         self._reports.append(JobDone(job.job, ended - started, failures))
 
-    async def report(self) -> JobDone | LaneDied:
+    async def report(self) -> Report:
         """Return the oldest report. Raises `RuntimeError` if there is none: no thread will bring one."""
         if not self._reports:
             raise RuntimeError("a report is waited for and no job is in flight")
         return self._reports.popleft()
 
-    def drain(self) -> list[JobDone | LaneDied]:
+    def drain(self) -> list[Report]:
         """Return the reports that were not taken."""
         drained = list(self._reports)
         self._reports.clear()

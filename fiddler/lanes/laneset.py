@@ -7,7 +7,7 @@ was not reported before. The other lanes go on.
 from collections.abc import Callable
 from typing import Protocol
 
-from fiddler.scheduler.messages import Failures, Job, JobDone, LaneDied
+from fiddler.scheduler.messages import Failures, Job, Report
 
 Execute = Callable[[Job], Failures]
 """Does a job's work, whole, in the calling thread; returns what failed by expert. To raise is to end the lane."""
@@ -27,11 +27,11 @@ class LaneSet(Protocol):
         """Queue a job in its lane; one that is urgent goes before those that are not and have not started."""
         ...
 
-    async def report(self) -> JobDone | LaneDied:
+    async def report(self) -> Report:
         """Wait for the next report. Call it only while a job is in flight, or it may wait for ever."""
         ...
 
-    def drain(self) -> list[JobDone | LaneDied]:
+    def drain(self) -> list[Report]:
         """Return the reports that are there without waiting."""
         ...
 

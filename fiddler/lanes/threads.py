@@ -14,7 +14,7 @@ from fiddler.cost.lanes import LANES, LaneName
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.laneset import Execute
 from fiddler.lanes.spans import span
-from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied
+from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace
 
 
@@ -44,7 +44,7 @@ class ThreadLanes:
         self._execute = execute
         self._working = working
         self._trace = trace
-        self._reports: Channel[JobDone | LaneDied] = Channel()
+        self._reports: Channel[Report] = Channel()
         self._numbers = count()
         self._queues: dict[LaneName, PriorityQueue[_Queued]] = {lane: PriorityQueue() for lane in LANES}
         self._threads = [
@@ -62,11 +62,11 @@ class ThreadLanes:
         rank = _IDLE if isinstance(job, CopyExpert) and not job.urgent else _URGENT
         self._queues[job.lane].put(_Queued(rank, next(self._numbers), job))
 
-    async def report(self) -> JobDone | LaneDied:
+    async def report(self) -> Report:
         """Wait for the next report."""
         return await self._reports.receive()
 
-    def drain(self) -> list[JobDone | LaneDied]:
+    def drain(self) -> list[Report]:
         """Return the reports that are there without waiting."""
         return self._reports.drain()
 

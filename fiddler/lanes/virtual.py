@@ -9,7 +9,7 @@ from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.cost.model import CostModel
 from fiddler.lanes.laneset import Execute
 from fiddler.lanes.spans import span
-from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunDense, RunExperts
+from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report, RunDense, RunExperts
 from fiddler.trace import Trace
 
 
@@ -35,7 +35,7 @@ class VirtualLanes:
         self._lanes = Lanes(costs.contention, overlap)
         self._jobs: dict[int, Job] = {}
         self._began: dict[int, float] = {}
-        self._reports: deque[JobDone | LaneDied] = deque()
+        self._reports: deque[Report] = deque()
         self._dead: set[LaneName] = set()
         self._now_s = 0.0
         self.busy_s: dict[LaneName, float] = dict.fromkeys(LANES, 0.0)
@@ -55,13 +55,13 @@ class VirtualLanes:
         urgent = job.urgent if isinstance(job, CopyExpert) else True
         self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
 
-    async def report(self) -> JobDone | LaneDied:
+    async def report(self) -> Report:
         """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
         while not self._reports:
             self._jump()
         return self._reports.popleft()
 
-    def drain(self) -> list[JobDone | LaneDied]:
+    def drain(self) -> list[Report]:
         """Return what ended at the moment of the latest report; the clock jumps only for who waits."""
         drained = list(self._reports)
         self._reports.clear()

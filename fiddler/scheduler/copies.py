@@ -1,5 +1,6 @@
 """Copies under way, and the loads that wait for them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fiddler.cache.cache import ExpertCache, Reservation
@@ -17,6 +18,10 @@ class _Copy:
     job: int
     reservation: Reservation
     waiting: list[Waiting] = field(default_factory=list)
+    ordered: bool = False
+    """Whether the GPU may be given what needs it."""
+    used: bool = False
+    """Whether it was, before it landed."""
 
 
 class Copies:
@@ -43,14 +48,37 @@ class Copies:
         copy = self._copies.get(key)
         return None if copy is None else self._jobs.ahead_s(copy.job)
 
-    def wait(self, run: LayerRun, load: Load) -> None:
-        """Let a load wait for a copy that is under way."""
-        self._copies[run.layer, load.expert].waiting.append((run, load))
+    def slot(self, key: Key) -> int:
+        """Return the slot an expert is in, or on its way into."""
+        slot = self._cache.slot(key)
+        return self._copies[key].reservation.slot if slot is None else slot
 
-    def end(self, key: Key, *, failed: bool) -> list[Waiting]:
-        """Make a copy's slot READY, or free if it failed; returns what waited for it."""
+    def wait(self, run: LayerRun, load: Load) -> bool:
+        """Let a load wait for a copy that is under way; whether it has to."""
+        copy = self._copies[run.layer, load.expert]
+        if not copy.ordered:
+            copy.waiting.append((run, load))
+        copy.used |= copy.ordered
+        return not copy.ordered
+
+    def order(self, job: int) -> list[Waiting]:
+        """Let nothing wait for a copy any more; returns what did."""
+        copy = next((copy for copy in self._copies.values() if copy.job == job), None)
+        if copy is None:
+            return []
+        waiting, copy.waiting = copy.waiting, []
+        copy.ordered, copy.used = True, bool(waiting)
+        return waiting
+
+    def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
+        """Make a copy's slot READY and say so, or free if it failed; returns what waited for it."""
         copy = self._copies.pop(key)
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
+        if not failed:
+            landed(key)
+            if copy.used:  # by who had no lease, and a slot in passing is judged as one ends
+                self._cache.lease(key)
+                self._cache.release(key)
         return copy.waiting
 
     def drop(self, wave: int) -> None:

@@ -21,13 +21,16 @@ from fiddler.scheduler.layer import LayerRun, LayerRuns
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
+    CopyOrdered,
     DenseDone,
     DenseQueued,
     Event,
     Failures,
     JobDone,
+    JobTook,
     LaneDied,
     LayerReady,
+    LayerTook,
     Reason,
     RunDense,
     RunExperts,
@@ -36,6 +39,7 @@ from fiddler.scheduler.messages import (
 from fiddler.scheduler.plan import Backlog, Plan, Planner, all_fetch, descent
 from fiddler.scheduler.predictors import Nobody, Predictor
 from fiddler.scheduler.prefetch import Prefetcher
+from fiddler.scheduler.records import LayerRecords
 from fiddler.scheduler.routing import Load
 from fiddler.scheduler.rules import Rule, pays, promotion
 from fiddler.trace import Trace
@@ -62,11 +66,11 @@ class Scheduler:
         """By layer, the latest: one or two waves of a step."""
         self.planner = planner
         self._promote = promote
-        self._trace = trace
         self._jobs = Jobs(self.correction)
         self._runs = LayerRuns()
         self._copies = Copies(cache, self._jobs)
         self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
+        self._records = LayerRecords(self.counters, trace)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
@@ -80,11 +84,17 @@ class Scheduler:
                 return list(self._done(event))
             case DenseQueued(wave):  # without a GPU its time is all that is asked for
                 return [DenseDone(wave) if "gpu" in self._jobs.dead else self._jobs.dense(event)]
+            case CopyOrdered(job):
+                return list(self._ordered(job))
             case LaneDied():
                 return list(self._bury(event))
+            case JobTook(lane, predicted_s, took_s):
+                self.correction.report(lane, predicted_s, took_s)
+            case LayerTook():
+                self._records.took(event)
             case WaveDropped(wave):
                 self._drop(wave)
-                return []
+        return []
 
     def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
         """Return the copies that fill the free slots before anything runs: in this order, or by worth."""
@@ -113,18 +123,15 @@ class Scheduler:
     def _begin(self, event: LayerReady) -> Iterator[Command]:
         work = event.work
         self.recent[work.layer].append(event)
-        rows: dict[int, int] = {}
-        for load in (*work.loads, *work.deferred):  # an expert may have one of each
-            rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
+        rows = work.rows
         self.prefetcher.come(event, rows, self._now_s, self.correction.costs)
         run = LayerRun(event.wave, work, self._now_s)
         if self.cache.policy.by_recency:
             run.scores = {expert: self.cache.score((work.layer, expert)) for expert in rows}
         self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
         self._runs.begin(run)
-        if "gpu" not in self._jobs.dead:
-            for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
-                self._pin(run, expert)
+        for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
+            self._pin(run, expert)
         self.prefetcher.let_go()
         run.plan = self._plan(run, work.loads)
         yield from self._dispatch(run, run.plan)
@@ -136,7 +143,7 @@ class Scheduler:
     def _pin(self, run: LayerRun, expert: int) -> None:
         """Keep an expert's slot, if it has one, while a layer runs."""
         key = (run.layer, expert)
-        if expert not in run.leased and self.cache.slot(key) is not None:
+        if expert not in run.leased and self.cache.slot(key) is not None and "gpu" not in self._jobs.dead:
             self.cache.lease(key)
             run.leased.append(expert)
 
@@ -158,7 +165,8 @@ class Scheduler:
             yield self._run_gpu(run, ready)
         yield from self._run_cpu(run, cpu)
         for load in landing:
-            self._copies.wait(run, load)
+            if not self._copies.wait(run, load):
+                yield self._run_gpu(run, (load,))
         for load, reservation in fetches:
             if reservation is not None:
                 yield self._copy(reservation, "demand", (run, load))
@@ -169,7 +177,7 @@ class Scheduler:
             self._release(run)
         latest = self._runs.latest(run.wave)
         if latest is not None and latest.passable and not latest.reported:
-            self._record(latest)
+            self._records.passed(latest, self._now_s)
             self.prefetcher.passed(run.wave, self._now_s)
             yield latest.report()
 
@@ -179,18 +187,8 @@ class Scheduler:
         run.leased.clear()
         self._runs.forget(run)
 
-    def _record(self, run: LayerRun) -> None:
-        assert run.plan is not None
-        decision = run.decision(run.plan, self._now_s)
-        self.counters.measured(decision.predicted_s, decision.measured_s)
-        if self._trace is not None:
-            self._trace.decision(decision)
-
     def _run_gpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Command:
-        slots = [self.cache.slot((run.layer, load.expert)) for load in loads]
-        ready = tuple(slot for slot in slots if slot is not None)
-        assert len(ready) == len(loads), "a load was to run from a slot its expert does not have"
-        return self._jobs.on_gpu(run, loads, ready)
+        return self._jobs.on_gpu(run, loads, tuple(self._copies.slot((run.layer, load.expert)) for load in loads))
 
     def _run_cpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Iterator[Command]:
         error = self._jobs.dead.get("cpu")
@@ -228,22 +226,25 @@ class Scheduler:
         job, predicted_s = ended
         # a job's time tells of its costs only if its rows were there: those of a wave that is gone may not be
         told = isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
-        if told and not event.failures:
+        if told and not event.failures and event.took_s is not None:
             self.correction.report(job.lane, predicted_s, event.took_s)
         match job:
             case CopyExpert():
                 yield from self._landed((job.layer, job.expert), failed=bool(event.failures))
             case RunExperts():
-                yield from self._ran(job, event.failures)
+                yield from self._ran(job, event.failures, unended=event.took_s is None)
             case RunDense():
                 yield DenseDone(job.wave)
         yield from self._fill_link()
 
+    def _ordered(self, job: int) -> Iterator[Command]:
+        """Give the GPU what waits for a copy: it keeps the order itself."""
+        if "gpu" not in self._jobs.dead:
+            for run, load in self._copies.order(job):
+                yield self._run_gpu(run, (load,))
+
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
-        waiting = self._copies.end(key, failed=failed)
-        if not failed:
-            self.prefetcher.landed(key)
-        for run, load in waiting:
+        for run, load in self._copies.end(key, self.prefetcher.landed, failed=failed):
             if failed or "gpu" in self._jobs.dead:
                 self.counters.n_fallbacks += 1
                 yield from self._run_cpu(run, (load,))
@@ -252,8 +253,9 @@ class Scheduler:
                 self._pin(run, load.expert)
                 yield self._run_gpu(run, (load,))
 
-    def _ran(self, job: RunExperts, failures: Failures) -> Iterator[Command]:
+    def _ran(self, job: RunExperts, failures: Failures, *, unended: bool) -> Iterator[Command]:
         run = self._runs.find(job.wave, job.layer)
+        run.unended |= unended
         failed = tuple(load for load in job.loads if load.expert in failures)
         if job.lane == "gpu" and self._runs.awaited(job.wave):
             run.ran([load for load in job.loads if load not in failed])
@@ -275,16 +277,13 @@ class Scheduler:
     def _drop(self, wave: int) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
         self._copies.drop(wave)
+        self._records.drop(wave)
         self.prefetcher.drop(wave)
-        in_lanes = {pair for pair in self._in_lanes() if pair[0].wave == wave}
+        in_lanes = set(self._runs.of(self._jobs.all))
         for run in self._runs.drop(wave):
             run.ran([load for load in run.owed if (run, load) not in in_lanes])
             if run.complete:
                 self._release(run)
-
-    def _in_lanes(self) -> list[tuple[LayerRun, Load]]:
-        jobs = [job for job in self._jobs.all if isinstance(job, RunExperts)]
-        return [(self._runs.find(job.wave, job.layer), load) for job in jobs for load in job.loads]
 
     def check(self) -> None:
         """Raise `AssertionError` unless every load is in exactly one place and every copy has its slot."""
@@ -292,7 +291,7 @@ class Scheduler:
         self._jobs.check()
         self._copies.check()
         runs = self._runs.all
-        placed = [*self._in_lanes(), *self._copies.waiting]
+        placed = [*self._runs.of(self._jobs.all), *self._copies.waiting]
         owed = {(run, load) for run in runs for load in run.owed}
         assert len(placed) == len(set(placed)), "a load is in two places"
         assert set(placed) == owed, "a load that is owed is in no place, or one that is not is"

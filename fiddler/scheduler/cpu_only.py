@@ -11,14 +11,17 @@ from fiddler.cost.model import CostModel
 from fiddler.scheduler.counters import Counters
 from fiddler.scheduler.messages import (
     Command,
+    CopyOrdered,
     DenseDone,
     DenseQueued,
     Event,
     Failures,
     JobDone,
+    JobTook,
     LaneDied,
     LayerDone,
     LayerReady,
+    LayerTook,
     RunExperts,
     WaveDropped,
 )
@@ -62,6 +65,8 @@ class CpuOnly:
                 return []
             case DenseQueued(wave):
                 return [DenseDone(wave)]
+            case CopyOrdered() | JobTook() | LayerTook():  # of a GPU, which there is none of
+                return []
 
     def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
         """Return nothing: there is no slot."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fiddler.scheduler.messages import LayerDone
+from fiddler.scheduler.messages import Job, LayerDone, RunExperts
 from fiddler.scheduler.plan import Plan
 from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.trace import Decision
@@ -33,6 +33,8 @@ class LayerRun:
     """The layer before, until this one is reported."""
     reported: bool = False
     """Whether its `LayerDone` was given."""
+    unended: bool = False
+    """Whether something of it was done before it had ended."""
 
     def __post_init__(self) -> None:
         self.pending = set(self.work.loads)
@@ -122,6 +124,11 @@ class LayerRuns:
     def find(self, wave: int, layer: int) -> LayerRun:
         """Return the layer that a lane works for."""
         return next(run for run in self.all if (run.wave, run.layer) == (wave, layer))
+
+    def of(self, jobs: Iterable[Job]) -> list[tuple[LayerRun, Load]]:
+        """Return the loads that jobs run, each with its layer."""
+        running = [job for job in jobs if isinstance(job, RunExperts)]
+        return [(self.find(job.wave, job.layer), load) for job in running for load in job.loads]
 
     def drop(self, wave: int) -> Sequence[LayerRun]:
         """Let a wave be gone; returns what is left of its layers, to be forgotten once they are complete."""

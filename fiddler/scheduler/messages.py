@@ -2,6 +2,9 @@
 
 LayerReady ──► RunExperts, CopyExpert … ──► JobDone … ──► LayerDone
 DenseQueued ─► RunDense ───────────────────► JobDone ────► DenseDone
+
+A GPU keeps the order in which it is given work, so nobody waits for the end of it: `CopyOrdered` comes before a
+copy's `JobDone`, and experts are done once they are queued. What they took follows: `JobTook`, `LayerTook`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,9 +52,35 @@ class JobDone:
     """A lane is through with a job, for good or ill."""
 
     job: int
-    took_s: float
+    took_s: float | None
+    """`None` where whatever the lane is given next comes after it, and it has not ended yet."""
     failures: Failures = field(default_factory=dict)
     """Experts that did not run or, of a copy, the one that did not land; the job's others did."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOrdered:
+    """What the GPU is given from now on comes after a copy that has not landed yet."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobTook:
+    """A job has ended that was done before; what was predicted for it, with nothing else running."""
+
+    lane: LaneName
+    predicted_s: float
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTook:
+    """The experts of a wave's layer have ended, so long after the layer was ready."""
+
+    wave: int
+    layer: int
+    took_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +98,9 @@ class WaveDropped:
     wave: int
 
 
-Event = LayerReady | DenseQueued | JobDone | LaneDied | WaveDropped
+Report = JobDone | CopyOrdered | JobTook | LayerTook | LaneDied
+"""What lanes tell."""
+Event = LayerReady | DenseQueued | Report | WaveDropped
 
 
 @dataclass(frozen=True, slots=True)

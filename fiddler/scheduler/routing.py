@@ -32,6 +32,14 @@ class LayerWork:
     deferred: tuple[Load, ...] = ()
     """Loads whose results join one layer later, in the same `order`."""
 
+    @property
+    def rows(self) -> dict[int, int]:
+        """Rows by expert, which may have a load of either kind."""
+        rows: dict[int, int] = {}
+        for load in (*self.loads, *self.deferred):
+            rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
+        return rows
+
 
 def route(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[float] | None = None) -> LayerWork:
     """Group a flattened `[T, K]` routing by expert.

@@ -1,5 +1,7 @@
 """The experts' weights in host memory: one copy, a block for each expert, ready to be copied to a slot."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +12,21 @@ from fiddler.store.block import BlockLayout
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
 from fiddler.store.layout import ExpertParts, Layout
+from fiddler.store.pinned import PIECE_BYTES, Pinned, cut, on_pages
 from fiddler.types import ExpertWeights
+
+logger = logging.getLogger("fiddler")
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     layout: BlockLayout
-    blocks: Tensor
-    """uint8 `[E, nbytes]`, one allocation."""
+    pieces: tuple[Tensor, ...]
+    """uint8 `[n, nbytes]` each, an allocation each; all but the last have the same number of blocks."""
+
+    def block(self, expert: int) -> Tensor:
+        piece, place = divmod(expert, len(self.pieces[0]))
+        return self.pieces[piece][place]
 
 
 class PackedStore:
@@ -25,24 +34,29 @@ class PackedStore:
 
     Takes what a `MappedStore` takes. The pages of the mapped files are released behind the reader, so memory stays
     near one copy. Raises `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape than
-    the same tensor of the layer's first expert.
+    the same tensor of the layer's first expert. `piece_bytes` is what is locked into RAM at once at most.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, *, piece_bytes: int = PIECE_BYTES
+    ) -> None:
         self._layers: list[_Layer] = []
         self._experts: dict[tuple[int, int], ExpertWeights] = {}
+        self._n_locked = 0
+        """Of `_pieces`, from the first."""
         known: dict[BlockLayout, BlockLayout] = {}
         for layer in range(len(layout.experts)):
             # Layers alike share one layout: whoever keeps views can then compare layouts by identity.
             found = BlockLayout.of(_read(checkpoint, layout, dtype, (layer, 0)))
             shared = known.setdefault(found, found)
-            blocks = _packed(checkpoint, layout, dtype, layer, shared)
-            self._layers.append(_Layer(shared, blocks))
+            room = _Layer(shared, _room(len(layout.experts[layer]), shared.nbytes, piece_bytes))
+            _fill(room, checkpoint, layout, dtype, layer)
+            self._layers.append(room)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(layer.blocks.nbytes for layer in self._layers)
+        return sum(piece.nbytes for piece in self._pieces)
 
     @property
     def block_bytes(self) -> int:
@@ -59,28 +73,75 @@ class PackedStore:
 
     def block(self, layer: int, expert: int) -> Tensor:
         """Return an expert's block, uint8 `[layout(layer).nbytes]`."""
-        return self._layers[layer].blocks[expert]
+        return self._layers[layer].block(expert)
 
     def layout(self, layer: int) -> BlockLayout:
         """Return how a layer's blocks are laid out."""
         return self._layers[layer].layout
 
+    def pin(self, pin: Callable[[Tensor], bool]) -> Pinned:
+        """Offer the blocks to `pin`, piece by piece, until one is refused; return what is locked now.
 
-def _packed(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, layer: int, to: BlockLayout) -> Tensor:
-    """Return a layer's blocks, uint8 `[E, nbytes]`, filled."""
-    experts = layout.experts[layer]
-    # Not one allocation for all layers: the system finds room for many middling ones more easily.
-    blocks = torch.empty(len(experts), to.nbytes, dtype=torch.uint8)  # torch aligns to 64 bytes
-    for expert, parts in enumerate(experts):
+        `pin` locks the memory it is given, which starts a page and shares none with another piece, or returns
+        False. What is locked already is not offered again. What could not be locked is logged as a warning.
+        """
+        for piece in self._pieces[self._n_locked :]:
+            if not pin(piece):
+                break
+            self._n_locked += 1
+        pinned = self._pinned()
+        if left := pinned.total_bytes - pinned.n_bytes:
+            logger.warning(_LEFT, left / 1e9, pinned.total_bytes / 1e9)
+        return pinned
+
+    def unpin(self, unpin: Callable[[Tensor], None]) -> None:
+        """Give `unpin` every piece that is locked, as `pin` was given it.
+
+        To be called before the store goes: the driver knows locked memory by its address, and refuses to lock what
+        the system puts there next.
+        """
+        pieces = self._pieces
+        while self._n_locked:
+            self._n_locked -= 1
+            unpin(pieces[self._n_locked])
+
+    @property
+    def _pieces(self) -> list[Tensor]:
+        return [piece for layer in self._layers for piece in layer.pieces]
+
+    def _pinned(self) -> Pinned:
+        left, experts = self._n_locked, list[int]()
+        for layer in self._layers:
+            locked = layer.pieces[:left]
+            left -= len(locked)
+            experts.append(sum(map(len, locked)))
+        n_bytes = sum(piece.nbytes for piece in self._pieces[: self._n_locked])
+        return Pinned(n_bytes, self.nbytes, tuple(experts))
+
+
+_LEFT = (
+    "%.2f of %.2f GB of experts could not be locked into memory: they reach the GPU through a staging ring, at the "
+    "pace of the host's own copies. Raise the limit of locked memory (ulimit -l; memlock in limits.conf or of the "
+    "container), or give the container or the virtual machine more memory"
+)
+
+
+def _room(n_blocks: int, block_bytes: int, piece_bytes: int) -> tuple[Tensor, ...]:
+    # Not one allocation for everything: the system finds room for many middling ones more easily.
+    return tuple(on_pages(n, block_bytes) for n in cut(n_blocks, block_bytes, piece_bytes))
+
+
+def _fill(room: _Layer, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, layer: int) -> None:
+    """Write a layer's blocks."""
+    for expert, parts in enumerate(layout.experts[layer]):
         try:
-            to.write(_read(checkpoint, layout, dtype, (layer, expert)), blocks[expert])
+            room.layout.write(_read(checkpoint, layout, dtype, (layer, expert)), room.block(expert))
         except ValueError as error:
             raise CheckpointError(
                 f"{checkpoint.folder}, expert {expert} of layer {layer}: {error}; download the checkpoint again"
             ) from error
         for tensor in _tensors(parts):
             checkpoint.release(tensor)
-    return blocks
 
 
 def _read(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, key: tuple[int, int]) -> ExpertWeights:

@@ -14,6 +14,7 @@ from fiddler.scheduler.layer import LayerRun
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
+    CopyOrdered,
     DenseDone,
     DenseQueued,
     Event,
@@ -90,6 +91,10 @@ class Desk:
         """By slot, what was copied there."""
         self.visits: dict[tuple[int, int], _Visit] = {}
         self.dropped: set[int] = set()
+        self.ordered: set[int] = set()
+        """Copies under way that the GPU puts before whatever it is given next."""
+        self.early: set[int] = set()
+        """Jobs that were given to the GPU before their copies had landed: it keeps the order, no lease does."""
 
     # Events
 
@@ -111,7 +116,20 @@ class Desk:
                 self._ran(job, failures)
             case CopyExpert() if not failures:
                 self.holds[job.slot] = job.layer, job.expert
+        self.ordered.discard(job.job)
         return self.tell(JobDone(job.job, job.predicted_s if took_s is None else took_s, failures))
+
+    def order(self, copy: CopyExpert) -> list[Command]:
+        """Let the GPU put a copy before whatever it is given next."""
+        self.ordered.add(copy.job)
+        self.holds[copy.slot] = copy.layer, copy.expert
+        return self.tell(CopyOrdered(copy.job))
+
+    def queue(self, job: RunExperts) -> list[Command]:
+        """Let the GPU lane be done with a job that it has only queued."""
+        self.queues[job.lane].remove(job)
+        self._ran(job, {})
+        return self.tell(JobDone(job.job, None))
 
     def fail(self, job: Job) -> list[Command]:
         """Let a lane fail to do any of a job."""
@@ -186,16 +204,19 @@ class Desk:
         self.queues[job.lane].append(job)
         match job:
             case CopyExpert(slot=slot):
-                assert all(slot not in other.slots for other in self._on_gpu()), "a slot in use is written"
+                others = [other for other in self._on_gpu() if other.job not in self.early]
+                assert all(slot not in other.slots for other in others), "a slot in use is written"
                 assert slot not in [c.slot for c in self._copies() if c is not job], "two copies into one slot"
                 assert job.urgent or self.queues["link"] == [job], "an idle link is all that nobody waits for gets"
                 assert not job.urgent or job.layer in {run.layer for run in self.core._runs.all}
                 self.holds.pop(slot, None)
             case RunExperts(lane="gpu"):
                 self._holds_its_experts(job)
+                if {copy.slot for copy in self._copies() if copy.job in self.ordered} & {*job.slots}:
+                    self.early.add(job.job)
 
     def _ran(self, job: RunExperts, failures: Failures) -> None:
-        if job.lane == "gpu":
+        if job.lane == "gpu" and job.job not in self.early:
             self._holds_its_experts(job)
         visit = self.visits[job.wave, job.layer]
         for load in job.loads:

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from fiddler.config import PrefetchMode
 from fiddler.cost.lanes import LANES, LaneName
-from fiddler.scheduler.messages import Job
+from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
 from fiddler.scheduler.planners import PLANNERS
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
 
@@ -72,10 +72,29 @@ class CoreMachine(RuleBasedStateMachine):
     def report(self, data: st.DataObject) -> None:
         self.desk.report(self.drawn(data))
 
+    @precondition(lambda self: self.unordered())
+    @rule(data=st.data())
+    def order(self, data: st.DataObject) -> None:
+        self.desk.order(data.draw(st.sampled_from(self.unordered())))
+
+    def unordered(self) -> list[CopyExpert]:
+        copies = [job for job in self.desk.queues["link"] if isinstance(job, CopyExpert)]
+        return [copy for copy in copies if copy.job not in self.desk.ordered]
+
+    @precondition(lambda self: self.on_gpu())
+    @rule()
+    def queue(self) -> None:
+        self.desk.queue(self.on_gpu()[0])
+
+    def on_gpu(self) -> list[RunExperts]:
+        return [job for job in self.desk.queues["gpu"][:1] if isinstance(job, RunExperts)]
+
     @precondition(lambda self: self.desk.jobs)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         job = self.drawn(data)
+        if job.job in self.desk.ordered:  # it has been queued, and can only land or take its lane with it
+            return
         failed = data.draw(st.sets(st.sampled_from(experts(job) or [0])))
         self.desk.report(job, dict.fromkeys(failed & {*experts(job)}, BROKEN))
 
