@@ -128,9 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, sim, sim:MACHINE; cuda is to come (default: %(default)s)"
-    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, sim, sim:MACHINE (default: %(default)s)")
     what = "; ".join(f"{name}: {means}" for name, means in SCENARIOS.items())
     parser.add_argument(
         "--scenario", type=_scenarios, default=("single", "concurrent"), help=f"{what} (default: single,concurrent)"

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from fiddler.errors import ConfigError
 
-DeviceKind = Literal["cpu", "sim"]
+DeviceKind = Literal["cpu", "sim", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KernelMode = Literal["auto", "linear"]
 StoreMode = Literal["auto", "mapped", "packed"]
@@ -29,9 +29,23 @@ _CHOICES = {
     "planner": PlannerName,
     "prefetch": PrefetchMode,
 }
-_AT_LEAST = {"max_running": 1, "chunk_tokens": 1, "max_context": 1, "threads": 1, "slots": 0, "defer": 0}
-_FLAGS = ("promote", "trace", "record", "trust_remote_code")
+_AT_LEAST = {
+    "max_running": 1,
+    "chunk_tokens": 1,
+    "max_context": 1,
+    "threads": 1,
+    "slots": 0,
+    "vram_budget": 1,
+    "kv_tokens": 1,
+    "defer": 0,
+}
+_FLAGS = ("promote", "graphs", "trace", "record", "trust_remote_code")
 _PATHS = ("warm_start", "calibration_dir")
+_DEVICES = "'auto', 'cpu', 'cuda', 'sim', 'sim:MACHINE'"
+
+KV_TOKENS = 32768
+"""Tokens of keys and values a GPU makes room for at most, unless told. Assumed, not measured: contexts of more than
+100,000 tokens are common, and room for one such request would take the memory of most slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +56,10 @@ class EngineConfig:
     """
 
     device: str = "auto"
-    """What experts run on beside the host's CPU: `"cpu"` is nothing else; `"sim"` a simulated accelerator in wall
-    time, a second arena in RAM behind a slow link; `"sim:MACHINE"` one of the machines of `fiddler simulate`, in
-    virtual time. `"auto"` is `"cpu"`."""
+    """What experts run on beside the host's CPU: `"cpu"` is nothing else; `"cuda"` an Nvidia GPU, which also holds
+    the dense part; `"sim"` a simulated accelerator in wall time, a second arena in RAM behind a slow link;
+    `"sim:MACHINE"` one of the machines of `fiddler simulate`, in virtual time. `"auto"` is `"cuda"` where there is
+    a GPU and `"cpu"` otherwise."""
     dtype: DtypeName = "auto"
     """Compute type; `"auto"` is the checkpoint's own. Another type than the checkpoint's converts each expert
     once, when first used, and keeps it in memory."""
@@ -64,7 +79,15 @@ class EngineConfig:
     """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned
     block of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
     slots: int | None = None
-    """Experts the accelerator holds; `None` is a quarter of all."""
+    """Experts the accelerator holds; `None` is a quarter of all, and on a GPU as many as fit."""
+    vram_budget: int | None = None
+    """Bytes of GPU memory the engine may take in all; `None` is what is free when it opens, less the reserve of
+    `fiddler.cost.room.LEFT_FREE_BYTES`. The dense part, keys and values and the workspace come first, slots get
+    the rest."""
+    kv_tokens: int | None = None
+    """Tokens of keys and values that all running requests may hold together, prompt and longest completion of each;
+    a request that finds no room waits. `None` is no limit, and on a GPU one request of `max_context` tokens, at
+    most `KV_TOKENS`."""
     policy: PolicyName = "forecast"
     """Which expert gives way in a full cache."""
     half_life: float = 32.0
@@ -82,6 +105,9 @@ class EngineConfig:
     waves: WaveMode = "auto"
     """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay. Rows
     in other company may differ in their last bits: `"one"` or `"two"` is the same on every device."""
+    graphs: bool = True
+    """Whether decoding steps on a GPU are recorded once and replayed, where the model allows it; the log says where
+    it does not."""
     defer: int = 0
     """Of each token, experts of least weight whose results join one layer late. Lossy: changes the output. For
     models with at least 6 experts a token; without an accelerator it gains nothing."""
@@ -114,9 +140,17 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a pathlib.Path or None")
         if type(self.half_life) not in (int, float) or not 0 < self.half_life < inf:
             raise ConfigError(f"half_life={self.half_life!r} must be a number of tokens above 0")
+        self._check_device()
+
+    def _check_device(self) -> None:
         kind, colon, machine = self.device.partition(":") if isinstance(self.device, str) else ("", "", "")
         if kind not in ("auto", *get_args(DeviceKind)) or (colon and not (kind == "sim" and machine)):
-            raise ConfigError(f"device={self.device!r} is not one of 'auto', 'cpu', 'sim', 'sim:MACHINE'")
+            raise ConfigError(f"device={self.device!r} is not one of {_DEVICES}")
+        if self.vram_budget is not None and kind not in ("auto", "cuda"):
+            raise ConfigError(
+                f"vram_budget={self.vram_budget} is GPU memory, which device={self.device!r} does not use; "
+                "leave it out, or set device='cuda'"
+            )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
@@ -138,6 +172,13 @@ class Resolved:
     dtype: Literal["float32", "bfloat16", "float16"]
     max_context: int
     store: Literal["mapped", "packed"]
+    kv_tokens: int | None
+    """Tokens of keys and values that all running requests may hold together; `None` is no limit."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt plus completion that can ever run."""
+        return self.max_context if self.kv_tokens is None else min(self.max_context, self.kv_tokens)
 
 
 def cache_folder() -> Path:
@@ -145,11 +186,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
 
 
-def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) -> Resolved:
-    """Resolve every `"auto"` against what the checkpoint says of itself.
+def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, has_cuda: bool = False) -> Resolved:
+    """Resolve every `"auto"` against what the checkpoint says of itself and whether there is a GPU.
 
-    `model_context` is the longest context the model was made for, in tokens. Raises `ConfigError` where
-    `max_context` asks for more.
+    `model_context` is the longest context the model was made for, in tokens; `has_cuda` is whether torch sees a
+    CUDA device. Raises `ConfigError` where `max_context` asks for more, or `device` for a GPU that is not there.
     """
     dtype: Any = checkpoint_dtype if config.dtype == "auto" else config.dtype
     if dtype not in get_args(DtypeName):
@@ -160,8 +201,28 @@ def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int) 
     if context > model_context:
         raise ConfigError(f"max_context={context} is more than the model's {model_context}")
     kind, _, machine = config.device.partition(":")
-    device: DeviceKind = "sim" if kind == "sim" else "cpu"
-    if device == "sim" and config.store == "mapped":
-        raise ConfigError("store='mapped' has no blocks to copy in; leave store='auto' with device='sim'")
-    packed = device == "sim" or config.store == "packed"
-    return Resolved(device, machine or None, dtype, context, "packed" if packed else "mapped")
+    device = _device(kind, has_cuda=has_cuda)
+    if device != "cpu" and config.store == "mapped":
+        raise ConfigError(
+            f"store='mapped' has no blocks to copy in; leave store='auto' with device={device!r}, "
+            "or set device='cpu'"
+        )
+    packed = device != "cpu" or config.store == "packed"
+    kv_tokens = config.kv_tokens or default_kv_tokens(device, context)
+    return Resolved(device, machine or None, dtype, context, "packed" if packed else "mapped", kv_tokens)
+
+
+def default_kv_tokens(device: DeviceKind, max_context: int) -> int | None:
+    """Return the tokens of keys and values that requests may hold together unless told; `None` is no limit.
+
+    Only a GPU has one: its memory is divided when the engine opens, where host memory grows with what is used.
+    """
+    return min(max_context, KV_TOKENS) if device == "cuda" else None
+
+
+def _device(kind: str, *, has_cuda: bool) -> DeviceKind:
+    if kind == "cuda" and not has_cuda:
+        raise ConfigError("device='cuda': torch sees no CUDA device; set device='cpu' or 'auto'")
+    if kind == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return cast("DeviceKind", kind)  # checked when the option was given

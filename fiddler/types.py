@@ -120,6 +120,8 @@ class Statistics:
     n_new_tokens: int
     kv_bytes: int
     """Bytes of key/value memory the running requests hold."""
+    n_kv_tokens: int
+    """Tokens whose keys and values the running requests have reserved room for: prompt and longest completion."""
     cpu: LaneStatistics
     """Experts run on the CPU."""
     gpu: LaneStatistics

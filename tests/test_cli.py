@@ -12,13 +12,14 @@ from typing import Any, get_args
 import anyio
 import pytest
 import torch
+import typer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner, Result
 
 from fiddler import DEMO
 from fiddler.cli import app
 from fiddler.cli.notes import slots_used, virtual_speed, weights_read, where_experts_ran
-from fiddler.cli.options import CheckpointOptions, EngineOptions
+from fiddler.cli.options import CheckpointOptions, EngineOptions, size_bytes
 from fiddler.cli.session import interruptible, virtual_json
 from fiddler.config import EngineConfig, PlannerName, PolicyName, StoreMode, WaveMode
 from fiddler.errors import ConfigError
@@ -162,9 +163,10 @@ def test_engine_options_are_those_of_the_engine_s_configuration() -> None:
 
 def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {
-        "device": VIRTUAL,
+        "device": "cuda",
         "store": "packed",
         "slots": 4,
+        "vram_budget": 12_000_000,
         "policy": "lru",
         "half_life": 8.0,
         "prefetch": "off",
@@ -177,6 +179,7 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
         "kernels": "linear",
         "threads": 1,
         "max_context": 99,
+        "kv_tokens": 77,
         "chunk_tokens": 7,
     }
     assert set(given) == {f.name for f in fields(EngineOptions)}
@@ -196,6 +199,31 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
     assert all(flag[0] in shown for flag in flags)
     for kind in (PolicyName, PlannerName, WaveMode, StoreMode):
         assert "|".join(get_args(kind)) in shown
+    assert "auto|cpu|cuda|sim|sim:MACHINE" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1", 1),
+        ("17179869184", 2**34),
+        ("5B", 5),
+        ("12GiB", 12 * 2**30),
+        ("12G", 12 * 2**30),
+        ("12GB", 12 * 10**9),
+        (" 800 mib ", 800 * 2**20),
+        ("1.5T", 3 * 2**39),
+        ("0.1k", 102),
+    ],
+)
+def test_sizes_are_read_in_powers_of_1024_unless_they_say_otherwise(text: str, n_bytes: int) -> None:
+    assert size_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1e9", "12GiBs", "12 G B", "1.G", "1,5G", "nan", "0", "0.5", "0G"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=re.escape(repr(text))):
+        size_bytes(text)
 
 
 def test_scores_are_kept_between_runs(tiny: Path, tmp_path: Path) -> None:
@@ -276,7 +304,13 @@ def test_ctrl_c_wakes_a_waiting_loop() -> None:
         (["--device", "tpu"], 2, "--device"),
         (["--device", "sim:"], 2, "--device"),
         (["--device", "sim:tpu"], 1, "rtx4090-desktop"),
+        (["--device", "cuda:0"], 2, "--device"),
         (["--device", "sim", "--store", "mapped"], 1, "store='mapped'"),
+        (["--vram-budget", "lots"], 2, "--vram-budget"),
+        (["--vram-budget", "0"], 2, "--vram-budget"),
+        (["--device", "cpu", "--vram-budget", "1G"], 1, "vram_budget=1073741824"),
+        (["--kv-tokens", "0"], 2, "--kv-tokens"),
+        (["--kv-tokens", "9"], 1, "kv_tokens=9"),
         (["--dtype", "int3"], 2, "--dtype"),
         (["--store", "paged"], 2, "--store"),
         (["--policy", "fifo"], 2, "--policy"),

@@ -13,6 +13,8 @@ import fiddler
 from fiddler import errors
 from fiddler.cache.policy import POLICIES
 from fiddler.config import (
+    KV_TOKENS,
+    DeviceKind,
     DtypeName,
     EngineConfig,
     KernelMode,
@@ -22,12 +24,13 @@ from fiddler.config import (
     Resolved,
     StoreMode,
     WaveMode,
+    default_kv_tokens,
     resolve,
 )
 from fiddler.errors import ConfigError, FiddlerError
 from fiddler.scheduler.planners import PLANNERS
 
-COUNTS = ("max_running", "chunk_tokens", "max_context", "threads")
+COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")
 FLAGS = ("promote", "trace", "trust_remote_code")
 PATHS = ("warm_start", "calibration_dir")
@@ -40,7 +43,7 @@ CHOICES = {
     "prefetch": PrefetchMode,
     "waves": WaveMode,
 }
-DEVICES = ("auto", "cpu", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")
+DEVICES = ("auto", "cpu", "cuda", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")
 
 
 class TestEngineConfig:
@@ -69,7 +72,7 @@ class TestEngineConfig:
     def test_of_some_none_is_enough(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: 0}), name) == 0  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("name", ["max_context", "threads", "slots"])
+    @pytest.mark.parametrize("name", ["max_context", "threads", "slots", "vram_budget", "kv_tokens"])
     def test_some_counts_may_be_left_open(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: None}), name) is None  # type: ignore[arg-type]
 
@@ -125,13 +128,38 @@ class TestEngineConfig:
 
     @pytest.mark.parametrize(
         "value",
-        ["", "gpu", "cuda:0", "CPU", "sim:", ":", ":sim", "cpu:", "cpu:x", "auto:x", " sim", None, 3, ["cpu"]],
+        [
+            "",
+            "gpu",
+            "cuda:0",
+            "cuda:",
+            "CPU",
+            "sim:",
+            ":",
+            ":sim",
+            "cpu:",
+            "cpu:x",
+            "auto:x",
+            " sim",
+            None,
+            3,
+            ["cpu"],
+        ],
         ids=repr,
     )
     def test_other_devices_are_refused_beside_those_there_are(self, value: Any) -> None:
-        known = "'auto', 'cpu', 'sim', 'sim:MACHINE'"
+        known = "'auto', 'cpu', 'cuda', 'sim', 'sim:MACHINE'"
         with pytest.raises(ConfigError, match=f"^device={re.escape(repr(value))} is not one of {known}$"):
             EngineConfig(device=value)
+
+    @pytest.mark.parametrize("device", ["auto", "cuda"])
+    def test_a_budget_is_of_gpu_memory(self, device: str) -> None:
+        assert EngineConfig(device=device, vram_budget=2**30).vram_budget == 2**30
+
+    @pytest.mark.parametrize("device", ["cpu", "sim", "sim:rtx4090-desktop"])
+    def test_a_budget_without_a_gpu_is_refused(self, device: str) -> None:
+        with pytest.raises(ConfigError, match=f"^vram_budget=5 is GPU memory, .* device='{device}' does not use"):
+            EngineConfig(device=device, vram_budget=5)
 
     def test_unknown_options_are_named_beside_the_known(self) -> None:
         with pytest.raises(
@@ -141,7 +169,7 @@ class TestEngineConfig:
 
     def test_from_mapping_takes_every_field(self) -> None:
         config = EngineConfig(
-            device="sim:rtx4090-desktop",
+            device="cuda",
             dtype="float32",
             max_running=3,
             chunk_tokens=5,
@@ -150,6 +178,8 @@ class TestEngineConfig:
             kernels="linear",
             store="packed",
             slots=0,
+            vram_budget=2**33,
+            kv_tokens=99,
             policy="lru",
             half_life=8.0,
             promote=False,
@@ -189,12 +219,13 @@ class TestResolve:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_auto_is_the_checkpoints_own_dtype(self, dtype: Any) -> None:
         resolved = resolve(EngineConfig(), checkpoint_dtype=dtype, model_context=64)
-        assert resolved == Resolved(device="cpu", machine=None, dtype=dtype, max_context=64, store="mapped")
+        assert resolved == Resolved(
+            device="cpu", machine=None, dtype=dtype, max_context=64, store="mapped", kv_tokens=None
+        )
 
     @pytest.mark.parametrize(
         ("asked", "device", "machine", "store"),
         [
-            ("auto", "cpu", None, "mapped"),
             ("cpu", "cpu", None, "mapped"),
             ("sim", "sim", None, "packed"),
             ("sim:rtx4090-desktop", "sim", "rtx4090-desktop", "packed"),
@@ -202,11 +233,52 @@ class TestResolve:
             ("sim:C:\\machine.json", "sim", "C:\\machine.json", "packed"),
         ],
     )
+    @pytest.mark.parametrize("has_cuda", [False, True])
     def test_a_device_says_its_machine_and_its_store(
-        self, asked: str, device: Any, machine: str | None, store: Any
+        self, asked: str, device: Any, machine: str | None, store: Any, has_cuda: bool
     ) -> None:
-        resolved = resolve(EngineConfig(device=asked), checkpoint_dtype="float32", model_context=64)
-        assert resolved == Resolved(device, machine, "float32", 64, store)
+        config = EngineConfig(device=asked)
+        resolved = resolve(config, checkpoint_dtype="float32", model_context=64, has_cuda=has_cuda)
+        assert resolved == Resolved(device, machine, "float32", 64, store, None)
+
+    @pytest.mark.parametrize("asked", ["auto", "cuda"])
+    def test_a_gpu_is_used_where_there_is_one(self, asked: str) -> None:
+        config = EngineConfig(device=asked, vram_budget=2**30)
+        resolved = resolve(config, checkpoint_dtype="float32", model_context=64, has_cuda=True)
+        assert resolved == Resolved("cuda", None, "float32", 64, "packed", 64)
+
+    def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(self) -> None:
+        for options in ({}, {"has_cuda": False}):
+            config = EngineConfig(vram_budget=2**30)
+            resolved = resolve(config, checkpoint_dtype="float32", model_context=64, **options)
+            assert resolved == Resolved("cpu", None, "float32", 64, "mapped", None)
+            with pytest.raises(ConfigError, match=r"^device='cuda': torch sees no CUDA device; set device='cpu'"):
+                resolve(EngineConfig(device="cuda"), checkpoint_dtype="float32", model_context=64, **options)
+
+    @pytest.mark.parametrize(
+        ("device", "max_context", "kv_tokens"),
+        [
+            ("cuda", 1, 1),
+            ("cuda", KV_TOKENS, KV_TOKENS),
+            ("cuda", KV_TOKENS + 1, KV_TOKENS),
+            ("cpu", 10**6, None),
+            ("sim", 10**6, None),
+        ],
+    )
+    def test_a_gpu_has_room_for_one_request_of_the_context_within_limits(
+        self, device: DeviceKind, max_context: int, kv_tokens: int | None
+    ) -> None:
+        assert default_kv_tokens(device, max_context) == kv_tokens
+        config = EngineConfig(device=device, max_context=max_context)
+        resolved = resolve(config, checkpoint_dtype="float32", model_context=10**6, has_cuda=True)
+        assert resolved.kv_tokens == kv_tokens
+
+    @pytest.mark.parametrize("device", ["cpu", "sim", "cuda"])
+    @pytest.mark.parametrize(("asked", "longest"), [(63, 63), (64, 64), (65, 64)])
+    def test_chosen_room_wins_and_limits_what_can_run(self, device: str, asked: int, longest: int) -> None:
+        config = EngineConfig(device=device, kv_tokens=asked)
+        resolved = resolve(config, checkpoint_dtype="float32", model_context=64, has_cuda=True)
+        assert (resolved.kv_tokens, resolved.max_context, resolved.longest) == (asked, 64, longest)
 
     @pytest.mark.parametrize(
         ("device", "store"), [("cpu", "mapped"), ("cpu", "packed"), ("auto", "packed"), ("sim", "packed")]
@@ -215,10 +287,14 @@ class TestResolve:
         config = EngineConfig(device=device, store=store)
         assert resolve(config, checkpoint_dtype="float32", model_context=64).store == store
 
-    @pytest.mark.parametrize("device", ["sim", "sim:rtx4090-desktop"])
-    def test_a_mapped_store_has_nothing_to_copy_to_an_accelerator(self, device: str) -> None:
-        with pytest.raises(ConfigError, match=r"^store='mapped' .* leave store='auto' with device='sim'"):
-            resolve(EngineConfig(device=device, store="mapped"), checkpoint_dtype="float32", model_context=64)
+    @pytest.mark.parametrize(
+        ("asked", "device"),
+        [("sim", "sim"), ("sim:rtx4090-desktop", "sim"), ("cuda", "cuda"), ("auto", "cuda")],
+    )
+    def test_a_mapped_store_has_nothing_to_copy_to_an_accelerator(self, asked: str, device: str) -> None:
+        config = EngineConfig(device=asked, store="mapped")
+        with pytest.raises(ConfigError, match=rf"^store='mapped' .* leave store='auto' with device='{device}'"):
+            resolve(config, checkpoint_dtype="float32", model_context=64, has_cuda=True)
 
     @pytest.mark.parametrize("checkpoint_dtype", ["bfloat16", "float8_e4m3fn"])
     def test_a_chosen_dtype_wins(self, checkpoint_dtype: str) -> None:

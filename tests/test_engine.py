@@ -25,8 +25,11 @@ from fiddler import (
     Statistics,
 )
 from fiddler.cost.machine import machines
+from fiddler.engine.kv_room import KvRoom, Reserved
 from fiddler.lanes.experts import ExpertWork
 from fiddler.models import seam
+from fiddler.models.kv_arena import KvArena
+from fiddler.models.loaded import load
 from fiddler.scheduler.messages import Failures, Job
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
@@ -47,8 +50,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def settled(engine: Engine) -> Statistics:
     """Wait until nothing is in flight. Raises `TimeoutError` if something stays."""
     with anyio.fail_after(20):
-        while (now := engine.statistics()).n_running or now.n_waiting or now.kv_bytes:
+        while (now := engine.statistics()).n_running or now.n_waiting or now.kv_bytes or now.n_kv_tokens:
             await anyio.sleep(0.005)
+    return now
+
+
+async def until_waiting(engine: Engine, n: int) -> Statistics:
+    """Wait until `n` requests wait. Raises `TimeoutError` if they do not."""
+    with anyio.fail_after(20):
+        while (now := engine.statistics()).n_waiting != n:
+            await anyio.sleep(0.001)
     return now
 
 
@@ -175,6 +186,147 @@ async def test_requests_beyond_max_running_wait_their_turn(tiny: Path) -> None:
     assert together == alone
 
 
+async def test_requests_hold_no_more_keys_than_there_is_room_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Noting(KvRoom):
+        def reserve(self, n_tokens: int) -> Reserved | None:
+            found = super().reserve(n_tokens)
+            seen.append(self.n_reserved)
+            return found
+
+    monkeypatch.setattr("fiddler.engine.loop.KvRoom", Noting)
+    prompts = [[5 + i, 6, 7] for i in range(5)]
+    async with opened(tiny) as engine:
+        alone = [(await engine.generate(prompt, greedy(9))).token_ids for prompt in prompts]
+    assert seen == [12] * 5
+    async with opened(tiny, kv_tokens=25) as engine:  # two of 12 tokens each, and one to spare
+        streams = [engine.generate_stream(prompt, greedy(9)) for prompt in prompts]
+        together = [tuple([t.id async for t in stream]) for stream in streams]
+    assert together == alone
+    assert max(seen) <= 24
+
+
+async def test_a_request_that_waits_for_room_is_not_overtaken(tiny: Path) -> None:
+    async with opened(tiny, kv_tokens=FOREVER) as engine:
+        running = await engine.generate_stream([5], greedy(FOREVER - 50))
+        large, small = engine.generate_stream([6], greedy(100)), engine.generate_stream([7], greedy(1))
+        now = await until_waiting(engine, 2)
+        assert (now.n_running, now.n_kv_tokens) == (1, FOREVER - 49)
+        await anext(running)
+        await anext(running)
+        assert engine.statistics().n_waiting == 2, "the small one has room and waits all the same"
+        await running.aclose()
+        await small
+        assert engine.statistics().n_requests == 3
+        assert len([t async for t in large]) == 100
+
+
+@pytest.mark.parametrize("ending", ["finished", "left", "dropped", "failed", "no token"])
+async def test_room_returns_however_a_request_ends(
+    tiny: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: seam.Forward, call: seam.ExpertsCall) -> None:
+        raise OSError("the disk is gone")
+
+    async with opened(tiny, kv_tokens=FOREVER) as engine:
+        if ending == "finished":
+            assert (await engine.generate([5] * (FOREVER - 2), greedy(2))).finish_reason == "length"
+        elif ending == "failed":
+            with monkeypatch.context() as patch:
+                patch.setattr(seam.Forward, "suspend", fail)
+                with pytest.raises(EngineFailedError, match="disk is gone"):
+                    await engine.generate([5], greedy(FOREVER - 1))
+        elif ending == "no token":
+            with pytest.raises(EngineFailedError, match="no token"):
+                await engine.generate([5], temperature=1e-40, max_new_tokens=FOREVER - 1)
+        else:
+            stream = await engine.generate_stream([5], greedy(FOREVER - 1))
+            assert engine.statistics().n_kv_tokens == FOREVER
+            waits = engine.generate_stream([6] * (FOREVER - 2), greedy(2))
+            await until_waiting(engine, 1)
+            if ending == "left":
+                await stream.aclose()
+            del stream
+            gc.collect()
+            assert len([t async for t in waits]) == 2
+        assert (await settled(engine)).n_kv_tokens == 0
+        again = await engine.generate([7] * (FOREVER - 2), greedy(2))
+        assert again.usage.total_tokens == FOREVER
+
+
+async def test_who_leaves_while_waiting_for_room_lets_the_next_in(tiny: Path) -> None:
+    async with opened(tiny, kv_tokens=FOREVER) as engine:
+        running = await engine.generate_stream([5], greedy(FOREVER - 50))
+        first, second = engine.generate_stream([6], greedy(100)), engine.generate_stream([7], greedy(20))
+        await until_waiting(engine, 2)
+        await first.aclose()
+        assert len([t async for t in second]) == 20
+        now = engine.statistics()
+        assert (now.n_requests, now.n_cancelled, now.n_running) == (2, 1, 1)
+        await running.aclose()
+
+
+async def test_closing_ends_who_waits_for_room(tiny: Path) -> None:
+    async with Engine(tiny, EngineConfig(kv_tokens=FOREVER)) as engine:
+        running = await engine.generate_stream([5], greedy(FOREVER - 1))
+        queued = engine.generate_stream([6], greedy(20))
+        await until_waiting(engine, 1)
+    for stream in (running, queued):
+        with pytest.raises(EngineClosedError, match="in flight"):
+            async for _ in stream:
+                pass
+    now = engine.statistics()
+    assert (now.n_running, now.n_waiting, now.n_kv_tokens, now.n_cancelled) == (0, 0, 0, 2)
+
+
+async def test_a_request_that_can_never_have_room_is_refused(tiny: Path) -> None:
+    async with opened(tiny, kv_tokens=20) as engine:
+        other = engine.generate_stream([5], greedy(19))
+        with pytest.raises(
+            PromptError, match=r"max_new_tokens=18 exceed kv_tokens=20; .* at most 17, or set kv_tokens"
+        ):
+            await engine.generate([5, 6, 7], greedy(18))
+        with pytest.raises(
+            PromptError, match=r"20 tokens leave no room within kv_tokens=20; .* set kv_tokens higher"
+        ):
+            await engine.generate([5] * 20, greedy(1))
+        assert len([t async for t in other]) == 19
+        whole = await engine.generate([5, 6, 7])
+        assert whole.usage.completion_tokens == 17, "who names no length may fill what there is"
+    async with opened(tiny, kv_tokens=10_000) as engine:
+        with pytest.raises(PromptError, match=r"exceed the context of \d+; set max_new_tokens to at most \d+$"):
+            await engine.generate([5], greedy(5000))
+
+
+async def test_an_engine_over_an_arena_makes_the_same_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[5 + i] * (3 + 4 * i) for i in range(6)]
+    rooms: list[KvRoom] = []
+
+    def over_an_arena(n_tokens: int | None, arena: KvArena | None) -> KvRoom:
+        assert n_tokens is not None
+        assert arena is None
+        rooms.append(KvRoom(n_tokens, KvArena(n_tokens)))
+        return rooms[0]
+
+    async def together(engine: Engine) -> list[tuple[int, ...]]:
+        streams = [engine.generate_stream(prompt, greedy(9 + i)) for i, prompt in enumerate(prompts)]
+        left = engine.generate_stream([9], greedy(20))
+        await anext(left)
+        await left.aclose()
+        return [tuple([t.id async for t in stream]) for stream in streams]
+
+    async with opened(tiny, chunk_tokens=8, kv_tokens=70) as engine:
+        growing = await together(engine)
+    monkeypatch.setattr("fiddler.engine.loop.KvRoom", over_an_arena)
+    async with opened(tiny, chunk_tokens=8, kv_tokens=70) as engine:
+        assert await together(engine) == growing
+    rooms[0].check()
+    assert rooms[0].n_reserved == 0
+
+
 async def test_bad_requests_fail_alone(tiny: Path) -> None:
     async with opened(tiny) as engine:
         good = engine.generate_stream("Hello", greedy(6))
@@ -268,6 +420,21 @@ async def test_opening_a_missing_model_raises_and_leaves_no_thread(tmp_path: Pat
     with anyio.fail_after(10):
         while any(thread.name == "fiddler-engine" for thread in threading.enumerate()):
             await anyio.sleep(0.01)
+
+
+async def test_a_gpu_that_is_not_there_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^device='cuda': torch sees no CUDA device"):
+        async with opened(tiny, device="cuda"):
+            pass
+
+
+def test_plain_transformers_gets_its_experts_from_the_files_beside_a_gpu_too(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    resolved = load(tiny, EngineConfig(), packed=False).resolved
+    assert (resolved.device, resolved.store) == ("cpu", "mapped")
 
 
 async def test_statistics_count_what_was_done(tiny: Path) -> None:

@@ -66,7 +66,7 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
         loop = engine._loop
         assert loop is not None
         rig = loop._rig
-        assert not rig.work._open
+        assert not rig.side.work._open
         assert not rig.runner._waves
         assert rig.scheduler.idle
         rig.scheduler.check()

@@ -207,7 +207,7 @@ def test_the_placements_that_are_compared_differ(waves: WaveMode, subjects: Call
     def loads(device: str, **options: Any) -> tuple[int, int, int]:
         config = EngineConfig(device=device, waves=waves, **options)
         played = run(subject, RAGGED, Placement(config, uneven(4)))
-        counters = played.rig.work.counters
+        counters = played.rig.side.work.counters
         return counters["cpu"].n_loads, counters["gpu"].n_loads, counters["link"].n_loads
 
     on_cpu, on_gpu, copied = loads("cpu")

@@ -55,7 +55,7 @@ class Probe:
         self.steps: list[Step] = []
         """Every step since the list was last emptied."""
         loop: Any = engine._loop
-        work: ExpertWork = loop._rig.work
+        work: ExpertWork = loop._rig.side.work
         self.device: CpuDevice = work.host
         self._lane = work.counters["cpu"]
         loop._steps.run = self._forward(loop._steps.run)

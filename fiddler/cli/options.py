@@ -1,6 +1,8 @@
 """The options that commands share, in groups."""
 
+import re
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -37,6 +39,25 @@ def _device(value: str) -> str:
         return EngineConfig(device=value).device
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?B)?|B)?", re.IGNORECASE)
+
+
+def size_bytes(text: str) -> int:
+    """Return the bytes of `12GiB`, `12G` (the same), `12GB` (in powers of 1000) or a plain number of bytes.
+
+    Raises `typer.BadParameter` for anything else, and for less than a byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a size such as 12GiB, 800MiB or a number of bytes")
+    number, prefix, unit = found.groups()
+    base = 1000 if (unit or "").upper() == "B" else 1024
+    n_bytes = int(Fraction(number) * base ** " KMGT".index((prefix or " ").upper()))
+    if n_bytes < 1:
+        raise typer.BadParameter(f"{text!r} is less than a byte")
+    return n_bytes
 
 
 def _engine(text: str, **limits: Any) -> Any:
@@ -83,15 +104,24 @@ class EngineOptions:
     device: Annotated[
         str,
         _engine(
-            "What experts run on beside the CPU: sim is a simulated accelerator in wall time, sim:MACHINE one in "
-            "virtual time.",
-            metavar="auto|cpu|sim|sim:MACHINE",
+            "What experts run on beside the CPU: cuda is a GPU, sim a simulated accelerator in wall time, "
+            "sim:MACHINE one in virtual time; auto is cuda where there is a GPU.",
+            metavar="auto|cpu|cuda|sim|sim:MACHINE",
             callback=_device,
         ),
     ] = "auto"
-    slots: Annotated[int | None, _engine("Experts the accelerator holds; a quarter of all if left out.", min=0)] = (
-        None
-    )
+    slots: Annotated[
+        int | None,
+        _engine("Experts the accelerator holds; a quarter of all if left out, on a GPU what fits.", min=0),
+    ] = None
+    vram_budget: Annotated[
+        int | None,
+        _engine(
+            "GPU memory to take in all, such as 12GiB or 800MiB; nearly all that is free if left out.",
+            metavar="SIZE",
+            parser=size_bytes,
+        ),
+    ] = None
     policy: Annotated[str, _choice(PolicyName, "Which expert gives way in a full cache.")] = EngineConfig().policy
     half_life: Annotated[float, _engine("Tokens after which a visit counts half, for aged-lfu.", min=0.0)] = (
         EngineConfig().half_life
@@ -106,6 +136,7 @@ class EngineOptions:
     waves: Annotated[
         str, _choice(WaveMode, "A step's rows as one wave or two; auto halves them where that is to pay.")
     ] = "auto"
+    graphs: Annotated[bool, _engine("Whether a GPU's decoding steps are recorded once and replayed.")] = True
     defer: Annotated[
         int, _engine("Experts per token whose results join one layer late. Lossy: changes the output.", min=0)
     ] = 0
@@ -122,6 +153,9 @@ class EngineOptions:
     ] = "auto"
     threads: Annotated[int | None, _engine("CPU threads.", min=1)] = None
     max_context: Annotated[int | None, _engine("Longest prompt plus completion, in tokens.", min=1)] = None
+    kv_tokens: Annotated[
+        int | None, _engine("Tokens whose keys and values all requests may hold together.", min=1)
+    ] = None
     chunk_tokens: Annotated[int, _engine("Prompt tokens that may join one step.", min=1)] = (
         EngineConfig().chunk_tokens
     )

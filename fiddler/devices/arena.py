@@ -19,17 +19,18 @@ class Views(Protocol):
 
 
 class Arena:
-    """`n_slots` slots of `slot_bytes` each, uint8.
+    """`n_slots` slots of `slot_bytes` each, uint8, in the memory of `device`.
 
     It knows neither what a slot holds nor who reads it: whoever writes a slot has made sure that nobody does.
-    Raises `ValueError` for slots that would not be aligned.
+    Raises `ValueError` for slots that would not be aligned, and torch's `RuntimeError` where there is no memory.
     """
 
-    def __init__(self, n_slots: int, slot_bytes: int) -> None:
+    def __init__(self, n_slots: int, slot_bytes: int, device: torch.device | None = None) -> None:
         if slot_bytes % ALIGNMENT:
             raise ValueError(f"slots of {slot_bytes} bytes are not aligned to {ALIGNMENT}")
         with torch.inference_mode(False):  # or a thread that is not in inference mode could not write
-            self._slots = torch.empty(n_slots, slot_bytes, dtype=torch.uint8)  # torch aligns to 64 bytes
+            # torch aligns to 64 bytes, on a GPU to 512
+            self._slots = torch.empty(n_slots, slot_bytes, dtype=torch.uint8, device=device)
         # The last layout only: another one means that another block has been written over those views.
         self._views: list[tuple[Views, ExpertWeights] | None] = [None] * n_slots
 
@@ -39,6 +40,11 @@ class Arena:
         return self._slots.shape[0]
 
     @property
+    def slots(self) -> Tensor:
+        """All slots, uint8 `[n_slots, slot_bytes]`."""
+        return self._slots
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the largest block that fits."""
         return self._slots.shape[1]
@@ -46,12 +52,13 @@ class Arena:
     def write(self, slot: int, block: Tensor) -> None:
         """Copy a block, uint8 of at most `slot_bytes`, into a slot.
 
-        Raises `IndexError` for a slot that does not exist and `ValueError` for a block that is too large.
+        From pinned memory to a GPU it is queued on the current stream, and the host goes on. Raises `IndexError`
+        for a slot that does not exist and `ValueError` for a block that is too large.
         """
         to = self._slot(slot)
         if block.numel() > self.slot_bytes:
             raise ValueError(f"a block of {block.numel()} bytes does not fit a slot of {self.slot_bytes}")
-        to[: block.numel()].copy_(block)
+        to[: block.numel()].copy_(block, non_blocking=True)
 
     def views(self, slot: int, layout: Views) -> ExpertWeights:
         """Return the weights in a slot, kept as long as it is asked for with the same layout.

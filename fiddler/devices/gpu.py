@@ -61,16 +61,35 @@ class Memory:
 class Gpu(Protocol):
     """One GPU. Its methods belong to the thread that `enter` was called in, but for events, which any may ask."""
 
-    name: str
-    device: torch.device
-    main: Stream
-    """The model's dense part and the experts in slots."""
-    link: Stream
-    """Experts to their slots."""
-    down: Stream
-    """Routing and rows to the host."""
-    up: Stream
-    """Results of the host's experts."""
+    @property
+    def name(self) -> str:
+        """What its maker calls it."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """What torch calls it."""
+        ...
+
+    @property
+    def main(self) -> Stream:
+        """The model's dense part and the experts in slots."""
+        ...
+
+    @property
+    def link(self) -> Stream:
+        """Experts to their slots."""
+        ...
+
+    @property
+    def down(self) -> Stream:
+        """Routing and rows to the host."""
+        ...
+
+    @property
+    def up(self) -> Stream:
+        """Results of the host's experts."""
+        ...
 
     def enter(self) -> None:
         """Let this thread's torch operations go to the main stream, for good."""

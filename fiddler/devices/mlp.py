@@ -14,11 +14,11 @@ def run_expert(formula: ExpertFormula, weights: ExpertWeights, x: Tensor, up: Ma
     """
     biases: tuple[Tensor | None, ...] = weights.up_bias or (None,) * len(weights.up)
     ups = [up(x, w, b) for w, b in zip(weights.up, biases, strict=True)]
-    y = down(_gate(formula, ups), weights.down, weights.down_bias)
+    y = down(gated(formula, ups), weights.down, weights.down_bias)
     return y if formula.post_norm is None else formula.post_norm(y)
 
 
-def _gate(formula: ExpertFormula, ups: list[Tensor]) -> Tensor:
+def gated(formula: ExpertFormula, ups: list[Tensor]) -> Tensor:
     """Turn the up outputs, `[n, I]` or `[n, 2I]` each, into the down input `[n, I]`."""
     if formula.gate is not None:
         return formula.gate(ups[0] if len(ups) == 1 else torch.cat(ups, dim=-1))

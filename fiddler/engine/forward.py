@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from transformers import Cache
 
 from fiddler.engine.assemble import Span
+from fiddler.engine.graphs import Graphs, Replay
 from fiddler.engine.recorder import Recorder, WaveRecord
 from fiddler.engine.request import Request
 from fiddler.engine.runner import Runner
 from fiddler.engine.stepping import run_step
 from fiddler.engine.wave import Experts, ModelWave
+from fiddler.models.captured import Row
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
+from fiddler.models.kv_arena import Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.seam import Forward
 from fiddler.scheduler.waves import Waves
@@ -39,19 +43,28 @@ class StepRunner:
         experts: Experts,
         waves: Waves,
         recorder: Recorder | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self._model = loaded.model
+        self._device = next(loaded.model.parameters()).device
         self._packed = loaded.packed
         self._runner = runner
         self._experts = experts
         self._waves = waves
         self._recorder = recorder
+        self.graphs = graphs
+        """What records decoding steps, on a GPU."""
+        self.arena = graphs.arena if graphs is not None else None
+        """Where the keys and values of all sequences lie, unless each has buffers of its own."""
         self._directness = Directness()
         self._keeps_rows = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
-    def new_past(self) -> SequenceKV | None:
-        """Return an empty past for one sequence; `None` where the model makes a cache of its own kind."""
-        return SequenceKV() if self._packed else None
+    def new_past(self, run: Run | None = None) -> SequenceKV | None:
+        """Return an empty past for one sequence; `None` where the model makes a cache of its own kind.
+
+        It lies in `run` of the arena, which the caller has reserved, or in buffers of its own that grow.
+        """
+        return SequenceKV(run) if self._packed else None
 
     async def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
         """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
@@ -66,8 +79,12 @@ class StepRunner:
             self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
-    def _wave(self, spans: Sequence[Span[Request]]) -> ModelWave:
-        forwards = [self._packed_forward(spans)] if self._packed else [self._single(span) for span in spans]
+    def _wave(self, spans: Sequence[Span[Request]], number: int) -> ModelWave:
+        forwards: list[Forward | Replay]
+        if self._packed:
+            forwards = [self._replay(spans, number) or self._packed_forward(spans)]
+        else:
+            forwards = [self._single(span) for span in spans]
         n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
         record = self._recorder.wave(self._lengths(spans)) if self._recorder is not None else None
         return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
@@ -86,6 +103,22 @@ class StepRunner:
             if succeeded and span.request.record is not None:
                 span.request.record.parts.append(rows.part(start, start + span.n_rows))
             start += span.n_rows
+
+    def _replay(self, spans: Sequence[Span[Request]], number: int) -> Replay | None:
+        """A decoding step that was recorded."""
+        if self.graphs is None or any(span.n_rows > 1 for span in spans):
+            return None
+        pasts = [cast("SequenceKV", span.request.past) for span in spans]
+        rows = [
+            Row(past.run.start, span.request.tokens(span.start, span.stop)[0], span.start)
+            for span, past in zip(spans, pasts, strict=True)
+            if past.run is not None
+        ]
+        replay = self.graphs.replay(number, rows)
+        if replay is not None:
+            for span, past in zip(spans, pasts, strict=True):
+                past.extend(span.stop)
+        return replay
 
     def _packed_forward(self, spans: Sequence[Span[Request]]) -> Forward:
         """All spans as one forward."""
@@ -111,14 +144,15 @@ class StepRunner:
         """Return the model's forward over the spans: logits `[rows kept, V]` and the cache it used."""
         ids = [i for s in spans for i in s.request.tokens(s.start, s.stop)]
         positions = [p for s in spans for p in range(s.start, s.stop)]
-        ends = torch.tensor([s.n_rows for s in spans]).cumsum(0) - 1
-        keep = ends[torch.tensor([s.last for s in spans])]
-        extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
+        ends = accumulate(s.n_rows for s in spans)
+        kept = [end - 1 for s, end in zip(spans, ends, strict=True) if s.last]
 
         def call() -> tuple[Tensor, Cache]:
+            keep = self._tensor(kept)
+            extra: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_rows else {}
             output = self._model(
-                input_ids=torch.tensor([ids]),
-                position_ids=torch.tensor([positions]),
+                input_ids=self._tensor([ids]),
+                position_ids=self._tensor([positions]),
                 past_key_values=cache,
                 use_cache=True,
                 **extra,
@@ -127,6 +161,13 @@ class StepRunner:
             return logits if self._keeps_rows else logits[keep], output.past_key_values
 
         return call
+
+    def _tensor(self, numbers: Sequence[Any]) -> Tensor:
+        """Return whole numbers where the model is; from pinned memory, or the host would wait for their copy."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _outcomes(self, spans: Sequence[Span[Request]], wave: ModelWave) -> list[Outcome]:
         """Give each span of a wave its logits, its own experts' failure, or what ended the wave."""

@@ -9,6 +9,7 @@ import torch
 
 from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.forward import Outcome
+from fiddler.engine.kv_room import KvRoom
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
@@ -71,9 +72,11 @@ class EngineLoop:
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
         self._steps = rig.steps
+        self._room = KvRoom(loaded.resolved.kv_tokens, rig.steps.arena)
         self.trace = rig.trace
         self.recorder = rig.recorder
         self._waiting: deque[Submission] = deque()
+        self._next: Request | None = None  # the first that waits, opened, if it waits for room
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
         self._counters = _Counters()
@@ -118,39 +121,58 @@ class EngineLoop:
     def _leave(self, submission: Submission) -> None:
         n_before = len(self._waiting) + len(self._running)
         self._waiting = deque(s for s in self._waiting if s is not submission)
-        self._running = [r for r in self._running if r.submission is not submission]
+        for request in [r for r in self._running if r.submission is submission]:
+            self._drop(request)
         self._counters.n_cancelled += n_before - len(self._waiting) - len(self._running)
 
     def _admit(self) -> None:
+        """Let requests run in the order they came in; one that has to wait for room is not overtaken."""
         while self._waiting and len(self._running) < self._max_running:
-            submission = self._waiting.popleft()
+            submission = self._waiting[0]
             try:
-                request = self._open(submission)
+                if self._next is None or self._next.submission is not submission:
+                    self._next = self._open(submission)
+                if not self._enter(self._next):
+                    return
+                self._outbox.append((submission, Admitted()))
             except FiddlerError as error:
                 self._outbox.append((submission, error))
             except Exception as error:  # a tokenizer's own failure is one request's, not the engine's
                 self._outbox.append((submission, _failure("the request could not be opened", error)))
-            else:
-                self._running.append(request)
-                self._counters.n_requests += 1
-                self._outbox.append((submission, Admitted()))
+            self._waiting.popleft()
+            self._next = None
 
     def _open(self, submission: Submission) -> Request:
         options = submission.options
         text = self._loaded.text
         prompt_ids = text.encode(submission.prompt)
         self._check_ids(prompt_ids)
-        request = Request(
+        max_context = self._loaded.resolved.max_context
+        return Request(
             submission=submission,
             prompt_ids=prompt_ids,
-            n_limit=token_limit(len(prompt_ids), options, self._loaded.resolved.max_context),
+            n_limit=token_limit(len(prompt_ids), options, max_context, self._room.n_tokens),
             sampler=Sampler(options),
             decoder=text.decoder(prompt_ids, options.stop_strings),
-            past=self._steps.new_past(),
         )
-        if self.recorder is not None:  # last of what can fail: a refused request takes no number
-            request.record = self.recorder.open(len(prompt_ids))
-        return request
+
+    def _enter(self, request: Request) -> bool:
+        """Let a request run if there is room for its keys and values."""
+        request.room = self._room.reserve(request.n_most)
+        if request.room is None:
+            return False
+        request.past = self._steps.new_past(request.room.run)
+        if self.recorder is not None:  # a refused request takes no number
+            request.record = self.recorder.open(request.n_prompt)
+        self._running.append(request)
+        self._counters.n_requests += 1
+        return True
+
+    def _drop(self, request: Request) -> None:
+        """Let a request go, however it ended, and its room with it."""
+        self._running.remove(request)
+        if request.room is not None:
+            self._room.release(request.room)
 
     def _check_ids(self, prompt_ids: list[int]) -> None:
         embeddings: Any = self._loaded.model.get_input_embeddings()
@@ -189,7 +211,7 @@ class EngineLoop:
             return
         self._counters.n_new_tokens += 1
         if token.finish_reason is not None:
-            self._running.remove(request)
+            self._drop(request)
             self._counters.n_finished += 1
         self._outbox.append((request.submission, token))
 
@@ -197,7 +219,7 @@ class EngineLoop:
         """End the requests an error concerns; their memory goes with them, the others go on."""
         for request in requests:
             if request in self._running:
-                self._running.remove(request)
+                self._drop(request)
                 self._counters.n_failed += 1
                 self._outbox.append((request.submission, _failure(what, error)))
 
@@ -205,7 +227,8 @@ class EngineLoop:
         left = [*(r.submission for r in self._running), *self._waiting]
         left += [c.submission for c in self._inbox.drain() if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
-        self._running.clear()
+        for request in tuple(self._running):
+            self._drop(request)
         self._waiting.clear()
         for submission in left:
             error = EngineClosedError("the engine was closed while the request was in flight")
@@ -232,7 +255,8 @@ class EngineLoop:
             n_prompt_tokens=counters.n_prompt_tokens,
             n_new_tokens=counters.n_new_tokens,
             kv_bytes=sum(past_bytes(request.past) for request in self._running),
-            **{lane: counted.snapshot() for lane, counted in rig.work.counters.items()},
+            n_kv_tokens=self._room.n_reserved,
+            **{lane: counted.snapshot() for lane, counted in rig.side.work.counters.items()},
             n_slots=rig.scheduler.cache.n_slots,
             n_slots_used=rig.scheduler.cache.n_slots - rig.scheduler.cache.n_free,
             n_hits=decided.n_hits,

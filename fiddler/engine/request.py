@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
+from fiddler.engine.kv_room import Reserved
 from fiddler.engine.recorder import SequenceRecord
 from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
@@ -28,7 +29,7 @@ class Submission:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """An admitted request."""
+    """A request whose prompt was read; it runs once it has room for its keys and values."""
 
     submission: Submission
     prompt_ids: list[int]
@@ -36,7 +37,9 @@ class Request:
     """Tokens it may make."""
     sampler: Sampler
     decoder: Decoder
-    past: SequenceKV | Cache | None
+    past: SequenceKV | Cache | None = None
+    room: Reserved | None = None
+    """Its room for keys and values, as long as it runs."""
     record: SequenceRecord | None = None
     """Where its routing is recorded, if it is."""
     n_past: int = 0
@@ -48,6 +51,11 @@ class Request:
     def n_prompt(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_ids)
+
+    @property
+    def n_most(self) -> int:
+        """Tokens it can come to have, prompt and made together."""
+        return len(self.prompt_ids) + self.n_limit
 
     @property
     def prefilling(self) -> bool:
@@ -78,19 +86,31 @@ class Request:
         return Token(token_id, text + self.decoder.flush(), logprob, reason, usage)
 
 
-def token_limit(n_prompt: int, options: SamplingOptions, max_context: int) -> int:
-    """Return how many tokens a request may make. Raises `PromptError` where the context cannot hold it."""
-    room = max_context - n_prompt
+def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_tokens: int | None = None) -> int:
+    """Return how many tokens a request may make: as many as there is room for, where it does not say.
+
+    `kv_tokens` is the room for keys and values of all requests together, `None` without limit. Raises `PromptError`
+    where the context or that room cannot hold the request, naming the smaller.
+    """
+    longest, name, remedy = max_context, f"the context of {max_context}", ""
+    if kv_tokens is not None and kv_tokens < max_context:
+        longest, name, remedy = kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher"
+    room = longest - n_prompt
     wanted = options.max_new_tokens
     if wanted is None and options.max_length is not None:
         wanted = options.max_length - n_prompt
-    if room < 1 or (wanted is not None and wanted < 1):
-        limit = max_context if room < 1 else options.max_length
-        raise PromptError(f"the prompt is too long: {n_prompt} tokens leave no room within {limit}; shorten it")
+    if room < 1:
+        raise PromptError(
+            f"the prompt is too long: {n_prompt} tokens leave no room within {name}; shorten it{remedy}"
+        )
+    if wanted is not None and wanted < 1:
+        raise PromptError(
+            f"the prompt is too long: {n_prompt} tokens leave no room within {options.max_length}; shorten it"
+        )
     if wanted is not None and wanted > room:
         raise PromptError(
-            f"a prompt of {n_prompt} tokens and max_new_tokens={wanted} exceed the context of {max_context}; "
-            f"set max_new_tokens to at most {room}"
+            f"a prompt of {n_prompt} tokens and max_new_tokens={wanted} exceed {name}; "
+            f"set max_new_tokens to at most {room}{remedy}"
         )
     return room if wanted is None else wanted
 

@@ -1,7 +1,5 @@
 """Puts the parts together: what a model's experts run on, who decides, and how its steps are driven."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +17,11 @@ from fiddler.devices.sim import SimDevice
 from fiddler.engine import warm
 from fiddler.engine.costing import calibrate, costs_on, no_costs
 from fiddler.engine.forward import StepRunner
+from fiddler.engine.gpu_side import gpu_side, torch_worker
 from fiddler.engine.recorder import Recorder
 from fiddler.engine.runner import Runner
 from fiddler.engine.setup import compute_lane
+from fiddler.engine.side import Side
 from fiddler.engine.wave import Experts
 from fiddler.errors import ConfigError
 from fiddler.lanes.crossing import HostCrossing
@@ -56,7 +56,7 @@ class Rig:
 
     scheduler: Scheduler | CpuOnly
     lanes: LaneSet
-    work: ExpertWork
+    side: Side
     runner: Runner
     steps: StepRunner
     trace: Trace | None
@@ -69,6 +69,7 @@ class Rig:
             await self.runner.settle()
         finally:
             await self.lanes.aclose()
+            self.side.close()
             if self.scheduler.cache.n_slots:
                 warm.save(self.scheduler.cache, self.config.warm_start)
 
@@ -76,22 +77,28 @@ class Rig:
 def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) -> Rig:
     """Build a model's machine as `config` says. Raises `ConfigError`."""
     seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
-    resolved = loaded.resolved
+    trace = Trace() if config.trace else None
     host = CpuDevice(loaded.weights, loaded.formulas, kernels)
+    side = (gpu_side if loaded.resolved.device == "cuda" else _host_side)(loaded, host, config, trace)
+    cache = _cache(loaded, side.n_slots, config)
+    scheduler = _scheduler(loaded.resolved, cache, side.costs, config, trace)
+    lookahead = _lookahead(loaded, side.n_slots, config)
+    experts = Experts(side.crossing, loaded.n_experts, _deferred(loaded, config), lookahead)
+    recorder = Recorder(loaded.n_experts) if config.record else None
+    lanes = side.lanes()  # last of what can fail: its threads live from here on
+    runner = Runner(scheduler, lanes)
+    waves = Waves(config.waves, scheduler, loaded.top_k)
+    steps = StepRunner(loaded, runner, experts, waves, recorder, side.graphs(lookahead))
+    return Rig(scheduler, lanes, side, runner, steps, trace, recorder, config)
+
+
+def _host_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace: Trace | None) -> Side:
+    resolved = loaded.resolved
     accelerator = _accelerator(loaded, config) if resolved.device == "sim" else None
     work = ExpertWork(host, accelerator)
     costs = _costs(loaded, host, accelerator, config)
-    trace = Trace() if config.trace else None
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
-    scheduler = _scheduler(resolved, _cache(loaded, n_slots, config), costs, config, trace)
-    experts = Experts(
-        HostCrossing(work), loaded.n_experts, _deferred(loaded, config), _lookahead(loaded, n_slots, config)
-    )
-    recorder = Recorder(loaded.n_experts) if config.record else None
-    lanes = _lanes(resolved, work, costs, trace)  # last of what can fail: its threads live from here on
-    runner = Runner(scheduler, lanes)
-    steps = StepRunner(loaded, runner, experts, Waves(config.waves, scheduler, loaded.top_k), recorder)
-    return Rig(scheduler, lanes, work, runner, steps, trace, recorder, config)
+    return Side(HostCrossing(work), work, costs, n_slots, lambda: _lanes(resolved, work, costs, trace))
 
 
 def _scheduler(
@@ -144,16 +151,8 @@ def _lanes(resolved: Resolved, work: ExpertWork, costs: CostModel, trace: Trace 
     if resolved.machine is not None:
         return VirtualLanes(costs, work, trace)
     if resolved.device == "sim":
-        return ThreadLanes(work, working=partial(_torch_worker, torch.get_num_threads()), trace=trace)
+        return ThreadLanes(work, working=partial(torch_worker, torch.get_num_threads()), trace=trace)
     return InlineLanes(work, trace)
-
-
-@contextmanager
-def _torch_worker(n_threads: int) -> Generator[None]:
-    """Be a lane's worker: modes and thread counts are each thread's own in torch."""
-    torch.set_num_threads(n_threads)
-    with torch.inference_mode():
-        yield
 
 
 def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:

@@ -213,7 +213,7 @@ class _Simulation:
         self._dense_bytes += dense_bytes
         self._chain.step(len(waves), dense_bytes)
 
-    def _wave(self, spans: Sequence[Span[Script]]) -> ScriptWave:
+    def _wave(self, spans: Sequence[Span[Script]], number: int) -> ScriptWave:
         return ScriptWave(spans, self._n_experts, self._chain.layer)
 
     def _dense_read(self, n_context: int) -> int:

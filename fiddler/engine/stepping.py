@@ -8,18 +8,20 @@ from fiddler.engine.runner import Runner, Wave
 from fiddler.scheduler.waves import Waves
 
 W = TypeVar("W", bound=Wave)
+Make = Callable[[Sequence[Span[S]], int], W]
 
 
 async def run_step(
-    runner: Runner, waves: Waves, spans: Sequence[Span[S]], make: Callable[[Sequence[Span[S]]], W], *, cut: bool
+    runner: Runner, waves: Waves, spans: Sequence[Span[S]], make: Make[S, W], *, cut: bool
 ) -> list[tuple[Sequence[Span[S]], W]]:
     """Run spans to the end of the model; returns each wave, which has ended, with its spans.
 
-    `cut` allows one span to be cut in two, its later rows in the second wave.
+    `make` takes the spans of a wave, and its number in the step. `cut` allows one span to be cut in two, its later
+    rows in the second wave.
     """
     n_waves = waves.choose(sum(s.n_rows for s in spans), sum(s.stop for s in spans))
     parts = halves(spans, cut=cut) if n_waves == 2 else [list(spans)]
-    made = [make(part) for part in parts]
+    made = [make(part, number) for number, part in enumerate(parts)]
     started_s = runner.lanes.now_s()
     follows = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
     await runner.run(made, in_order=follows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fiddler.cache.keys import Rows
+from fiddler.engine.graphs import Replay
 from fiddler.engine.recorder import WaveRecord
 from fiddler.lanes.crossing import Ask, Crossing, Routing
 from fiddler.models.lookahead import Lookahead
@@ -58,7 +59,7 @@ class ModelWave:
 
     def __init__(
         self,
-        forwards: Sequence[Forward],
+        forwards: Sequence[Forward | Replay],
         experts: Experts,
         *,
         n_rows: int,
@@ -92,13 +93,16 @@ class ModelWave:
         self._wave, self._asked = wave, None
         meeting = self._resume()
         if not meeting:
+            self.results = self._experts.crossing.conclude(wave, self.results)
             return
         calls = [self.results[i] for i in meeting]
-        call = _joined(calls)
+        ask = calls[0] if isinstance(calls[0], Ask) else self._ask(_joined(calls))
+        self._experts.crossing.announce(wave, ask)
+        self._asked = _Asked(ask.layer, ask.index.shape[1], meeting, [c.hidden.shape[0] for c in calls])
+
+    def _ask(self, call: ExpertsCall) -> Ask:
         lookahead = self._experts.lookahead
-        ahead = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
-        self._experts.crossing.announce(wave, Ask(*call, ahead))
-        self._asked = _Asked(call.layer, call.index.shape[1], meeting, [c.hidden.shape[0] for c in calls])
+        return Ask(*call, lookahead.expects(call.layer, call.hidden) if lookahead is not None else None)
 
     def advance(self) -> LayerReady | None:
         """Take in the rows of the layer that was announced; `None` where the forwards have ended."""
@@ -181,6 +185,7 @@ class ModelWave:
         for asked in layers:
             if asked is not None:
                 self._experts.crossing.let_go(self._wave, asked.layer)
+        self._experts.crossing.end(self._wave)
         for forward in self._forwards:
             forward.close()
 

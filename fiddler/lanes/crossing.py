@@ -4,6 +4,7 @@ On a GPU the forward may run behind the host: what it asks for is announced befo
 there, and answered before the answer has been computed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,15 @@ class Ask(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [T, K]; a field, not tuple.index
     weights: Tensor  # [T, K]
     ahead: Tensor | None  # [T, K'], experts that a look-ahead expects in the next layer
+    own: "Own | None" = None
+
+
+class Own(NamedTuple):
+    """What a forward on a GPU has made for its own ask, where it is replayed."""
+
+    n_rows: int  # the first of its rows; the others count for nothing
+    note: Tensor  # the routing as one tensor
+    visits: Tensor  # [T·K, H] zeros, which the forward sums up itself
 
 
 class Routing(NamedTuple):
@@ -37,6 +47,10 @@ class Crossing(Protocol):
 
     def announce(self, wave: int, ask: Ask) -> None:
         """Take note that a wave's forward asks for a layer, computed or not."""
+        ...
+
+    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return what forwards have returned, in the host's memory once their dense part is reported."""
         ...
 
     def routing(self, wave: int, layer: int) -> Routing:
@@ -56,6 +70,10 @@ class Crossing(Protocol):
 
     def let_go(self, wave: int, layer: int) -> None:
         """Forget a layer; nothing happens if it is not known."""
+        ...
+
+    def end(self, wave: int) -> None:
+        """Forget a wave whose layers were let go."""
         ...
 
 
@@ -82,9 +100,13 @@ class HostCrossing:
         """Keep it: it is computed."""
         self._layers[wave, ask.layer] = _Open(ask)
 
+    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return them: they are there."""
+        return list(results)
+
     def routing(self, wave: int, layer: int) -> Routing:
         """Return what was asked."""
-        return Routing(*self._layers[wave, layer].ask[2:])
+        return Routing(*self._layers[wave, layer].ask[2:5])
 
     def open(self, wave: int, work: LayerWork) -> None:
         """Group the rows by expert."""
@@ -109,3 +131,6 @@ class HostCrossing:
         """Forget a layer's rows and results."""
         self._layers.pop((wave, layer), None)
         self.experts.let_go(wave, layer)
+
+    def end(self, wave: int) -> None:
+        """Nothing is kept by wave."""

@@ -1,6 +1,6 @@
 """The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
@@ -90,21 +90,7 @@ class ExpertWork:
         buffers = self._open.get((job.wave, job.layer))
         if buffers is None:
             return {}
-        every = range(len(job.loads))
-        try:
-            self._run_loads(job, every, buffers)
-        except Exception:  # whose fault it was shows when each runs alone
-            return self._run_one_by_one(job, buffers)
-        return {}
-
-    def _run_one_by_one(self, job: RunExperts, buffers: _Buffers) -> Failures:
-        failures: dict[int, Exception] = {}
-        for i, load in enumerate(job.loads):
-            try:
-                self._run_loads(job, (i,), buffers)
-            except Exception as error:
-                failures[load.expert] = error
-        return failures
+        return all_or_each(job.loads, lambda which: self._run_loads(job, which, buffers))
 
     def _run_loads(self, job: RunExperts, which: Sequence[int], buffers: _Buffers) -> None:
         loads, weights = [job.loads[i] for i in which], [self._weights(job, i) for i in which]
@@ -131,3 +117,18 @@ class ExpertWork:
         counters.n_loads += 1
         counters.n_bytes += nbytes
         return {}
+
+
+def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:
+    """Run loads, by their places; returns what failed by expert: if any did, each was run alone to see which."""
+    try:
+        run(range(len(loads)))
+    except Exception:
+        failures: dict[int, Exception] = {}
+        for i, load in enumerate(loads):
+            try:
+                run((i,))
+            except Exception as error:
+                failures[load.expert] = error
+        return failures
+    return {}

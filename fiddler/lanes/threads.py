@@ -2,30 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from itertools import count
-from queue import PriorityQueue
-from threading import Thread
+from functools import partial
 from time import perf_counter
-
-from anyio import to_thread
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.laneset import Execute
 from fiddler.lanes.spans import span
-from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report
+from fiddler.lanes.worker import Worker
+from fiddler.scheduler.messages import Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace
-
-
-@dataclass(order=True, slots=True)
-class _Queued:
-    rank: int
-    number: int
-    job: Job | None = field(compare=False)
-
-
-_URGENT, _IDLE, _END = range(3)
 
 
 class ThreadLanes:
@@ -42,16 +28,9 @@ class ThreadLanes:
     ) -> None:
         """`working` is entered in each worker, for its life."""
         self._execute = execute
-        self._working = working
         self._trace = trace
         self._reports: Channel[Report] = Channel()
-        self._numbers = count()
-        self._queues: dict[LaneName, PriorityQueue[_Queued]] = {lane: PriorityQueue() for lane in LANES}
-        self._threads = [
-            Thread(target=self._work, args=(lane,), name=f"fiddler-{lane}", daemon=True) for lane in LANES
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._workers = {lane: Worker(lane, self._run, partial(self._bury, lane), working) for lane in LANES}
 
     def now_s(self) -> float:
         """Return the wall clock's seconds."""
@@ -59,8 +38,7 @@ class ThreadLanes:
 
     def start(self, job: Job) -> None:
         """Queue a job for its lane's worker."""
-        rank = _IDLE if isinstance(job, CopyExpert) and not job.urgent else _URGENT
-        self._queues[job.lane].put(_Queued(rank, next(self._numbers), job))
+        self._workers[job.lane].put(job)
 
     async def report(self) -> Report:
         """Wait for the next report."""
@@ -72,20 +50,14 @@ class ThreadLanes:
 
     async def aclose(self) -> None:
         """End the workers, once they are through with what is queued."""
-        for queue in self._queues.values():
-            queue.put(_Queued(_END, next(self._numbers), None))
-        for thread in self._threads:
-            await to_thread.run_sync(thread.join)
+        for worker in self._workers.values():
+            worker.end()
+        for worker in self._workers.values():
+            await worker.join()
 
-    def _work(self, lane: LaneName) -> None:
-        """Be a lane's worker. Whatever ends it early is reported: the scheduler does without the lane then."""
-        try:
-            with self._working():
-                while (job := self._queues[lane].get().job) is not None:
-                    self._run(job)
-        except BaseException as error:
-            wrapped = error if isinstance(error, Exception) else RuntimeError(f"the {lane} lane ended: {error!r}")
-            self._reports.push(LaneDied(lane, wrapped))
+    def _bury(self, lane: LaneName, error: Exception) -> None:
+        """Report what ended a worker early: the scheduler does without the lane then."""
+        self._reports.push(LaneDied(lane, error))
 
     def _run(self, job: Job) -> None:
         started = perf_counter()

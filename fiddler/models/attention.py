@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from fiddler.errors import UnsupportedModelError
+from fiddler.models.captured import CapturedCache
 from fiddler.models.kv import WaveCache
 
 NAME = "fiddler"
@@ -40,11 +41,16 @@ def attention_function(
     Raises `UnsupportedModelError` for an argument that would change the result and is not known here.
     """
     _check(attention_mask, kwargs)
-    wave: WaveCache = getcurrent().wave
-    pasts = wave.pasts(key, value, module.layer_idx)
     window, chunk = sliding_window or 0, _chunk(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
+    wave: WaveCache | CapturedCache = getcurrent().wave
+    if isinstance(wave, CapturedCache):
+        rows, (k, v) = query.permute(2, 1, 0, 3), wave.past(key, value)
+        seen = wave.visible(window, chunk)
+        out = _grouped(rows, k, v, scale, seen) if plain else _explicit(rows, k, v, scale, seen, softcap, s_aux)
+        return out.transpose(0, 1), None
+    pasts = wave.pasts(key, value, module.layer_idx)
     outputs = []
     for q, (k, v) in zip(query.split(wave.lengths, -2), pasts, strict=True):
         if plain:
@@ -82,16 +88,24 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: in
     """Return `[1, t, heads, dim]` through torch's fused attention."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] == 1:
-        # The query heads that share a key head become its rows: no mask, and no repeated keys.
         first = _first_visible(k.shape[2], window, chunk)
-        rows = q.view(1, kv_heads, heads // kv_heads, q.shape[-1])
-        out = F.scaled_dot_product_attention(rows, k[:, :, first:], v[:, :, first:], scale=scale)
-        return out.reshape(1, 1, heads, v.shape[-1])
+        return _grouped(q, k[:, :, first:], v[:, :, first:], scale)
     mask = _mask(q, k, window, chunk, wave)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
     )
     return out.transpose(1, 2)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
+    """Return `[n, 1, heads, dim]` for one row of each of `n` sequences.
+
+    The query heads that share a key head become its rows: no causal mask, and no repeated keys.
+    """
+    n, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    rows = q.reshape(n, kv_heads, heads // kv_heads, q.shape[-1])
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+    return out.reshape(n, 1, heads, v.shape[-1])
 
 
 def _first_visible(n_tokens: int, window: int, chunk: int) -> int:
@@ -130,20 +144,20 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return `[1, t, heads, dim]` step by step, for soft-capped scores and attention sinks.
+    """Return `[n, t, heads, dim]` step by step, for soft-capped scores and attention sinks.
 
     A sink is one more score per head that takes probability and gives nothing (gpt-oss; arXiv:2309.17453).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(q, k.transpose(2, 3)) * scale  # [1, heads, t, L]
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale  # [n, heads, t, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(weights[..., : k.shape[2]], v).transpose(1, 2)

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from fiddler.errors import EngineError
+from fiddler.models.kv_arena import Run
+
 BLOCK_TOKENS = 256
 """KV buffers grow by at least this many tokens, and by half their size: appending is amortised O(1)."""
 
 
 class LayerKV:
-    """One layer's keys and values of one sequence, `[1, heads, capacity, dim]` with `length` tokens filled."""
+    """One layer's keys and values of one sequence, `[1, heads, capacity, dim]` with `length` tokens filled.
+
+    Its buffers grow.
+    """
 
     __slots__ = ("_keys", "_values", "length")
 
@@ -30,10 +36,9 @@ class LayerKV:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows `[1, heads, t, dim]`."""
         end = self.length + keys.shape[-2]
-        self._keys = self._grown(self._keys, keys, end)
-        self._values = self._grown(self._values, values, end)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
+        own_keys, own_values = self._keys, self._values = self._roomy(keys, values, end)
+        own_keys[:, :, self.length : end] = keys
+        own_values[:, :, self.length : end] = values
         self.length = end
 
     def view(self, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +52,10 @@ class LayerKV:
         """Bytes reserved."""
         return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
 
+    def _roomy(self, keys: Tensor, values: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return buffers with room for `n_tokens` tokens such as these."""
+        return self._grown(self._keys, keys, n_tokens), self._grown(self._values, values, n_tokens)
+
     def _grown(self, buffer: Tensor | None, rows: Tensor, n_tokens: int) -> Tensor:
         if buffer is not None and buffer.shape[-2] >= n_tokens:
             return buffer
@@ -58,15 +67,52 @@ class LayerKV:
         return grown
 
 
-class SequenceKV:
-    """The past of one sequence, layer by layer."""
+class RunKV(LayerKV):
+    """One layer's keys and values of one sequence in its run of an arena; they never grow nor move."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_index", "_run")
+
+    def __init__(self, index: int, run: Run) -> None:
+        super().__init__()
+        self._index = index
+        self._run = run
+
+    def _roomy(self, keys: Tensor, values: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+        if n_tokens > self._run.n_tokens:  # a slice would end early, and one row be written to nowhere
+            raise EngineError(
+                f"a bug: token {n_tokens} of a sequence that has reserved keys and values for {self._run.n_tokens}"
+            )
+        if self._keys is None or self._values is None:
+            return self._run.arena.buffers(self._index, self._run, keys, values)
+        return self._keys, self._values
+
+
+class SequenceKV:
+    """The past of one sequence, layer by layer: in `run`, or in buffers of its own that grow.
+
+    Whoever reserved the run releases it, once no step is left that reads it.
+    """
+
+    def __init__(self, run: Run | None = None) -> None:
+        self.run = run
         self._layers: dict[int, LayerKV] = {}
 
     def layer(self, index: int) -> LayerKV:
         """Return a layer's keys and values, empty at first."""
-        return self._layers.setdefault(index, LayerKV())
+        found = self._layers.get(index)
+        if found is None:
+            found = self._layers[index] = LayerKV() if self.run is None else RunKV(index, self.run)
+        return found
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all but the first `n_tokens` tokens, as after a step that failed in some of the layers."""
+        for layer in self._layers.values():
+            layer.length = min(layer.length, n_tokens)
+
+    def extend(self, n_tokens: int) -> None:
+        """Take note that its run holds `n_tokens` tokens: a recorded step writes them without asking."""
+        for layer in self._layers.values():
+            layer.length = n_tokens
 
     @property
     def nbytes(self) -> int:

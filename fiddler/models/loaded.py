@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
@@ -52,14 +53,18 @@ class ServableModel(LoadedModel):
 def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
     """Load a checkpoint folder or hub id; opening reads no expert, unless the store is packed.
 
-    `packed=False` keeps transformers' own attention and cache, for use under plain transformers. Raises
-    `ModelError`, and `ConfigError` for options the model cannot meet.
+    `packed=False` keeps transformers' own attention and cache, for use under plain transformers, where no slots are
+    filled and `device="auto"` is the CPU. Raises `ModelError`, and `ConfigError` for options the model or the
+    machine cannot meet.
     """
     folder = find_checkpoint(model)
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
     checkpoint = Checkpoint.open(folder)
     resolved = resolve(
-        options, checkpoint_dtype=checkpoint_dtype(config, checkpoint), model_context=model_context(config)
+        options,
+        checkpoint_dtype=checkpoint_dtype(config, checkpoint),
+        model_context=model_context(config),
+        has_cuda=torch.cuda.is_available() and (packed or options.device == "cuda"),
     )
     packed = packed and config.get_text_config().model_type in PACKED
     dtype = DTYPES[resolved.dtype]

@@ -1,8 +1,8 @@
 """A GPU of main memory whose streams run late: nothing runs before it must, and then in an order drawn at random.
 
-What is only ordered by luck on a real GPU comes out wrong here. Queued work runs when the main stream needs it, or a
-little at a time whenever an event is asked for. A capture notes every torch operation; a replay makes them again into
-the same memory, so what was a number of the host's at capture stays what it was.
+What is only ordered by luck on a real GPU comes out wrong here. Queued work runs when the main stream needs it, or
+a little at a time whenever an event is asked for. A capture notes every torch operation; a replay makes them again
+into the same memory, so what was a number of the host's at capture stays what it was.
 """
 
 from collections import deque
@@ -165,8 +165,19 @@ class FakeGraph:
                     old.copy_(new)
 
 
-_WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "lift_fresh")
+_WAITING = frozenset(
+    ("item", "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "argwhere", "masked_select", "lift_fresh")
+)
 """Operations that wait for the GPU, or copy from memory that is not pinned: a real capture refuses them."""
+
+
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation waits: by its name, or because its result's size hangs on numbers of the GPU's."""
+    if name == "index":
+        return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in tree_leaves(args[1]))
+    if name == "repeat_interleave":
+        return len(args) > 1 and isinstance(args[1], Tensor) and kwargs.get("output_size") is None
+    return name in _WAITING
 
 
 class _Recorder(TorchDispatchMode):
@@ -178,7 +189,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name.removeprefix("aten::") in _WAITING:
+        if _waits(func._schema.name.removeprefix("aten::"), args, kwargs):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func._schema.is_mutable:

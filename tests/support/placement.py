@@ -25,6 +25,7 @@ from fiddler.config import EngineConfig, resolve
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import CostModel
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
+from fiddler.engine import gpu_side
 from fiddler.engine import rig as rigs
 from fiddler.engine.assemble import assemble
 from fiddler.engine.costing import Calibration
@@ -36,6 +37,7 @@ from fiddler.lanes.threads import ThreadLanes
 from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, JobDone, LaneDied
+from tests.support.fake_gpu import FakeGpu
 
 MakeLanes = Callable[[ExpertWork], LaneSet]
 
@@ -67,6 +69,8 @@ class Placement:
     config: EngineConfig = field(default_factory=EngineConfig)
     costs: CostModel | None = None
     lanes: MakeLanes | None = None
+    gpu: FakeGpu | None = None
+    """What `device="cuda"` finds."""
 
 
 @dataclass(eq=False)
@@ -120,9 +124,9 @@ class Subject:
     kernels: Kernels
 
     @classmethod
-    def open(cls, folder: Path) -> "Subject":
+    def open(cls, folder: Path, kernels: Kernels | None = None) -> "Subject":
         mapped, packed = load(folder, EngineConfig()), load(folder, EngineConfig(store="packed"))
-        kernels = varied_kernels(packed)
+        kernels = varied_kernels(packed) if kernels is None else kernels
         for loaded in (mapped, packed):
             dense.accelerate(loaded.model, kernels)
             seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
@@ -140,7 +144,12 @@ class Subject:
     def on(self, config: EngineConfig) -> ServableModel:
         """Return the model as `config` would have it opened."""
         own = self.mapped.resolved
-        resolved = resolve(config, checkpoint_dtype=own.dtype, model_context=own.max_context)
+        resolved = resolve(
+            config,
+            checkpoint_dtype=own.dtype,
+            model_context=own.max_context,
+            has_cuda=config.device == "cuda",
+        )
         return replace(self.packed if resolved.store == "packed" else self.mapped, resolved=resolved)
 
 
@@ -167,7 +176,11 @@ def run(subject: Subject, script: Script, placement: Placement | None = None) ->
 
 async def _play(loaded: ServableModel, rig: Rig, script: Script) -> dict[tuple[int, int], Tensor]:
     logits: dict[tuple[int, int], Tensor] = {}
-    arrivals = [(visit, Running(visit, rig.steps.new_past())) for visit in script.visits]
+    arena = rig.steps.arena
+    runs = [None if arena is None else arena.reserve(len(visit.ids)) for visit in script.visits]
+    arrivals = [
+        (visit, Running(visit, rig.steps.new_past(run))) for visit, run in zip(script.visits, runs, strict=True)
+    ]
     for step in count():
         if all(running.ended or step >= visit.leaves for visit, running in arrivals):
             break
@@ -194,6 +207,8 @@ def _patched(placement: Placement) -> Generator[None]:
             calibration = Calibration(placement.costs, (), Path(), fresh=False)
             stack.enter_context(patch.object(rigs, "calibrate", lambda *_: calibration))
             stack.enter_context(patch.object(rigs, "costs_on", lambda *_: placement.costs))
+            stack.enter_context(patch.object(gpu_side, "_costs", lambda *_: placement.costs))
+        stack.enter_context(patch.object(gpu_side, "open_gpu", lambda: placement.gpu))
         make = placement.lanes
         if make is not None:
             stack.enter_context(patch.object(rigs, "_lanes", lambda _resolved, work, *_: make(work)))
@@ -210,7 +225,7 @@ def jittered(seed: int, work: ExpertWork) -> ThreadLanes:
         time.sleep(random.choice((0.0, 0.0, 1e-4)))
         return failures
 
-    return ThreadLanes(execute, working=partial(rigs._torch_worker, torch.get_num_threads()))
+    return ThreadLanes(execute, working=partial(gpu_side.torch_worker, torch.get_num_threads()))
 
 
 @dataclass

@@ -1,0 +1,181 @@
+"""Decoding steps recorded as graphs, a piece between one experts call and the next: no model code runs in a replay.
+
+A graph is for so many rows and so long pasts, each up to a power of two, and for one of a step's waves: two waves
+on their way never share the memory that graphs work in. What cannot be recorded runs as it did before, and the log
+says why. The first step of a kind runs so in any case: most kinds are met once.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fiddler.devices.gpu import Gpu, Graph
+from fiddler.lanes.crossing import Ask, Own
+from fiddler.lanes.gpu_crossing import blank_visits, noted, summed
+from fiddler.models.captured import CapturedCache, Row, StaticInputs, step_numbers
+from fiddler.models.kv_arena import KvArena
+from fiddler.models.lookahead import Lookahead
+from fiddler.models.seam import ExpertsCall, Forward
+
+logger = logging.getLogger("fiddler")
+
+LEAST_TOKENS = 256
+"""The smallest bucket of pasts."""
+MOST_ROWS = 64
+"""Steps of more rows are not recorded: beside their experts, launches are nothing."""
+
+Kind = tuple[int, int, int]
+"""(wave of the step, rows, bucket)."""
+
+
+def bucket(n: int, least: int = 1) -> int:
+    """Return the power of two, of at least `least`, that is not below `n`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A recorded piece: what it launches, and what it then asks for, or the logits `[n, V]` at the end."""
+
+    graph: Graph
+    outcome: Ask | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A step of one kind; `keeps` holds what its memory belongs to."""
+
+    inputs: StaticInputs
+    segments: tuple[Segment, ...]
+    keeps: Any
+
+
+class Replay:
+    """A recorded step on its way, driven as a `Forward` is."""
+
+    dead = False
+
+    def __init__(self, recorded: Recorded, n_rows: int) -> None:
+        self._segments = iter(recorded.segments)
+        self._n_rows = n_rows
+
+    def send(self, output: Tensor | None = None) -> Ask | Tensor:
+        """Queue the next piece, which sums up what the experts have made of the last ask."""
+        segment = next(self._segments)
+        segment.graph.replay()
+        if isinstance(segment.outcome, Tensor):
+            self.dead = True
+            return segment.outcome[: self._n_rows]
+        assert segment.outcome.own is not None
+        return segment.outcome._replace(own=segment.outcome.own._replace(n_rows=self._n_rows))
+
+    def close(self) -> None:
+        """Nothing has to be unwound."""
+        self.dead = True
+
+
+@dataclass(slots=True)
+class Graphs:
+    """Owner of all recorded steps of a model."""
+
+    model: Callable[..., Any]
+    gpu: Gpu
+    arena: KvArena
+    lookahead: Lookahead | None
+    why_not: str = ""
+    """Why nothing is recorded any more; empty while it is."""
+    kinds: dict[Kind, Recorded | None] = field(default_factory=dict)
+    """`None` for one that was met once."""
+    pools: dict[int, object] = field(default_factory=dict)
+    """By wave of a step."""
+
+    def replay(self, wave: int, rows: Sequence[Row]) -> Replay | None:
+        """Return a step of these rows, or `None` where there is no recording; `wave` is its number in the step."""
+        if self.why_not or len(rows) > MOST_ROWS:
+            return None
+        kind = wave, bucket(len(rows)), bucket(max(row.position for row in rows) + 1, LEAST_TOKENS)
+        if kind not in self.kinds:
+            self.kinds[kind] = None
+            return None
+        recorded = self.kinds[kind]
+        if recorded is None:
+            recorded = self.kinds[kind] = self._tried(kind)
+        if recorded is None:
+            return None
+        numbers = self.gpu.pinned(4, kind[1], dtype=torch.int64)
+        numbers.copy_(step_numbers(self.arena, rows, kind[1]))
+        self.gpu.main.run(partial(recorded.inputs.numbers.copy_, numbers, non_blocking=True))
+        return Replay(recorded, len(rows))
+
+    def _tried(self, kind: Kind) -> Recorded | None:
+        try:
+            return self._record(kind)
+        except torch.OutOfMemoryError as error:
+            self.why_not = f"no memory for them: {error}"
+        except Exception as error:  # whatever a model does that cannot be recorded
+            self.why_not = f"{type(error).__name__}: {error}"
+        self.kinds.clear()
+        logger.warning("decoding runs without graphs: %s", self.why_not)
+        return None
+
+    def _record(self, kind: Kind) -> Recorded:
+        """Run a step of a kind on no sequence, so that all it needs is loaded, and record another."""
+        wave, n_rows, n_tokens = kind
+        inputs = StaticInputs(step_numbers(self.arena, (), n_rows).to(self.gpu.device))
+        pool = self.pools.setdefault(wave, self.gpu.pool())
+        for _ in _pieces(self._forward(inputs, n_tokens), self.lookahead, self.gpu.launch):
+            pass
+        forward, graphs = self._forward(inputs, n_tokens), list[Graph]()
+
+        def capture(work: Callable[[], Any]) -> Any:
+            graph, outcome = self.gpu.capture(pool, work)
+            graphs.append(graph)
+            return outcome
+
+        outcomes = list(_pieces(forward, self.lookahead, capture))
+        return Recorded(inputs, tuple(map(Segment, graphs, outcomes)), forward)
+
+    def _forward(self, inputs: StaticInputs, n_tokens: int) -> Forward:
+        cache = CapturedCache(self.arena, inputs, n_tokens)
+
+        def run() -> Tensor:
+            output = self.model(
+                input_ids=inputs.ids, position_ids=inputs.positions, past_key_values=cache, use_cache=True
+            )
+            logits: Tensor = output.logits[0]
+            return logits
+
+        forward = Forward(run)
+        forward.wave = cache
+        return forward
+
+
+def _pieces(forward: Forward, lookahead: Lookahead | None, launch: Callable[[Callable[[], Any]], Any]) -> Any:
+    """Run a forward piece by piece, each within `launch`; yields what each asks for, and the logits."""
+    ask: Ask | None = None
+    try:
+        while not forward.dead:
+            outcome = launch(partial(_piece, forward, ask, lookahead))
+            yield outcome
+            ask = outcome if isinstance(outcome, Ask) else None
+    finally:
+        forward.close()
+
+
+def _piece(forward: Forward, before: Ask | None, lookahead: Lookahead | None) -> Ask | Tensor:
+    """Sum up what was asked for before, go on to the next experts call, and make what the host wants of it."""
+    output = None
+    if before is not None:
+        assert before.own is not None
+        output = summed(before.own.visits, before.weights)
+    call: ExpertsCall | Tensor = forward.send(output)
+    if isinstance(call, Tensor):
+        return call
+    ahead = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
+    ask = Ask(*call, ahead)
+    return ask._replace(own=Own(len(call.index), noted(ask), blank_visits(ask)))

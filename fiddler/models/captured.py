@@ -1,0 +1,117 @@
+"""A decoding step with nothing in it that the host decides: what a graph records once and a GPU replays.
+
+One row a sequence; where each sequence's past lies and how long it is are numbers in the GPU's memory. Attention
+looks at as many tokens for all of them, a bucket, and masks what is not theirs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from fiddler.errors import UnsupportedModelError
+from fiddler.models.kv_arena import KvArena
+
+
+class Row(NamedTuple):
+    """A sequence's row in a decoding step."""
+
+    start: int
+    """Of the sequence's run."""
+    id: int
+    position: int
+    """Tokens before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInputs:
+    """The numbers of a step of `n` rows, int64 `[4, n]` on the model's device, written anew for each."""
+
+    numbers: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """The rows' tokens, `[1, n]`."""
+        return self.numbers[0:1]
+
+    @property
+    def positions(self) -> Tensor:
+        """Tokens before each, `[1, n]`."""
+        return self.numbers[1:2]
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each sequence's run begins, `[n]`."""
+        return self.numbers[2]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence once this step's is in, `[n]`."""
+        return self.numbers[3]
+
+
+def step_numbers(arena: KvArena, rows: Sequence[Row], n: int) -> Tensor:
+    """Return the numbers of `StaticInputs` for these rows; further ones, up to `n`, go to the spare token."""
+    nobody = Row(arena.spare, 0, 0)
+    padded = [*rows, *[nobody] * (n - len(rows))]
+    return torch.tensor([[r.id, r.position, r.start, r.position + 1] for r in padded]).t().contiguous()
+
+
+class CapturedCache(Cache):
+    """Keys and values of one row a sequence, in the arena: `update` writes rows where the inputs say.
+
+    Layers must hand what `update` returns to the attention as it is; else `UnsupportedModelError` is raised.
+    """
+
+    def __init__(self, arena: KvArena, inputs: StaticInputs, n_tokens: int) -> None:
+        """`n_tokens` is the bucket: no sequence is longer."""
+        super().__init__(layers=[])
+        self._arena = arena
+        self._inputs = inputs
+        self._n_tokens = n_tokens
+        self._returned: dict[
+            int, tuple[int, Tensor, Tensor]
+        ] = {}  # by id of the keys, held so that ids stay theirs
+        self._at: Tensor | None = None
+        self._past: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write `[1, heads, n, dim]` and return them."""
+        keys, values = self._arena.layer(layer_idx)
+        if self._at is None:
+            self._at = self._inputs.starts + self._inputs.lengths - 1
+        keys.index_copy_(0, self._at, key_states[0].transpose(0, 1))
+        values.index_copy_(0, self._at, value_states[0].transpose(0, 1))
+        self._returned[id(key_states)] = layer_idx, key_states, value_states
+        return key_states, value_states
+
+    def past(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pasts `[n, heads, bucket, dim]` that stand behind what the attention was given."""
+        layer, returned_keys, returned_values = self._returned.get(id(keys), (-1, None, None))
+        if returned_keys is not keys or returned_values is not values:
+            raise UnsupportedModelError("a layer changes keys or values between cache and attention")
+        if self._past is None:
+            ahead = torch.arange(self._n_tokens, device=keys.device)
+            self._past = (self._inputs.starts[:, None] + ahead).clamp(max=self._arena.spare)  # [n, bucket]
+        own_keys, own_values = (part[self._past].transpose(1, 2) for part in self._arena.layer(layer))
+        return own_keys, own_values
+
+    def visible(self, window: int, chunk: int) -> Tensor:
+        """Return what each row sees, `[n, 1, 1, bucket]` bool, within a window or a chunk if these are not 0."""
+        newest = self._inputs.lengths[:, None] - 1
+        past = torch.arange(self._n_tokens, device=newest.device)
+        seen = past <= newest
+        if window:
+            seen &= past > newest - window
+        if chunk:
+            seen &= past // chunk == newest // chunk
+        return seen[:, None, None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return a past that is not empty: positions are given, and nothing else hangs on it."""
+        return self._n_tokens - 1

@@ -1,0 +1,180 @@
+"""An engine on a GPU whose streams run late: logits are those of the CPU, bit by bit, in whatever order it works.
+
+All of the real path runs, but for CUDA itself and Triton: what is only ordered by luck shows here.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiddler.config import EngineConfig, WaveMode
+from fiddler.devices.kernels import Kernels
+from fiddler.engine import graphs
+from fiddler.models.captured import CapturedCache
+from tests.support.fake_gpu import FakeGpu
+from tests.support.placement import Placement, Played, Script, Subject, Visit, run
+from tests.support.tiny import save_tiny
+from tests.test_invariance import RAGGED, ids, scripts, uneven
+
+ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    @cache
+    def get(name: str) -> Subject:
+        folder = tmp_path_factory.mktemp(name)
+        # torch's own matmul everywhere: the fake's slots have no other.
+        return Subject.open(save_tiny(folder, name), Kernels())
+
+    return get
+
+
+def on_gpu(gpu: FakeGpu, slots: int, **options: Any) -> Placement:
+    """Without graphs unless asked for: attention over a bucket of tokens has other last bits."""
+    config = EngineConfig(device="cuda", slots=slots, kv_tokens=256, **({"graphs": False} | options))
+    return Placement(config, uneven(3, copy_s=1e-5), gpu=gpu)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("slots", [0, 5, 24])
+def test_logits_are_those_of_the_cpu(subject: Callable[[str], Subject], name: str, slots: int) -> None:
+    model = subject(name)
+    plain = run(model, RAGGED)
+    played = run(model, RAGGED, on_gpu(FakeGpu(slots), slots, waves="one"))
+    assert not played.differs_from(plain)
+    counters = played.rig.side.work.counters
+    assert bool(slots) == bool(counters["gpu"].n_loads)
+    assert (counters["cpu"].n_loads > 0) or slots == 24
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    script=scripts(),
+    seed=st.integers(0, 1 << 30),
+    slots=st.sampled_from((0, 1, 2, 4, 7, 24)),
+    pinnable=st.sampled_from((0, 40_000, float("inf"))),
+    options=st.fixed_dictionaries(
+        {
+            "planner": st.sampled_from(("auto", "auto", "all-cpu", "all-fetch")),
+            "policy": st.sampled_from(("forecast", "lru", "hybrimoe", "static")),
+            "prefetch": st.sampled_from(("auto", "off", "eager")),
+            "promote": st.booleans(),
+            "waves": st.sampled_from(("one", "two")),
+            "trace": st.booleans(),
+        }
+    ),
+)
+def test_no_order_that_the_streams_allow_changes_a_bit(
+    subject: Callable[[str], Subject],
+    script: Script,
+    seed: int,
+    slots: int,
+    pinnable: float,
+    options: dict[str, Any],
+) -> None:
+    model = subject("qwen3_moe")
+    plain = run(model, script, Placement(EngineConfig(waves=options["waves"])))
+    played = run(model, script, on_gpu(FakeGpu(seed, pinnable=pinnable), slots, **options))
+    assert not played.differs_from(plain)
+    assert not played.rig.scheduler.dead
+
+
+def test_deferred_experts_join_one_layer_late(tmp_path: Path) -> None:
+    model = Subject.open(save_tiny(tmp_path, num_experts=12, num_experts_per_tok=6), Kernels())
+    plain = run(model, RAGGED, Placement(EngineConfig(defer=2, waves="one")))
+    for seed in range(4):
+        played = run(model, RAGGED, on_gpu(FakeGpu(seed), 7, defer=2, waves="one"))
+        assert not played.differs_from(plain)
+
+
+def close(played: Played, plain: Played) -> bool:
+    """Whether two runs pick the same tokens, from logits that differ by rounding alone."""
+    assert played.logits.keys() == plain.logits.keys()
+    return all(
+        torch.allclose(logits, plain.logits[at], atol=1e-4) and logits.argmax() == plain.logits[at].argmax()
+        for at, logits in played.logits.items()
+    )
+
+
+LONG = Script(
+    (
+        Visit(ids(30, 1), n_prompt=4, joins=0, leaves=1000),
+        Visit(ids(24, 2), n_prompt=3, joins=0, leaves=18),
+        Visit(ids(12, 3), n_prompt=2, joins=5, leaves=1000),
+        Visit(ids(22, 4), n_prompt=9, joins=8, leaves=1000),
+    ),
+    chunk_tokens=16,
+)
+"""Mostly decoding: rows come and go, and the longest past passes several buckets."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("waves", ["one", "two"])
+def test_recorded_steps_give_the_same_tokens(
+    subject: Callable[[str], Subject], name: str, waves: WaveMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 4)
+    model = subject(name)
+    plain = run(model, LONG, Placement(EngineConfig(waves=waves)))
+    gpu = FakeGpu(7)
+    played = run(model, LONG, on_gpu(gpu, 7, graphs=True, waves=waves))
+    assert close(played, plain)
+    recorded = played.rig.steps.graphs
+    assert recorded is not None
+    assert not recorded.why_not
+    kinds = [kind for kind, known in recorded.kinds.items() if known is not None]
+    assert gpu.n_graphs == 4 * len(kinds)  # one more piece than layers
+    assert {wave for wave, _, _ in kinds} == ({0} if waves == "one" else {0, 1})
+    assert len({n_rows for _, n_rows, _ in kinds}) > 1
+    assert len({n_tokens for _, _, n_tokens in kinds}) > 1
+    assert len({id(pool) for pool in recorded.pools.values()}) == len(recorded.pools) > 0
+
+
+def test_no_model_code_runs_in_a_recorded_step(subject: Callable[[str], Subject]) -> None:
+    model, n_calls = subject("qwen3_moe"), list[int]()
+    script = Script((Visit(ids(24, 1), n_prompt=4, joins=0, leaves=1000),), chunk_tokens=16)
+    hook = model.packed.model.register_forward_hook(lambda *_: n_calls.append(1))
+    try:
+        run(model, script, on_gpu(FakeGpu(), 5, graphs=True, waves="one"))
+    finally:
+        hook.remove()
+    # the prompt, the first step of its kind, and two passes to record it: 20 steps are left
+    assert len(n_calls) == 4
+
+
+@pytest.mark.parametrize("reason", ["it waits", "it changes keys", "no memory"])
+def test_what_cannot_be_recorded_runs_all_the_same(
+    subject: Callable[[str], Subject],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, gpu = subject("mixtral"), FakeGpu(3)
+    plain = run(model, LONG, Placement(EngineConfig(waves="one")))
+    if reason == "it waits":
+        module = model.packed.model.get_submodule("model.layers.1.input_layernorm")
+        hook = module.register_forward_hook(lambda _, __, rows: rows * float(torch.ones(1).sum().item()))
+    elif reason == "it changes keys":
+        update = CapturedCache.update
+        changing = lambda *args: tuple(part.clone() for part in update(*args))  # noqa: E731
+        monkeypatch.setattr(CapturedCache, "update", changing)
+    else:
+        monkeypatch.setattr(gpu, "capture", Mock(side_effect=torch.OutOfMemoryError("no more")))
+    try:
+        played = run(model, LONG, on_gpu(gpu, 7, graphs=True, waves="one"))
+    finally:
+        if reason == "it waits":
+            hook.remove()
+    assert close(played, plain)
+    assert played.rig.steps.graphs is not None
+    assert played.rig.steps.graphs.why_not
+    (record,) = caplog.records
+    assert "runs without graphs" in record.message
