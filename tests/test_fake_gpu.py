@@ -4,20 +4,27 @@ All of the real path runs, but for CUDA itself and Triton: what is only ordered 
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
+import anyio
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from fiddler import Engine
 from fiddler.config import EngineConfig, WaveMode
 from fiddler.devices.kernels import Kernels
-from fiddler.engine import graphs
+from fiddler.devices.mlp import gated
+from fiddler.devices.slot_experts import SlotExperts, Visits
+from fiddler.engine import gpu_side, graphs
 from fiddler.models.captured import CapturedCache
+from fiddler.types import Statistics
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Played, Script, Subject, Visit, run
 from tests.support.tiny import save_tiny
@@ -132,9 +139,9 @@ def test_recorded_steps_give_the_same_tokens(
     assert not recorded.why_not
     kinds = [kind for kind, known in recorded.kinds.items() if known is not None]
     assert gpu.n_graphs == 4 * len(kinds)  # one more piece than layers
-    assert {wave for wave, _, _ in kinds} == ({0} if waves == "one" else {0, 1})
-    assert len({n_rows for _, n_rows, _ in kinds}) > 1
-    assert len({n_tokens for _, _, n_tokens in kinds}) > 1
+    assert {kind[0] for kind in kinds} == ({0} if waves == "one" else {0, 1})
+    assert len({kind[1] for kind in kinds}) > 1
+    assert len({kind[2] for kind in kinds}) > 1
     assert len({id(pool) for pool in recorded.pools.values()}) == len(recorded.pools) > 0
 
 
@@ -146,8 +153,8 @@ def test_no_model_code_runs_in_a_recorded_step(subject: Callable[[str], Subject]
         run(model, script, on_gpu(FakeGpu(), 5, graphs=True, waves="one"))
     finally:
         hook.remove()
-    # the prompt, the first step of its kind, and two passes to record it: 20 steps are left
-    assert len(n_calls) == 4
+    # what it takes, the prompt, the first step of its kind, and two passes to record it: 20 steps are left
+    assert len(n_calls) == 5
 
 
 @pytest.mark.parametrize("reason", ["it waits", "it changes keys", "no memory"])
@@ -178,3 +185,70 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     assert played.rig.steps.graphs.why_not
     (record,) = caplog.records
     assert "runs without graphs" in record.message
+
+
+def run_blindly(self: SlotExperts, layer: int, visits: Visits, hidden: Tensor, out: Tensor) -> None:
+    """Run experts as the Triton kernel does, on numbers that the host does not know; weights are gathered."""
+    stack, rows = self._stacks(layer), torch.arange(visits.n_rows)
+    group = torch.searchsorted(visits.bounds.long(), rows, right=True) - 1
+    inside = rows < visits.bounds[-1]
+    slot = visits.slots.long()[group.clamp(max=len(visits.slots) - 1)]
+    positions = visits.positions.long()
+    x = hidden[positions // visits.top_k]
+    ups = [torch.einsum("ri,roi->ro", x, matrix[slot]) for matrix in stack.up]
+    y = torch.einsum("ri,roi->ro", gated(self._formulas[layer], ups), stack.down[slot])
+    out.index_copy_(0, positions, torch.where(inside[:, None], y, out[positions]))
+
+
+def test_with_every_expert_in_a_slot_a_step_is_one_piece(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SlotExperts.run
+
+    def either(self: SlotExperts, layer: int, visits: Visits, hidden: Tensor, out: Tensor) -> None:
+        (own if visits.groups else run_blindly)(self, layer, visits, hidden, out)
+
+    monkeypatch.setattr(SlotExperts, "blind", lambda *_: True)
+    monkeypatch.setattr(SlotExperts, "run", either)
+    model, gpu = subject("qwen3_moe"), FakeGpu(5)
+    played = run(model, LONG, on_gpu(gpu, 24, graphs=True, waves="one"))
+    plain = run(model, LONG, Placement(EngineConfig(waves="one")))
+    assert close(played, plain)
+    assert played.rig.steps.graphs is not None
+    kinds = [kind for kind, known in played.rig.steps.graphs.kinds.items() if known is not None]
+    assert gpu.n_graphs == sum(1 if kind[3] else 4 for kind in kinds)
+    assert sum(kind[3] for kind in kinds) > 2
+    gone, all_rows = (run.rig.side.work.counters for run in (played, plain))
+    assert gone["gpu"].n_rows + gone["cpu"].n_rows == all_rows["cpu"].n_rows
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_memory_that_runs_out_takes_slots_and_no_tokens(tmp_path: Path, slots: int) -> None:
+    model, gpu = save_tiny(tmp_path), FakeGpu(1)
+    prompt, options = [5, 6, 7, 8, 9], {"max_new_tokens": 12, "do_sample": False}
+
+    async def generate(config: EngineConfig, *, short: bool) -> tuple[list[int], Statistics]:
+        async with Engine(model, config) as engine:
+            assert engine._loop is not None
+            if short:
+                run_out(engine._loop._loaded.model, at=6)
+            result = await engine.generate(prompt, **options)
+            return list(result.token_ids), engine.statistics()
+
+    def run_out(module: torch.nn.Module, at: int) -> None:
+        """Let the forward fail once in its last layer, when the others have taken their rows in."""
+        calls = count()
+
+        def fail(*_: Any) -> None:
+            if next(calls) == at:
+                raise torch.OutOfMemoryError("no more")
+
+        module.get_submodule("model.layers.2.self_attn").register_forward_hook(fail)
+
+    expected, _ = anyio.run(partial(generate, EngineConfig(device="cpu"), short=False))
+    with patch.object(gpu_side, "open_gpu", lambda: gpu), patch.object(torch.cuda, "is_available", lambda: True):
+        config = EngineConfig(device="cuda", slots=slots, kv_tokens=64, graphs=False)
+        tokens, statistics = anyio.run(partial(generate, config, short=True))
+    assert tokens == expected
+    assert statistics.n_slots == slots - 1
+    assert statistics.n_failed == 0

@@ -10,8 +10,6 @@ from fiddler.cache.staging import Staging
 from fiddler.cache.standings import Place, Standings
 from fiddler.cache.worth import Policy
 
-__all__ = ["ExpertCache", "Reservation"]
-
 
 class ExpertCache:
     """Slots, and the policy that says which experts deserve them.
@@ -38,8 +36,7 @@ class ExpertCache:
         n_staging: int = 0,
     ) -> None:
         n_kept = n_slots - n_staging
-        if floor is None:
-            floor = n_kept // (4 * len(n_experts))
+        floor = n_kept // (4 * len(n_experts)) if floor is None else floor
         if policy.history.n_experts != n_experts:
             raise ValueError(f"the policy knows layers of {policy.history.n_experts} experts, not {n_experts}")
         if not 0 <= n_staging <= n_slots or floor < 0 or not admission >= 1:
@@ -47,11 +44,21 @@ class ExpertCache:
         self.policy = policy
         self.history = policy.history
         self._admission = admission
-        self._slots = Slots(n_slots)
-        self._room = Room(n_kept, len(n_experts), per_layer=policy.per_layer, floor=floor)
-        self._staging = Staging(n_staging)
-        self._n_kept = n_kept
+        self._floor = floor
         self._keys = [[(layer, expert) for expert in range(n)] for layer, n in enumerate(n_experts)]
+        self._begin(n_slots, n_staging)
+
+    def shrink(self, n_slots: int) -> None:
+        """Go on with fewer slots, all free; what was learned stays. ValueError while one is LOADING or leased."""
+        if any(not self._slots.idle(key) for key in self._slots.held()):
+            raise ValueError("experts are loading, or leased")
+        self._begin(n_slots, min(self._staging.n_slots, n_slots))
+
+    def _begin(self, n_slots: int, n_staging: int) -> None:
+        self._n_kept = n_slots - n_staging
+        self._slots = Slots(n_slots)
+        self._room = Room(self._n_kept, len(self._keys), per_layer=self.policy.per_layer, floor=self._floor)
+        self._staging = Staging(n_staging)
         self._rank_anew()
 
     def _rank_anew(self) -> None:
@@ -133,10 +140,10 @@ class ExpertCache:
         ValueError where the expert is not absent.
         """
         admitted, victim = self._admitted(key, promotion=promotion)
-        if not admitted:
-            return None if promotion else self.stage(key)
-        self._replace(victim, key)
-        return self._slots.begin(key, victim)
+        if admitted:
+            self._replace(victim, key)
+            return self._slots.begin(key, victim)
+        return None if promotion else self.stage(key)
 
     def stage(self, key: Key) -> Reservation | None:
         """A slot in passing for an absent expert; None where all of those are in use."""

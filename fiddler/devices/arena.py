@@ -28,9 +28,20 @@ class Arena:
     def __init__(self, n_slots: int, slot_bytes: int, device: torch.device | None = None) -> None:
         if slot_bytes % ALIGNMENT:
             raise ValueError(f"slots of {slot_bytes} bytes are not aligned to {ALIGNMENT}")
+        self._device = device
+        self._allocate(n_slots, slot_bytes)
+
+    def shrink(self, n_slots: int) -> None:
+        """Have fewer slots, which hold nothing: the memory is given back before less is taken."""
+        slot_bytes = self.slot_bytes
+        self._views.clear()
+        del self._slots
+        self._allocate(n_slots, slot_bytes)
+
+    def _allocate(self, n_slots: int, slot_bytes: int) -> None:
         with torch.inference_mode(False):  # or a thread that is not in inference mode could not write
             # torch aligns to 64 bytes, on a GPU to 512
-            self._slots = torch.empty(n_slots, slot_bytes, dtype=torch.uint8, device=device)
+            self._slots = torch.empty(n_slots, slot_bytes, dtype=torch.uint8, device=self._device)
         # The last layout only: another one means that another block has been written over those views.
         self._views: list[tuple[Views, ExpertWeights] | None] = [None] * n_slots
 

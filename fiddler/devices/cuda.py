@@ -137,6 +137,13 @@ class CudaGpu:
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return Memory(free + held, total)
 
+    def peak(self, work: Callable[[], object]) -> int:
+        """Return what torch hands out while `work` runs; it counts when it does so, not when the GPU gets there."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
     def reclaim(self) -> None:
         """Give back memory that torch holds and nothing uses."""
         torch.cuda.empty_cache()

@@ -126,6 +126,10 @@ class Gpu(Protocol):
         """Return what is free now."""
         ...
 
+    def peak(self, work: Callable[[], object]) -> int:
+        """Return how many bytes `work` takes at most, beside what is held now."""
+        ...
+
     def reclaim(self) -> None:
         """Give memory that nothing uses back to the GPU."""
         ...

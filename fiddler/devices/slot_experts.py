@@ -201,20 +201,25 @@ class SlotExperts:
         if visits.n_rows == 0:
             return
         stack, formula = self._stacks(layer), self._formulas[layer]
-        path = self._pick(visits, stack, hidden)
+        path = self._pick(visits.most_rows, stack, hidden)
         if path == "triton":
             if self._run_triton(layer, stack, visits, hidden, out):
                 return
-            path = self._pick(visits, stack, hidden)
+            path = self._pick(visits.most_rows, stack, hidden)
         (_run_grouped if path == "grouped" else _run_loop)(stack, formula, visits, hidden, out)
 
-    def _pick(self, visits: Visits, stack: Stack, hidden: Tensor) -> Picked:
+    def blind(self, layer: int, most_rows: int, hidden: Tensor) -> bool:
+        """Whether `run` reads no row's place on the host, and leaves alone positions behind the last group."""
+        picked = self._pick(most_rows, self._stacks(layer), hidden)
+        return picked == "triton" and self._formulas[layer].post_norm is None
+
+    def _pick(self, most_rows: int, stack: Stack, hidden: Tensor) -> Picked:
         if self._path != "auto":
             return self._path
         ability = ability_of(hidden.device)
         if self._triton_failed:
             ability = ability._replace(triton=False)
-        return pick(visits.most_rows, hidden.dtype, ability, stack.aligned)
+        return pick(most_rows, hidden.dtype, ability, stack.aligned)
 
     def _run_triton(self, layer: int, stack: Stack, visits: Visits, hidden: Tensor, out: Tensor) -> bool:
         """Return whether it worked; if not, rows may have been written."""

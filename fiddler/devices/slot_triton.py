@@ -153,8 +153,8 @@ def _launch(
 
 # A kernel is handed addresses and numbers, each by itself. Within one matrix offsets have 32 bits: 2^31 elements
 # would be an expert of 4 GiB and more. Between slots, and between rows, they have 64. `tl.zeros`, `tl.sum` and
-# `tl.sigmoid` are not used: they are kernels of triton's own, which the interpreter takes only if TRITON_INTERPRET was
-# set before triton was imported, and transformers imports it by way of torch.
+# `tl.sigmoid` are not used: they are kernels of triton's own, which the interpreter takes only if TRITON_INTERPRET
+# was set before triton was imported, and transformers imports it by way of torch.
 @triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=["slots", "bounds", "positions"])
 def _multiply(
     x,

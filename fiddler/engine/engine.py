@@ -1,6 +1,7 @@
 """The public face: an engine is opened, asked for streams, and closed."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -27,16 +28,20 @@ from fiddler.models.text import Prompt
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing, Token
 
+Loader = Callable[[EngineConfig], ServableModel]
+"""Makes a model that is in no checkpoint, for the options of the engine that asks, in that engine's thread."""
+
 
 class Engine:
     """Runs one Mixture-of-Experts checkpoint for any number of concurrent requests.
 
-    `model` is a checkpoint folder or a hub id. The engine is an async context manager; it works under asyncio and
-    trio, in a thread and an event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`
-    or `ConfigError`. Closing ends what is in flight with `EngineClosedError`.
+    `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
+    options resolve to. The engine is an async context manager; it works under asyncio and trio, in a thread and an
+    event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`, `ConfigError`, or what a
+    loader raises. Closing ends what is in flight with `EngineClosedError`.
     """
 
-    def __init__(self, model: str | Path, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: str | Path | Loader, config: EngineConfig | None = None) -> None:
         self.config = config if config is not None else EngineConfig()
         self._model = model
         self._inbox: Channel[Command] = Channel()
@@ -44,6 +49,7 @@ class Engine:
         self._gone: Channel[None] = Channel()
         self._loop: EngineLoop | None = None
         self._loaded: ServableModel | None = None
+        self._name = ""
         self._open = False
         self._n_threads = torch.get_num_threads()  # of the caller's thread: each has its own setting
         self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
@@ -122,7 +128,7 @@ class Engine:
     @property
     def max_context(self) -> int:
         """Tokens a prompt and its completion may have together. Raises `EngineClosedError` unopened."""
-        return self._opened().resolved.max_context
+        return self._opened().resolved.longest
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
@@ -161,16 +167,19 @@ class Engine:
         recorder = self._loop.recorder if self._loop is not None else None
         if recorder is None:
             raise ConfigError("no routing is recorded; set record=True in EngineConfig and open the engine")
-        folder = Path(self._model).expanduser()
-        return recorder.trace(folder.absolute().name if folder.is_dir() else str(self._model))
+        return recorder.trace(self._name)
 
     def _run(self) -> None:
         """Be the engine's thread."""
         try:
-            loaded = load(self._model, self.config)
+            model = self._model
+            loaded = model(self.config) if callable(model) else load(model, self.config)
+            self._name = _name(model, loaded)
             choose_threads(loaded, self.config, self._n_threads)
-            kernels = choose_kernels(loaded, self.config)
-            dense.accelerate(loaded.model, kernels)
+            on_gpu = loaded.resolved.device == "cuda"  # then the dense part is no business of the CPU's kernels
+            kernels = choose_kernels(loaded, self.config, with_dense=not on_gpu)
+            if not on_gpu:
+                dense.accelerate(loaded.model, kernels)
             rig = assemble_rig(loaded, kernels, self.config)
             self._loop = EngineLoop(
                 loaded,
@@ -190,3 +199,11 @@ class Engine:
             torch.set_num_threads(self._n_threads)  # threads made from now on take the latest setting
             self._loaded = None
             self._gone.push(None)
+
+
+def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
+    """Return what a model is called: its folder's name, its hub id, or what it says of itself."""
+    if callable(model):
+        return loaded.model.name_or_path or str(loaded.model.config.model_type)
+    folder = Path(model).expanduser()
+    return folder.absolute().name if folder.is_dir() else str(model)

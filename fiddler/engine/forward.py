@@ -79,6 +79,12 @@ class StepRunner:
             self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
+    async def run_again(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+        """Run spans that failed half-way; for packed models, whose layers may then hold some of their rows."""
+        for span in spans:
+            cast("SequenceKV", span.request.past).truncate(span.start)
+        return await self.run(spans)
+
     def _wave(self, spans: Sequence[Span[Request]], number: int) -> ModelWave:
         forwards: list[Forward | Replay]
         if self._packed:

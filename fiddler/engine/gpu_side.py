@@ -8,9 +8,12 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
+from fiddler.cache.cache import ExpertCache
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
+from fiddler.cost.room import Room, shrunk
 from fiddler.devices.arena import Arena
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
@@ -19,15 +22,17 @@ from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
 from fiddler.engine.costing import no_costs
+from fiddler.engine.gpu_room import divided
 from fiddler.engine.graphs import Graphs
 from fiddler.engine.side import Side
+from fiddler.errors import ConfigError
 from fiddler.lanes.gpu_crossing import GpuCrossing
 from fiddler.lanes.gpu_jobs import Copying, GpuJobs
+from fiddler.lanes.resident import Resident
 from fiddler.lanes.streams import StreamLanes
 from fiddler.lanes.watch import Watch
 from fiddler.models.kv_arena import KvArena
 from fiddler.models.loaded import ServableModel
-from fiddler.models.lookahead import Lookahead
 from fiddler.store.packed import PackedStore
 from fiddler.trace import Trace
 
@@ -47,42 +52,87 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     gpu = open_gpu()
     gpu.enter()
     host = replace(host, formulas=tuple(_staying(formula) for formula in host.formulas))
-    model: torch.nn.Module = loaded.model
-    model.to(gpu.device)
     store = loaded.store
     assert isinstance(store, PackedStore)
+    room = divided(loaded, gpu, config)
+    arena = _arena(room, gpu)
     pinned = store.pin(gpu.pin)
-    n_slots = min(sum(loaded.n_experts), config.slots or 0)
+    watch, stacks = Watch(), lru_cache(None)(partial(_stack, store, arena))
+    crossing, experts = GpuCrossing(gpu, watch), SlotExperts(stacks, loaded.formulas)
+    jobs = GpuJobs(gpu, crossing, host, experts, Copying(arena, store.block, pinned.holds, StagingRing(gpu)))
     kv_tokens = loaded.resolved.kv_tokens
     assert kv_tokens is not None
-    arena = Arena(n_slots, store.block_bytes, gpu.device)
-    watch = Watch()
-    crossing = GpuCrossing(gpu, watch)
-    experts = SlotExperts(lru_cache(None)(partial(_stack, store, arena)), loaded.formulas)
-    copying = Copying(arena, store.block, pinned.holds, StagingRing(gpu))
-    jobs = GpuJobs(gpu, crossing, host, experts, copying)
+    graphs = _graphs(loaded, gpu, KvArena(kv_tokens), config)
     working = partial(torch_worker, torch.get_num_threads())
-    costs = _costs(loaded, jobs, config)
+
+    def shrink() -> int:
+        """Give slots up for a workspace; returns how many are left."""
+        nonlocal room
+        room = shrunk(room, store.block_bytes)
+        logger.warning("GPU memory ran out; it is now:\n%s", room.table())
+        stacks.cache_clear()
+        if graphs is not None:
+            graphs.forget()
+        jobs.shrink(room.slots)
+        return room.slots
+
     return Side(
         crossing,
         jobs,
-        costs,
-        n_slots,
+        _costs(loaded, jobs, config),
+        room.slots,
         lambda: StreamLanes(jobs, crossing, watch, working=working, trace=trace),
-        partial(_graphs, loaded, gpu, KvArena(kv_tokens), config),
+        graphs,
+        lambda cache: Residency(cache, loaded, jobs).now,
+        shrink if room.slots else None,
         lambda: store.unpin(gpu.unpin),
     )
 
 
-def _graphs(
-    loaded: ServableModel, gpu: Gpu, arena: KvArena, config: EngineConfig, lookahead: Lookahead | None
-) -> Graphs | None:
+def _arena(room: Room, gpu: Gpu) -> Arena:
+    try:
+        return Arena(room.slots, room.slot_bytes, gpu.device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU's free memory is in pieces: no room for the slots of\n{room.table()}\nset vram_budget lower"
+        ) from error
+
+
+class Residency:
+    """Whether every expert of a model is in a slot, and in which: from then on nothing moves."""
+
+    def __init__(self, cache: ExpertCache, loaded: ServableModel, jobs: GpuJobs) -> None:
+        self._cache = cache
+        self._n_experts = loaded.n_experts
+        self._slots = lru_cache(None)(partial(self._table, jobs.gpu.device))
+        self._n_visits = loaded.top_k * len(loaded.n_experts)  # of a token
+        self._counters = jobs.counters["gpu"]
+        self._resident = Resident(jobs.experts, self._slots, self._count)
+
+    def _count(self, n_rows: int) -> None:
+        """Count visits alone: which experts they are of, nobody on the host knows."""
+        self._counters.n_rows += n_rows * self._n_visits
+
+    def now(self) -> Resident | None:
+        """Return what runs layers without the host, if every expert is there."""
+        if self._cache.n_ready < sum(self._n_experts):
+            self._slots.cache_clear()
+            return None
+        return self._resident
+
+    def _table(self, device: torch.device, layer: int) -> Tensor:
+        """Return a layer's slots by expert, int32 `[E]`."""
+        slots = [self._cache.slot((layer, expert)) for expert in range(self._n_experts[layer])]
+        return torch.tensor(slots, dtype=torch.int32).to(device)
+
+
+def _graphs(loaded: ServableModel, gpu: Gpu, arena: KvArena, config: EngineConfig) -> Graphs | None:
     if not loaded.packed:
         return None
     why_not = "" if config.graphs else "graphs=False"
     if config.defer:
         why_not = f"defer={config.defer}: a layer's results come in two parts"
-    return Graphs(loaded.model, gpu, arena, lookahead, why_not)
+    return Graphs(loaded.model, gpu, arena, why_not)
 
 
 def _staying(formula: ExpertFormula) -> ExpertFormula:

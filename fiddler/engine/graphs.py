@@ -6,7 +6,7 @@ says why. The first step of a kind runs so in any case: most kinds are met once.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from fiddler.devices.gpu import Gpu, Graph
 from fiddler.lanes.crossing import Ask, Own
 from fiddler.lanes.gpu_crossing import blank_visits, noted, summed
+from fiddler.lanes.resident import Resident
 from fiddler.models.captured import CapturedCache, Row, StaticInputs, step_numbers
 from fiddler.models.kv_arena import KvArena
 from fiddler.models.lookahead import Lookahead
@@ -29,8 +30,8 @@ LEAST_TOKENS = 256
 MOST_ROWS = 64
 """Steps of more rows are not recorded: beside their experts, launches are nothing."""
 
-Kind = tuple[int, int, int]
-"""(wave of the step, rows, bucket)."""
+Kind = tuple[int, int, int, bool]
+"""(wave of the step, rows, bucket, whether every expert is in a slot)."""
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -79,6 +80,10 @@ class Replay:
         self.dead = True
 
 
+def _nobody() -> None:
+    return
+
+
 @dataclass(slots=True)
 class Graphs:
     """Owner of all recorded steps of a model."""
@@ -86,9 +91,12 @@ class Graphs:
     model: Callable[..., Any]
     gpu: Gpu
     arena: KvArena
-    lookahead: Lookahead | None
     why_not: str = ""
     """Why nothing is recorded any more; empty while it is."""
+    lookahead: Lookahead | None = None
+    """What asks the next layer's router early, within a piece."""
+    resident: Callable[[], Resident | None] = _nobody
+    """What runs layers without the host, while every expert is in a slot."""
     kinds: dict[Kind, Recorded | None] = field(default_factory=dict)
     """`None` for one that was met once."""
     pools: dict[int, object] = field(default_factory=dict)
@@ -98,7 +106,8 @@ class Graphs:
         """Return a step of these rows, or `None` where there is no recording; `wave` is its number in the step."""
         if self.why_not or len(rows) > MOST_ROWS:
             return None
-        kind = wave, bucket(len(rows)), bucket(max(row.position for row in rows) + 1, LEAST_TOKENS)
+        resident, n_tokens = self.resident(), max(row.position for row in rows) + 1
+        kind = wave, bucket(len(rows)), bucket(n_tokens, LEAST_TOKENS), resident is not None
         if kind not in self.kinds:
             self.kinds[kind] = None
             return None
@@ -110,7 +119,14 @@ class Graphs:
         numbers = self.gpu.pinned(4, kind[1], dtype=torch.int64)
         numbers.copy_(step_numbers(self.arena, rows, kind[1]))
         self.gpu.main.run(partial(recorded.inputs.numbers.copy_, numbers, non_blocking=True))
+        if resident is not None:
+            resident.count(len(rows))
         return Replay(recorded, len(rows))
+
+    def forget(self) -> None:
+        """Give back the memory that recorded steps work in; what is met again is recorded again."""
+        self.kinds.clear()
+        self.pools.clear()
 
     def _tried(self, kind: Kind) -> Recorded | None:
         try:
@@ -125,10 +141,10 @@ class Graphs:
 
     def _record(self, kind: Kind) -> Recorded:
         """Run a step of a kind on no sequence, so that all it needs is loaded, and record another."""
-        wave, n_rows, n_tokens = kind
+        wave, n_rows, n_tokens, _ = kind
         inputs = StaticInputs(step_numbers(self.arena, (), n_rows).to(self.gpu.device))
         pool = self.pools.setdefault(wave, self.gpu.pool())
-        for _ in _pieces(self._forward(inputs, n_tokens), self.lookahead, self.gpu.launch):
+        for _ in self._pieces(self._forward(inputs, n_tokens), self.gpu.launch):
             pass
         forward, graphs = self._forward(inputs, n_tokens), list[Graph]()
 
@@ -137,7 +153,7 @@ class Graphs:
             graphs.append(graph)
             return outcome
 
-        outcomes = list(_pieces(forward, self.lookahead, capture))
+        outcomes = list(self._pieces(forward, capture))
         return Recorded(inputs, tuple(map(Segment, graphs, outcomes)), forward)
 
     def _forward(self, inputs: StaticInputs, n_tokens: int) -> Forward:
@@ -154,28 +170,30 @@ class Graphs:
         forward.wave = cache
         return forward
 
+    def _pieces(self, forward: Forward, launch: Callable[[Callable[[], Any]], Any]) -> Iterator[Ask | Tensor]:
+        """Run a forward piece by piece, each within `launch`; yields what each asks for, and the logits."""
+        ask: Ask | None = None
+        try:
+            while not forward.dead:
+                outcome = launch(partial(self._piece, forward, ask))
+                yield outcome
+                ask = outcome if isinstance(outcome, Ask) else None
+        finally:
+            forward.close()
 
-def _pieces(forward: Forward, lookahead: Lookahead | None, launch: Callable[[Callable[[], Any]], Any]) -> Any:
-    """Run a forward piece by piece, each within `launch`; yields what each asks for, and the logits."""
-    ask: Ask | None = None
-    try:
-        while not forward.dead:
-            outcome = launch(partial(_piece, forward, ask, lookahead))
-            yield outcome
-            ask = outcome if isinstance(outcome, Ask) else None
-    finally:
-        forward.close()
-
-
-def _piece(forward: Forward, before: Ask | None, lookahead: Lookahead | None) -> Ask | Tensor:
-    """Sum up what was asked for before, go on to the next experts call, and make what the host wants of it."""
-    output = None
-    if before is not None:
-        assert before.own is not None
-        output = summed(before.own.visits, before.weights)
-    call: ExpertsCall | Tensor = forward.send(output)
-    if isinstance(call, Tensor):
-        return call
-    ahead = lookahead.expects(call.layer, call.hidden) if lookahead is not None else None
-    ask = Ask(*call, ahead)
-    return ask._replace(own=Own(len(call.index), noted(ask), blank_visits(ask)))
+    def _piece(self, forward: Forward, before: Ask | None) -> Ask | Tensor:
+        """Sum up what was asked for before, go on to what the host has to run, and make what it wants of that."""
+        output, resident = None, self.resident()
+        if before is not None:
+            assert before.own is not None
+            output = summed(before.own.visits, before.weights)
+        while True:
+            call: ExpertsCall | Tensor = forward.send(output)
+            if isinstance(call, Tensor):
+                return call
+            if resident is None or not resident.runs(call.layer, call.hidden):
+                break
+            output = resident(Ask(*call, None))
+        ahead = self.lookahead.expects(call.layer, call.hidden) if self.lookahead is not None else None
+        ask = Ask(*call, ahead)
+        return ask._replace(own=Own(len(call.index), noted(ask), blank_visits(ask)))

@@ -1,7 +1,7 @@
 """The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,7 @@ class EngineLoop:
         started_s = now_s()
         spans = assemble(self._running, self._chunk_tokens, chunked=self._loaded.packed)
         try:
-            outcomes = await self._steps.run(spans)
+            outcomes = await self._relieved(spans, await self._steps.run(spans))
         except Exception as error:
             self._fail([span.request for span in spans], "a step failed", error)
         else:
@@ -193,6 +193,15 @@ class EngineLoop:
                 self._deliver(span, outcome)
         self._counters.n_steps += 1
         self._counters.step_s += now_s() - started_s
+
+    async def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Where a GPU's memory ran out, run those spans again with fewer slots, once a step."""
+        short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
+        if not short or not self._loaded.packed or not await self._rig.relieve():
+            return outcomes
+        again = await self._steps.run_again([spans[i] for i in short])
+        relieved = dict(zip(short, again, strict=True))
+        return [relieved.get(i, outcome) for i, outcome in enumerate(outcomes)]
 
     def _deliver(self, span: Span[Request], outcome: Outcome) -> None:
         request = span.request

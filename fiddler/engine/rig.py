@@ -63,6 +63,15 @@ class Rig:
     recorder: Recorder | None
     config: EngineConfig
 
+    async def relieve(self) -> bool:
+        """Have fewer slots, so that what a GPU's memory ran out for finds room; whether that was possible."""
+        if self.side.shrink is None or not self.scheduler.cache.n_slots:
+            return False
+        await self.runner.settle()
+        self.scheduler.cache.shrink(self.side.shrink())
+        await self.runner.preload()
+        return True
+
     async def aclose(self) -> None:
         """Let the lanes finish, end them, and save what the cache has learnt."""
         try:
@@ -83,12 +92,16 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     cache = _cache(loaded, side.n_slots, config)
     scheduler = _scheduler(loaded.resolved, cache, side.costs, config, trace)
     lookahead = _lookahead(loaded, side.n_slots, config)
+    if side.graphs is not None:
+        side.graphs.lookahead = lookahead
+        if not config.record:  # for that the host has to hear of every visit
+            side.graphs.resident = side.residents(cache)
     experts = Experts(side.crossing, loaded.n_experts, _deferred(loaded, config), lookahead)
     recorder = Recorder(loaded.n_experts) if config.record else None
     lanes = side.lanes()  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)
     waves = Waves(config.waves, scheduler, loaded.top_k)
-    steps = StepRunner(loaded, runner, experts, waves, recorder, side.graphs(lookahead))
+    steps = StepRunner(loaded, runner, experts, waves, recorder, side.graphs)
     return Rig(scheduler, lanes, side, runner, steps, trace, recorder, config)
 
 

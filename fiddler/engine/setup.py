@@ -11,11 +11,12 @@ from fiddler.models import dense
 from fiddler.models.loaded import LoadedModel
 
 
-def choose_kernels(loaded: LoadedModel, config: EngineConfig) -> Kernels:
-    """Return the kernels for a model's experts and dense part, calibrated as `config` says."""
+def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:
+    """Return the CPU's kernels for a model's experts and its dense part, calibrated as `config` says."""
     samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
     experts = [matrix for sample in samples for matrix in (*sample.up, sample.down)]
-    return calibrated_kernels([*experts, *dense.matrices(loaded.model)], config)
+    matrices = [*experts, *dense.matrices(loaded.model)] if with_dense else experts
+    return calibrated_kernels(matrices, config)
 
 
 def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> None:

@@ -3,21 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import CostModel
 from fiddler.engine.graphs import Graphs
 from fiddler.lanes.crossing import Crossing
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.gpu_jobs import GpuJobs
 from fiddler.lanes.laneset import LaneSet
-from fiddler.models.lookahead import Lookahead
+from fiddler.lanes.resident import Resident
 
 
 def _nothing() -> None:
     return
 
 
-def _no_graphs(lookahead: Lookahead | None) -> None:
-    return
+def _none_resident(cache: ExpertCache) -> Callable[[], None]:
+    return _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,11 @@ class Side:
     n_slots: int
     lanes: Callable[[], LaneSet]
     """Starts them: their threads live from then on."""
-    graphs: Callable[[Lookahead | None], Graphs | None] = _no_graphs
-    """Makes what records decoding steps, and owns where keys and values lie, where there is any."""
+    graphs: Graphs | None = None
+    """What records decoding steps, and knows where keys and values lie: for packed models on a GPU."""
+    residents: Callable[[ExpertCache], Callable[[], Resident | None]] = _none_resident
+    """What runs layers without the host, and when, by what a cache holds."""
+    shrink: Callable[[], int] | None = None
+    """Gives slots up where a GPU's memory ran out, while no lane works; returns how many are left, all empty."""
     close: Callable[[], None] = _nothing
     """To be called once the lanes have ended."""

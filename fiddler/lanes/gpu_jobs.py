@@ -146,6 +146,13 @@ class GpuJobs:
         if self._landing.get(job.slot) is event:
             del self._landing[job.slot]
 
+    def shrink(self, n_slots: int) -> None:
+        """Have fewer slots, which hold nothing. No lane may work."""
+        self.gpu.link.follow(self.gpu.main.mark())  # which may still read the memory that slots will be in
+        self.copying.arena.shrink(n_slots)
+        self._landing.clear()
+        self._read.clear()
+
     def _count(self, lane: LaneName, job: RunExperts) -> None:
         counters = self.counters[lane]
         counters.n_rows += sum(load.n_rows for load in job.loads)

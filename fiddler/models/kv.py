@@ -52,6 +52,11 @@ class LayerKV:
         """Bytes reserved."""
         return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return sum(t.nbytes // t.shape[-2] for t in (self._keys, self._values) if t is not None)
+
     def _roomy(self, keys: Tensor, values: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
         """Return buffers with room for `n_tokens` tokens such as these."""
         return self._grown(self._keys, keys, n_tokens), self._grown(self._values, values, n_tokens)
@@ -113,6 +118,11 @@ class SequenceKV:
         """Take note that its run holds `n_tokens` tokens: a recorded step writes them without asking."""
         for layer in self._layers.values():
             layer.length = n_tokens
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over the layers that hold any."""
+        return sum(layer.token_bytes for layer in self._layers.values())
 
     @property
     def nbytes(self) -> int:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
+from fiddler.cache.slots import Reservation
 from fiddler.scheduler.jobs import Jobs
 from fiddler.scheduler.layer import LayerRun
 from fiddler.scheduler.messages import CopyExpert, Reason

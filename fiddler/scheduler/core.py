@@ -8,8 +8,9 @@ all that cannot run from a slot goes to the CPU; without the CPU what can be fet
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
+from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel

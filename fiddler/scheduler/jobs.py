@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from fiddler.cache.cache import Reservation
+from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.scheduler.layer import LayerRun

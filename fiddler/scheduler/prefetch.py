@@ -7,8 +7,9 @@ made only where its chance of being used, times what that saves, is more than wh
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
+from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Planner

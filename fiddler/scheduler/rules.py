@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
+from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
 from fiddler.scheduler.routing import Load

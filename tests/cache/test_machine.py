@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
 from fiddler.cache.policy import POLICIES, make_policy
+from fiddler.cache.slots import Reservation
 from fiddler.cache.static import uniform
 
 LAYERS = (4, 3, 5)

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
 from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.slots import Slots
+from fiddler.cache.slots import Reservation, Slots
 from fiddler.cache.static import uniform
 
 LAYERS = (4, 4)

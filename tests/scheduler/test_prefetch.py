@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cache.cache import ExpertCache, Reservation
+from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key, Rows
 from fiddler.cache.policy import make_policy
+from fiddler.cache.slots import Reservation
 from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, CostModel, ExpertCosts
 from fiddler.scheduler.messages import LayerReady

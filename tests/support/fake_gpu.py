@@ -97,6 +97,7 @@ class FakeGpu:
         self.main, self.link, self.down, self.up = (FakeStream(self) for _ in range(4))
         self.n_graphs = 0
         self.total = total
+        self.workspace = 1 << 20
         self._random = Random(seed)
         self._pinnable = pinnable
 
@@ -138,6 +139,10 @@ class FakeGpu:
 
     def memory(self) -> Memory:
         return Memory(self.total, self.total)
+
+    def peak(self, work: Callable[[], object]) -> int:
+        work()
+        return self.workspace
 
     def reclaim(self) -> None:
         pass
