@@ -16,7 +16,7 @@ from fiddler.cost.machine import Machine, expert_costs
 from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.devices.calibrate import calibration_file
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.measure import Bench, Measured
+from fiddler.devices.measure import Measured, Measures
 from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 
@@ -87,13 +87,13 @@ class Calibration:
     """Whether it was measured now; else it was read from the file."""
 
 
-def calibrate(bench: Bench, loaded: LoadedModel, config: EngineConfig, *, anew: bool = False) -> Calibration:
-    """Return this machine's costs for a model's experts: from the stored file, or measured and stored.
+def calibrate(bench: Measures, loaded: LoadedModel, config: EngineConfig, *, anew: bool = False) -> Calibration:
+    """Return this machine's costs for a model: from the stored file, or measured and stored.
 
-    Layers whose experts have the same shape are measured once. Where the file cannot be written, nothing is stored
-    and the next start measures again.
+    Layers whose experts have the same shape, and reach the device the same way, are measured once. Where the file
+    cannot be written, nothing is stored and the next start measures again.
     """
-    shapes = [_shape(bench.host, layer) for layer in range(len(loaded.n_experts))]
+    shapes = [_shape(bench.host, layer) + bench.way(layer) for layer in range(len(loaded.n_experts))]
     file = _file(shapes, bench, config)
     stored = None if anew else _read(file, len(shapes))
     if stored is not None:
@@ -105,7 +105,8 @@ def calibrate(bench: Bench, loaded: LoadedModel, config: EngineConfig, *, anew: 
             alike = [i for i, s in enumerate(shapes) if (s, loaded.n_experts[i]) == (shape, n_experts)]
             by_shape[shape] = bench.measure(alike[:N_LAYERS])
     first = next(iter(by_shape.values()))
-    costs = CostModel(experts=tuple(by_shape[s].costs for s in shapes), contention=first.contention)
+    experts = tuple(by_shape[s].costs for s in shapes)
+    costs = bench.completed(CostModel(experts=experts, contention=first.contention))
     held_out = tuple(h for i, measured in enumerate(by_shape.values()) for h in _held_out(i, measured))
     _write(file, costs, held_out)
     return Calibration(costs, held_out, file, fresh=True)
@@ -157,7 +158,7 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _file(shapes: list[str], bench: Bench, config: EngineConfig) -> Path:
+def _file(shapes: list[str], bench: Measures, config: EngineConfig) -> Path:
     key = hashlib.sha256("; ".join([*shapes, bench.device_name, config.kernels, _cpu()]).encode()).hexdigest()[:12]
     kernels = calibration_file(config)
     return kernels.with_name(kernels.name.replace("kernels-", f"costs-{key}-"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fiddler.devices.gpu import Gpu, Graph
+from fiddler.errors import UnsupportedModelError
 from fiddler.lanes.crossing import Ask, Own
 from fiddler.lanes.gpu_crossing import blank_visits, noted, summed
 from fiddler.lanes.resident import Resident
@@ -97,6 +98,8 @@ class Graphs:
     """What asks the next layer's router early, within a piece."""
     resident: Callable[[], Resident | None] = _nobody
     """What runs layers without the host, while every expert is in a slot."""
+    whole: bool = False
+    """Whether layers transform the past before they attend to it; found out."""
     kinds: dict[Kind, Recorded | None] = field(default_factory=dict)
     """`None` for one that was met once."""
     pools: dict[int, object] = field(default_factory=dict)
@@ -144,8 +147,11 @@ class Graphs:
         wave, n_rows, n_tokens, _ = kind
         inputs = StaticInputs(step_numbers(self.arena, (), n_rows).to(self.gpu.device))
         pool = self.pools.setdefault(wave, self.gpu.pool())
-        for _ in self._pieces(self._forward(inputs, n_tokens), self.gpu.launch):
-            pass
+        try:
+            self._rehearse(inputs, n_tokens)
+        except UnsupportedModelError:
+            self.whole = True
+            self._rehearse(inputs, n_tokens)
         forward, graphs = self._forward(inputs, n_tokens), list[Graph]()
 
         def capture(work: Callable[[], Any]) -> Any:
@@ -156,8 +162,12 @@ class Graphs:
         outcomes = list(self._pieces(forward, capture))
         return Recorded(inputs, tuple(map(Segment, graphs, outcomes)), forward)
 
+    def _rehearse(self, inputs: StaticInputs, n_tokens: int) -> None:
+        for _ in self._pieces(self._forward(inputs, n_tokens), self.gpu.launch):
+            pass
+
     def _forward(self, inputs: StaticInputs, n_tokens: int) -> Forward:
-        cache = CapturedCache(self.arena, inputs, n_tokens)
+        cache = CapturedCache(self.arena, inputs, n_tokens, whole=self.whole)
 
         def run() -> Tensor:
             output = self.model(

@@ -63,43 +63,57 @@ def step_numbers(arena: KvArena, rows: Sequence[Row], n: int) -> Tensor:
 class CapturedCache(Cache):
     """Keys and values of one row a sequence, in the arena: `update` writes rows where the inputs say.
 
-    Layers must hand what `update` returns to the attention as it is; else `UnsupportedModelError` is raised.
+    What `update` returns is what it was given, for the attention looks the past up itself; or, `whole`, the past of
+    all sequences, each as long as the bucket, for models that transform it first (MLA expands latents). Which of
+    the two a model wants shows: `UnsupportedModelError` says that it is not the first.
     """
 
-    def __init__(self, arena: KvArena, inputs: StaticInputs, n_tokens: int) -> None:
+    def __init__(self, arena: KvArena, inputs: StaticInputs, n_tokens: int, *, whole: bool = False) -> None:
         """`n_tokens` is the bucket: no sequence is longer."""
         super().__init__(layers=[])
         self._arena = arena
         self._inputs = inputs
         self._n_tokens = n_tokens
-        self._returned: dict[
-            int, tuple[int, Tensor, Tensor]
-        ] = {}  # by id of the keys, held so that ids stay theirs
+        self._whole = whole
+        # By id of the keys, which are held so that ids stay theirs.
+        self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._at: Tensor | None = None
         self._past: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write `[1, heads, n, dim]` and return them."""
+        """Write `[1, heads, n, dim]`; returns them, or `whole` pasts `[1, heads, n · bucket, dim]`."""
         keys, values = self._arena.layer(layer_idx)
         if self._at is None:
             self._at = self._inputs.starts + self._inputs.lengths - 1
         keys.index_copy_(0, self._at, key_states[0].transpose(0, 1))
         values.index_copy_(0, self._at, value_states[0].transpose(0, 1))
-        self._returned[id(key_states)] = layer_idx, key_states, value_states
+        if self._whole:
+            key_states, value_states = (part.flatten(0, 1).transpose(0, 1)[None] for part in self._pasts(layer_idx))
+        else:
+            self._returned[id(key_states)] = layer_idx, key_states, value_states
         return key_states, value_states
 
     def past(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pasts `[n, heads, bucket, dim]` that stand behind what the attention was given."""
+        if self._whole:
+            sizes = self._inputs.starts.shape[0], self._n_tokens
+            own_keys, own_values = (part[0].unflatten(1, sizes).transpose(0, 1) for part in (keys, values))
+            return own_keys, own_values
         layer, returned_keys, returned_values = self._returned.get(id(keys), (-1, None, None))
         if returned_keys is not keys or returned_values is not values:
             raise UnsupportedModelError("a layer changes keys or values between cache and attention")
-        if self._past is None:
-            ahead = torch.arange(self._n_tokens, device=keys.device)
-            self._past = (self._inputs.starts[:, None] + ahead).clamp(max=self._arena.spare)  # [n, bucket]
-        own_keys, own_values = (part[self._past].transpose(1, 2) for part in self._arena.layer(layer))
+        own_keys, own_values = (part.transpose(1, 2) for part in self._pasts(layer))
         return own_keys, own_values
+
+    def _pasts(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, `[n, bucket, heads, dim]`."""
+        if self._past is None:
+            ahead = torch.arange(self._n_tokens, device=self._inputs.numbers.device)
+            self._past = (self._inputs.starts[:, None] + ahead).clamp(max=self._arena.spare)  # [n, bucket]
+        keys, values = self._arena.layer(layer)
+        return keys[self._past], values[self._past]
 
     def visible(self, window: int, chunk: int) -> Tensor:
         """Return what each row sees, `[n, 1, 1, bucket]` bool, within a window or a chunk if these are not 0."""
