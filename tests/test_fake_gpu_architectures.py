@@ -1,4 +1,4 @@
-"""Every architecture on a GPU whose streams run late: the same tokens; decoding steps are recorded where they can be."""
+"""Every architecture on a GPU whose streams run late: the same tokens, from recorded steps where those can be."""
 
 from pathlib import Path
 

@@ -136,11 +136,11 @@ class GpuExperts:
         deadline = None if budget_s is None else perf_counter() + budget_s
         slots, queued = cycle(range(self.n_slots)), deque[tuple[Event, Event]]()
         try:
-            for n, key in enumerate(cycle(keys), 2 - AHEAD):
+            for n_queued, key in enumerate(cycle(keys), 1):
                 queued.append(self._copy(key, next(slots)))
                 if len(queued) == AHEAD:
                     yield _took(*queued.popleft(), PAUSE_S)
-                    if deadline is not None and perf_counter() > deadline and n > 1:
+                    if deadline is not None and perf_counter() > deadline and n_queued > AHEAD:
                         return
         finally:
             for _, landed in queued:
