@@ -13,7 +13,7 @@ INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 # A machine without an NVIDIA GPU wants the CPU build, where an index has one: the other brings gigabytes of CUDA.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: demo test check lowest format figures documents clean
+.PHONY: demo test gpu check lowest format figures documents clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -22,6 +22,10 @@ demo: $(VENV)/.runtime
 # One worker a core, whole files each: what a file's tests share is made once.
 test: check lowest
 	$(RUN) pytest -n auto --dist loadfile
+
+# On a machine with an NVIDIA GPU: the kernels compiled, and the engine on the real thing. docs/gpu.md has the rest.
+gpu: $(VENV)/.dev
+	FIDDLER_GPU=1 $(RUN) pytest tests/devices tests/gpu
 
 check: $(VENV)/.dev
 	$(RUN) ruff check .

@@ -143,6 +143,16 @@ SCHEMAS: Mapping[str, dict[str, Schema]] = {
         "cells": [_CHUNKED],
     },
     "quality": {"modules": [str], "tokens": int, "n_bytes": int, "paths": Each(_PATH)},
+    "synthetic": {
+        "settings": {"model": str, "device": str, "routing": str, "n_sequences": int, "prompt": int, "new": int},
+        "model": {"n_layers": int, "dtype": str, "dense_bytes": int, "expert_bytes": int},
+        "fill_s": NUMBER,
+        "fill_gbs": NUMBER,
+        "n_slots": int,
+        "first_token_s": SPREAD,
+        "tokens_per_s": SPREAD,
+        "hit_share": SPREAD,
+    },
     "waves": {"setting": {"prompt": int, "new": int, "resident": NUMBER}, "cells": [_WAVES]},
     "world": {
         "routing": str,

@@ -5,6 +5,9 @@ import os
 # Before torch is imported: tiny matrices lose by threads, and subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Most tests are about the CPU, and `device="auto"` would take a GPU. `make gpu` runs those that are about one.
+if "FIDDLER_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,8 @@ import hypothesis
 import pytest
 import transformers
 from transformers import PreTrainedModel
+
+pytest.register_assert_rewrite("tests.support.conformance")
 
 # Machines that run tests are shared and slow at times; nothing here is about time.
 hypothesis.settings.register_profile(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fiddler import CheckpointError, ConfigError, EngineConfig, UnsupportedModelError
+from fiddler import CheckpointError, ConfigError, Engine, EngineClosedError, EngineConfig, UnsupportedModelError
 from fiddler.models.loaded import ServableModel, find_checkpoint, load
 from tests.support.tiny import save_tiny
 
@@ -127,3 +128,37 @@ def test_pickled_weights_are_not_opened(tiny: Path) -> None:
 def test_a_context_longer_than_the_models(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="max_context=100000"):
         opened(tiny, max_context=100_000)
+
+
+@pytest.mark.anyio
+async def test_a_model_that_is_made_is_opened_like_a_checkpoint(tiny: Path) -> None:
+    config = EngineConfig(kernels="linear", record=True)
+    asked: list[tuple[EngineConfig, str]] = []
+
+    def make(options: EngineConfig) -> ServableModel:
+        asked.append((options, threading.current_thread().name))
+        return load(tiny, options)
+
+    async with Engine(tiny, config) as engine:
+        expected = await engine.generate([1, 2, 3], max_new_tokens=5, do_sample=False)
+        assert engine.routing().model == tiny.name
+    engine = Engine(make, config)
+    assert asked == []
+    async with engine:
+        found = await engine.generate([1, 2, 3], max_new_tokens=5, do_sample=False)
+    assert asked == [(config, "fiddler-engine")]
+    assert found.token_ids == expected.token_ids
+    assert engine.routing().model == str(tiny)  # what transformers has loaded it from
+
+
+@pytest.mark.anyio
+async def test_what_making_a_model_raises_is_raised_by_opening() -> None:
+    def make(options: EngineConfig) -> ServableModel:
+        raise ConfigError(f"no memory for device={options.device!r}")
+
+    engine = Engine(make)
+    with pytest.raises(ConfigError, match="no memory for device='auto'"):
+        async with engine:
+            pass
+    with pytest.raises(EngineClosedError):
+        engine.generate_stream([1])

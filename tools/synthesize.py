@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +97,25 @@ class Plan:
 
 def config_of(spec: str, **overrides: Any) -> dict[str, Any]:
     """Return the configuration for `NAME[:layers=N]`; `overrides` replace single values. Raises `ValueError`."""
+    name, n_layers = parsed(spec, MODELS)
+    published, n_default = MODELS[name]
+    return cut(published, n_layers or n_default) | overrides
+
+
+def parsed(spec: str, names: Iterable[str]) -> tuple[str, int | None]:
+    """Return the name and the layers of `NAME[:layers=N]`, where it gives them. Raises `ValueError`."""
     name, _, options = spec.partition(":")
     key, _, value = options.partition("=")
-    if name not in MODELS or (options and (key != "layers" or not value.isdigit() or value == "0")):
-        raise ValueError(f"{spec!r} is not NAME[:layers=N] with NAME one of {', '.join(MODELS)}")
-    published, n_default = MODELS[name]
-    n_layers = int(value) if value else n_default
+    if name not in names or (options and (key != "layers" or not value.isdigit() or int(value) == 0)):
+        raise ValueError(f"{spec!r} is not NAME[:layers=N] with NAME one of {', '.join(names)}")
+    return name, int(value) if value else None
+
+
+def cut(published: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+    """Return a configuration with so many layers, and the share of the vocabulary that belongs to them."""
     share = published["vocab_size"] * n_layers / published["num_hidden_layers"]
     vocabulary = max(1, round(share / VOCABULARY_STEP)) * VOCABULARY_STEP
-    return published | {"num_hidden_layers": n_layers, "vocab_size": vocabulary} | overrides
+    return {**published, "num_hidden_layers": n_layers, "vocab_size": vocabulary}
 
 
 def tensors(config: dict[str, Any]) -> Iterator[Plan]:

@@ -17,8 +17,11 @@ from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fiddler.cost.model import ExpertCosts
+    from fiddler.cost.model import CostModel, ExpertCosts
     from fiddler.engine.costing import Calibration, HeldOut
+
+
+_DEVICES = ("cpu", "sim", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,12 @@ class CalibrateOptions:
     """What is measured, and how the result is printed."""
 
     device: Annotated[
-        str, typer.Option("--device", metavar="cpu|sim", help="sim also measures slots, copies and contention.")
+        str,
+        typer.Option(
+            "--device",
+            metavar="cpu|sim|cuda",
+            help="sim also measures slots, copies and contention; cuda does so on the GPU, with its dense part.",
+        ),
     ] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.", min=1)] = None
     anew: Annotated[bool, typer.Option("--anew", help="Measure even if it is stored.")] = False
@@ -34,8 +42,8 @@ class CalibrateOptions:
 
     def config(self, checkpoint: CheckpointOptions) -> EngineConfig:
         """Return the engine's configuration. Raises `ConfigError`."""
-        if self.device not in ("cpu", "sim"):
-            raise ConfigError(f"device={self.device!r} cannot be measured; known: cpu, sim")
+        if self.device not in _DEVICES:
+            raise ConfigError(f"device={self.device!r} cannot be measured; known: {', '.join(_DEVICES)}")
         return EngineConfig(
             device=self.device, threads=self.threads, trust_remote_code=checkpoint.trust_remote_code
         )
@@ -52,13 +60,13 @@ def calibrate(checkpoint: CheckpointOptions, options: CalibrateOptions) -> None:
         config = options.config(checkpoint)
         with notes.working(f"measuring the experts of {checkpoint.name}", spin=checkpoint.is_local):
             from fiddler.engine.costing import calibrate as measure
-            from fiddler.engine.sample import bench_of, open_experts
+            from fiddler.engine.sample import open_bench, open_experts
 
             experts = open_experts(checkpoint.source, config)
-            bench = bench_of(experts, config)
-            began = perf_counter()
-            found = measure(bench, experts, config, anew=options.anew)
-            took_s = perf_counter() - began
+            with open_bench(experts, config) as bench:
+                began = perf_counter()
+                found = measure(bench, experts, config, anew=options.anew)
+                took_s = perf_counter() - began
         if options.as_json:
             print(json.dumps(_as_json(checkpoint, options, found)))
         else:
@@ -129,6 +137,7 @@ def _lines(found: "Calibration", took_s: float) -> Iterator[tuple[str, str]]:
         )
         cpu, link = costs.contention.cpu, costs.contention.link
         yield "side by side", f"the CPU takes {cpu:.2f} times as long, the link {link:.2f} times"
+    yield from _beside_experts(costs)
     errors = sorted(held_out.error for held_out in found.held_out)
     if errors:
         yield (
@@ -136,3 +145,15 @@ def _lines(found: "Calibration", took_s: float) -> Iterator[tuple[str, str]]:
             f"{100 * errors[len(errors) // 2]:.1f} % in the median, at rows in brackets: no curve knows them",
         )
     yield "measured", f"now, in {took_s:.1f} s" if found.fresh else "before; --anew measures again"
+
+
+def _beside_experts(costs: "CostModel") -> Iterator[tuple[str, str]]:
+    """Yield what is measured on a GPU only."""
+    moves, dense = costs.moves, costs.dense
+    if moves.fixed_s > 0.0:
+        yield "moves", f"{moves.fixed_s * 1e6:,.0f} μs a layer, {moves.row_s * 1e9:,.0f} ns a row, there and back"
+    if dense.rows(1) > 0.0:
+        by_rows = ", ".join(f"{seconds * 1e6:,.0f} for {n:.0f}" for n, seconds in dense.rows.points)
+        yield "dense part", f"μs a layer by rows: {by_rows}; {dense.context_s * 1e9:,.1f} ns a token of context"
+        yield "output head", f"{dense.head(1) * 1e6:,.0f} μs for a row"
+        yield "host", f"{costs.host_s * 1e6:,.0f} μs a layer beside that"

@@ -5,18 +5,20 @@ together exceed the caches. Row counts are measured in rounds, so that a busy mo
 of them alone, and of all runs the fastest tenth counts, for noise only ever adds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from threading import Event, Thread
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, ExpertCosts
+from fiddler.cost.model import Contention, CostModel, ExpertCosts
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.sim import SimDevice
 from fiddler.scheduler.routing import Load
@@ -43,6 +45,8 @@ _MOST = 1000
 
 Points = tuple[tuple[float, float], ...]
 """(rows, seconds)."""
+Copies = Callable[[float | None], Iterator[float]]
+"""Copies experts into slots for so many seconds, or for ever; yields the seconds of each copy, at least two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,35 @@ class Measured:
     """Empty without an accelerator."""
 
 
+class Measures(Protocol):
+    """What measures a model with the engine's own devices."""
+
+    @property
+    def host(self) -> CpuDevice:
+        """The CPU, and the experts on it."""
+        ...
+
+    @property
+    def device_name(self) -> str:
+        """What the costs belong to, beside the CPU and the experts."""
+        ...
+
+    def way(self, layer: int) -> str:
+        """Say what tells a layer's experts from others of the same shape; empty where nothing does."""
+        ...
+
+    def measure(self, layers: Sequence[int]) -> Measured:
+        """Measure the experts of layers that share a shape and a way."""
+        ...
+
+    def completed(self, costs: CostModel) -> CostModel:
+        """Return the costs of a model's experts with what else is measured on the device."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Measures with the engine's own devices, in the calling thread."""
+    """Measures the CPU, and a simulated accelerator if there is one, in the calling thread."""
 
     host: CpuDevice
     n_experts: tuple[int, ...]
@@ -69,21 +99,30 @@ class Bench:
         """What the costs belong to."""
         return "cpu" if self.accelerator is None else f"sim {self.accelerator.link_bytes_per_s}"
 
+    def way(self, layer: int) -> str:
+        """Return nothing: experts of one shape are alike."""
+        return ""
+
+    def completed(self, costs: CostModel) -> CostModel:
+        """Return the costs as they are: the dense part is on the CPU, where its rows are."""
+        return costs
+
     def measure(self, layers: Sequence[int]) -> Measured:
         """Measure the experts of layers that share a shape."""
         with torch.inference_mode():
-            sample = self._sample(layers)
+            sample = self.sample(layers)
             nbytes = self.host.weights(*sample[0]).nbytes
             on_host = [self.host.weights(*key) for key in sample]
-            cpu, cpu_held_out = self._curve(layers[0], on_host)
+            cpu, cpu_held_out = self.curve(layers[0], on_host)
             if self.accelerator is None:
                 return Measured(ExpertCosts(cpu, cpu, 0.0, nbytes), Contention(), cpu_held_out, ())
-            gpu, gpu_held_out = self._curve(layers[0], _filled(self.accelerator, sample))
-            copy_s = typical(list(_copies(self.accelerator, sample, BESIDE_S)))
-            contention = self._contention(layers[0], on_host, _Copying(self.accelerator, sample), copy_s)
+            gpu, gpu_held_out = self.curve(layers[0], _filled(self.accelerator, sample))
+            copies = partial(_copies, self.accelerator, sample)
+            copy_s = typical(list(copies(BESIDE_S)))
+            contention = self.contention(layers[0], on_host, copies, copy_s)
             return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
 
-    def _sample(self, layers: Sequence[int]) -> list[tuple[int, int]]:
+    def sample(self, layers: Sequence[int]) -> list[tuple[int, int]]:
         """Choose experts, the first of every layer first, and have them in memory."""
         keys = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
         n = max(2, SAMPLE_BYTES // self.host.weights(*keys[0]).nbytes + 1)
@@ -91,6 +130,33 @@ class Bench:
         for key in keys[:n]:
             self._run(key[0], 1, self.host.weights(*key), rows)
         return keys[:n]
+
+    def curve(self, layer: int, sample: Sequence[ExpertWeights]) -> tuple[Curve, Points]:
+        """Return the seconds of the CPU by rows of an expert: a curve, and what it was not fitted to."""
+        experts, rows = cycle(sample), self._rows(layer, max(FITTED))
+        return curve_of(lambda n: self._run(layer, n, next(experts), rows))
+
+    def contention(self, layer: int, sample: Sequence[ExpertWeights], copies: Copies, copy_s: float) -> Contention:
+        """Run one-row experts here, alone and beside copies in a second thread; returns what both lose.
+
+        `copy_s` is what a copy takes alone.
+        """
+        rows = self._rows(layer, 1)
+
+        def experts_s() -> float:
+            deadline, taken = perf_counter() + BESIDE_S, list[float]()
+            for weights in cycle(sample):
+                taken.append(self._run(layer, 1, weights, rows))
+                if perf_counter() > deadline and len(taken) > 2:
+                    break
+            return typical(taken)
+
+        alone_s = experts_s()
+        with _beside(copies) as copied:
+            beside_s = experts_s()
+            n_copied = len(copied)  # what ends later may have run alone
+        within = copied[:n_copied] or copied
+        return Contention(max(1.0, beside_s / alone_s), max(1.0, typical(within) / copy_s))
 
     def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor) -> float:
         """Run an expert on the first of `rows`; returns its seconds.
@@ -106,78 +172,50 @@ class Bench:
         sample = self.host.weights(layer, 0).up[0]
         return torch.randn(n_rows, sample.shape[1]).to(sample.dtype)
 
-    def _curve(self, layer: int, sample: Sequence[ExpertWeights]) -> tuple[Curve, Points]:
-        """Return a curve through the fitted row counts, and what the others took."""
-        began, experts = perf_counter(), cycle(sample)
-        taken: dict[int, list[float]] = {}
-        rows = self._rows(layer, max(FITTED))
-        for n in sorted((*FITTED, *HELD_OUT)):
-            if not taken or perf_counter() - began < TOO_LONG_S:
-                taken[n] = [self._run(layer, n, next(experts), rows)]
-        for n_runs in range(2, _MOST):
-            spent = perf_counter() - began > CURVE_S
-            due = [n for n, runs in taken.items() if not spent or n_runs <= (2 if max(runs) > LONG_S else LEAST)]
-            for n in due:
-                taken[n].append(self._run(layer, n, next(experts), rows))
-            if not due:
-                break
-        points = [(float(n), typical(runs)) for n, runs in taken.items()]
-        held_out = tuple((n, seconds) for n, seconds in points if n in HELD_OUT)
-        return Curve(rising([(n, seconds) for n, seconds in points if n in FITTED])), held_out
 
-    def _contention(
-        self, layer: int, sample: Sequence[ExpertWeights], copying: "_Copying", copy_s: float
-    ) -> Contention:
-        """Run one-row experts here, alone and beside copies in a second thread; returns what both lose."""
-        rows = self._rows(layer, 1)
-
-        def experts_s() -> float:
-            deadline, taken = perf_counter() + BESIDE_S, list[float]()
-            for weights in cycle(sample):
-                taken.append(self._run(layer, 1, weights, rows))
-                if perf_counter() > deadline and len(taken) > 2:
-                    break
-            return typical(taken)
-
-        alone_s = experts_s()
-        with copying.beside() as copies:
-            beside_s = experts_s()
-            n_copied = len(copies)  # what ends later may have run alone
-        within = copies[:n_copied] or copies
-        return Contention(max(1.0, beside_s / alone_s), max(1.0, typical(within) / copy_s))
+def curve_of(run: Callable[[int], float]) -> tuple[Curve, Points]:
+    """Return a curve through the fitted row counts, and what the others took; `run` gives the seconds of one."""
+    began = perf_counter()
+    taken: dict[int, list[float]] = {}
+    for n in sorted((*FITTED, *HELD_OUT)):
+        if not taken or perf_counter() - began < TOO_LONG_S:
+            taken[n] = [run(n)]
+    for n_runs in range(2, _MOST):
+        spent = perf_counter() - began > CURVE_S
+        due = [n for n, runs in taken.items() if not spent or n_runs <= (2 if max(runs) > LONG_S else LEAST)]
+        for n in due:
+            taken[n].append(run(n))
+        if not due:
+            break
+    points = [(float(n), typical(runs)) for n, runs in taken.items()]
+    held_out = tuple((n, seconds) for n, seconds in points if n in HELD_OUT)
+    return Curve(rising([(n, seconds) for n, seconds in points if n in FITTED])), held_out
 
 
-@dataclass(frozen=True, slots=True)
-class _Copying:
-    """Copies in a thread of its own, as the link's lane makes them."""
+@contextmanager
+def _beside(copies: Copies) -> Iterator[list[float]]:
+    """Copy in another thread while the context lasts; gives the seconds of the copies that are done."""
+    stop, begun, taken, n_threads = Event(), Event(), list[float](), torch.get_num_threads()
 
-    accelerator: SimDevice
-    sample: Sequence[tuple[int, int]]
-
-    @contextmanager
-    def beside(self) -> Iterator[list[float]]:
-        """Copy while the context lasts; gives the seconds of the copies that are done."""
-        stop, begun, taken, n_threads = Event(), Event(), list[float](), torch.get_num_threads()
-
-        def work() -> None:
-            torch.set_num_threads(n_threads)  # each thread has its own setting
-            try:
-                for seconds in _copies(self.accelerator, self.sample, None):
-                    taken.append(seconds)
-                    begun.set()
-                    if stop.is_set():
-                        return
-            finally:
-                begun.set()  # also where a copy failed: nobody waits for ever
-
-        thread = Thread(target=work, name="fiddler-measure")
-        thread.start()
+    def work() -> None:
+        torch.set_num_threads(n_threads)  # each thread has its own setting
         try:
-            begun.wait()
-            yield taken
+            for seconds in copies(None):
+                taken.append(seconds)
+                begun.set()
+                if stop.is_set():
+                    return
         finally:
-            stop.set()
-            thread.join()
+            begun.set()  # also where a copy failed: nobody waits for ever
+
+    thread = Thread(target=work, name="fiddler-measure")
+    thread.start()
+    try:
+        begun.wait()
+        yield taken
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _filled(accelerator: SimDevice, sample: Sequence[tuple[int, int]]) -> list[ExpertWeights]:

@@ -27,7 +27,10 @@ def calibrate_gpu(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig, *,
     The model's dense part is there, and no lane works. `jobs` are the engine's: slots are overwritten, but what
     they have counted and queued is left alone. Raises what a step raises, such as `torch.OutOfMemoryError`.
     """
-    return calibrate(GpuBench.of(loaded, jobs, config), loaded, config, anew=anew)
+    try:
+        return calibrate(GpuBench.of(loaded, jobs, config), loaded, config, anew=anew)
+    finally:
+        jobs.gpu.reclaim()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,9 @@ class GpuBench:
     @property
     def device_name(self) -> str:
         """What the costs belong to: the GPU, the dense part, and how far an engine can go with it."""
-        loaded, config = self.loaded, self.config
-        how = f"graphs {config.graphs and not config.defer}, prefetch {config.prefetch}, packed {loaded.packed}"
-        return (
-            f"cuda {self.experts.jobs.gpu.name}, {self.experts.n_slots} slots, {Extent.of(loaded, config)}, {how}, "
-            f"transformers {transformers.__version__}, {_outline(loaded.model)}"
-        )
+        model = f"{_outline(self.loaded.model)}, transformers {transformers.__version__}"
+        how = f"packed {self.loaded.packed}, {Extent.of(self.loaded, self.config)}"
+        return f"cuda {self.experts.jobs.gpu.name}, {self.experts.n_slots} slots, {model}, {how}"
 
     def way(self, layer: int) -> str:
         """Say how a layer's experts come to their slots."""

@@ -21,7 +21,7 @@ from fiddler.devices.cuda import CudaGpu
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
-from fiddler.engine.costing import no_costs
+from fiddler.engine.gpu_costing import calibrate_gpu
 from fiddler.engine.gpu_room import divided
 from fiddler.engine.graphs import Graphs
 from fiddler.engine.side import Side
@@ -105,13 +105,7 @@ class Residency:
         self._cache = cache
         self._n_experts = loaded.n_experts
         self._slots = lru_cache(None)(partial(self._table, jobs.gpu.device))
-        self._n_visits = loaded.top_k * len(loaded.n_experts)  # of a token
-        self._counters = jobs.counters["gpu"]
-        self._resident = Resident(jobs.experts, self._slots, self._count)
-
-    def _count(self, n_rows: int) -> None:
-        """Count visits alone: which experts they are of, nobody on the host knows."""
-        self._counters.n_rows += n_rows * self._n_visits
+        self._resident = Resident(jobs.experts, self._slots, jobs.counters["gpu"])
 
     def now(self) -> Resident | None:
         """Return what runs layers without the host, if every expert is there."""
@@ -132,7 +126,7 @@ def _graphs(loaded: ServableModel, gpu: Gpu, arena: KvArena, config: EngineConfi
     why_not = "" if config.graphs else "graphs=False"
     if config.defer:
         why_not = f"defer={config.defer}: a layer's results come in two parts"
-    return Graphs(loaded.model, gpu, arena, why_not)
+    return Graphs(loaded.model, gpu, arena, loaded.top_k * len(loaded.n_experts), why_not)
 
 
 def _staying(formula: ExpertFormula) -> ExpertFormula:
@@ -147,7 +141,7 @@ def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
 
 
 def _costs(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> CostModel:
-    return no_costs(len(loaded.n_experts))
+    return calibrate_gpu(loaded, jobs, config).costs
 
 
 @contextmanager

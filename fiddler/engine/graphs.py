@@ -54,6 +54,8 @@ class Recorded:
 
     inputs: StaticInputs
     segments: tuple[Segment, ...]
+    n_blind: int
+    """Visits of a row, over all layers, that the host does not hear of."""
     keeps: Any
 
 
@@ -92,6 +94,8 @@ class Graphs:
     model: Callable[..., Any]
     gpu: Gpu
     arena: KvArena
+    n_visits: int
+    """Of a row, over all layers."""
     why_not: str = ""
     """Why nothing is recorded any more; empty while it is."""
     lookahead: Lookahead | None = None
@@ -123,7 +127,7 @@ class Graphs:
         numbers.copy_(step_numbers(self.arena, rows, kind[1]))
         self.gpu.main.run(partial(recorded.inputs.numbers.copy_, numbers, non_blocking=True))
         if resident is not None:
-            resident.count(len(rows))
+            resident.counters.n_rows += len(rows) * recorded.n_blind
         return Replay(recorded, len(rows))
 
     def forget(self) -> None:
@@ -160,7 +164,9 @@ class Graphs:
             return outcome
 
         outcomes = list(self._pieces(forward, capture))
-        return Recorded(inputs, tuple(map(Segment, graphs, outcomes)), forward)
+        segments = tuple(map(Segment, graphs, outcomes))
+        n_heard = sum(ask.index.shape[1] for ask in outcomes if isinstance(ask, Ask))
+        return Recorded(inputs, segments, self.n_visits - n_heard, forward)
 
     def _rehearse(self, inputs: StaticInputs, n_tokens: int) -> None:
         for _ in self._pieces(self._forward(inputs, n_tokens), self.gpu.launch):

@@ -1,26 +1,26 @@
 """What a model's dense part takes on a GPU, and the host per layer: real steps whose experts give zero at once.
 
-A step is run as the engine runs it, by the same runner and a scheduler that plans as the engine's does, recorded
-where the engine would record it. Only its lanes are others: what they are given to do with experts is done without
-being done, and the dense part is reported when the GPU has passed it. So every layer waits for its routing, launches
-are part of what is measured where nothing hides them, and what is left of the wall's time is the host's own.
+A step is run as the engine runs it, by the same runner and a scheduler that plans as the engine's does, and
+recorded where the engine would record it. Only its lanes are others: what is to be done with experts they report as
+done, and the dense part when the GPU has passed it. So every layer waits for its routing, launches are part of what
+is measured where nothing hides them, and what is left of the wall's time is the host's own.
 """
 
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from fiddler.config import EngineConfig
 from fiddler.cost.curve import NO_TIME, Curve
 from fiddler.cost.model import CostModel, Dense
-from fiddler.devices.gpu import Event, Gpu
+from fiddler.devices.gpu import Gpu
 from fiddler.devices.measure import rising, typical
 from fiddler.engine.assemble import Span
+from fiddler.engine.dense_lanes import DenseLanes, at_once
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.graphs import LEAST_TOKENS, Graphs
 from fiddler.engine.runner import Runner
@@ -31,7 +31,6 @@ from fiddler.models.kv_arena import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
 from fiddler.scheduler.planners import planner
 from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
@@ -42,7 +41,7 @@ SHORT = LEAST_TOKENS
 """Tokens of each decoding sequence: no recorded step attends to fewer."""
 LONG = 8192
 """Tokens of all decoding sequences together, where that is at least twice as much for each. With 4 KB of keys and
-values for a layer's token, as in Mixtral, a layer reads 32 MB of them: much beside what does not grow."""
+values for a layer's token, as in Mixtral, a layer reads 32 MiB of them: much beside what does not grow."""
 SHARE = 0.25
 """Of all experts that the scheduler is told there are slots for, unless there are none: what the host does for a
 layer should not hang on the GPU's memory, nor on who measures."""
@@ -53,7 +52,6 @@ MOST_STEPS = 50
 WARM = 2
 """Steps of one kind that come before: the first runs as the model's code does, the second is recorded."""
 
-T = TypeVar("T")
 _FIRST = 2
 """Tokens of a sequence's first step: one that is recorded has one, and does not make the past's layers."""
 _ASK_NO_ROUTER = ("off", "transitions", "frequency")
@@ -81,61 +79,9 @@ class Step:
     host_s: float
 
 
-class _DenseLanes:
-    """Lanes that have nothing to do but to tell when a dense part was passed."""
-
-    timed_dense = True
-
-    def __init__(self, crossing: GpuCrossing, watch: Watch) -> None:
-        self._crossing = crossing
-        self._watch = watch
-        self._reports: deque[Report] = deque()
-        self._began: Event | None = None
-        self.taken: list[float] = []
-        """By dense part of the step under way, its seconds on the GPU."""
-
-    def begin(self, began: Event) -> None:
-        """Begin a step: its first dense part has no mark of its own."""
-        self._began = began
-        self.taken = []
-
-    def now_s(self) -> float:
-        return perf_counter()
-
-    def start(self, job: Job) -> None:
-        if isinstance(job, RunDense):
-            self._await_dense(job)
-        else:
-            self._reports.append(JobDone(job.job, None))
-
-    async def report(self) -> Report:
-        while not self._reports:
-            self._reports += self._watch.collect()
-        return self._reports.popleft()
-
-    def drain(self) -> list[Report]:
-        drained = [*self._reports, *self._watch.collect()]
-        self._reports.clear()
-        return drained
-
-    async def aclose(self) -> None:
-        pass
-
-    def _await_dense(self, job: RunDense) -> None:
-        due = self._crossing.due[job.wave]
-        began = due.began if due.began is not None else self._began
-        assert began is not None
-
-        def done() -> Report:
-            self.taken.append(due.ended.since(began))
-            return JobDone(job.job, None)
-
-        self._watch.down(due.there, done)
-
-
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How far a model's dense part is measured: what an engine of this configuration can be asked for."""
+    """What of a model's dense part is measured: what an engine of some configuration can come to run."""
 
     decoding: tuple[int, ...]
     """Row counts of steps that decode, a sequence each."""
@@ -145,6 +91,10 @@ class Extent:
     """Of all sequences together, at most."""
     longest: int
     """Tokens of one sequence, at most."""
+    recorded: bool
+    """Whether decoding steps may be recorded."""
+    ahead: bool
+    """Whether the next layer's router is asked early, where some experts have slots."""
 
     @classmethod
     def of(cls, loaded: ServableModel, config: EngineConfig) -> "Extent":
@@ -153,11 +103,14 @@ class Extent:
         room = resolved.kv_tokens or resolved.longest
         # Without packed steps a context has to be run as one prompt, which takes the memory of one.
         longest = min(resolved.longest, LONG if loaded.packed else config.chunk_tokens)
+        most = min(config.max_running, room // _FIRST) if longest >= _FIRST else 0
         return cls(
-            decoding=tuple(n for n in ROWS if n <= min(config.max_running, room // _FIRST)),
+            decoding=tuple(n for n in ROWS if n <= most),
             chunks=tuple(n for n in ROWS if config.max_running < n <= min(config.chunk_tokens, longest)),
             tokens=min(room, LONG),
             longest=longest,
+            recorded=loaded.packed and config.graphs and not config.defer,
+            ahead=config.prefetch not in _ASK_NO_ROUTER,
         )
 
     def contexts(self, n_rows: int) -> tuple[int, ...]:
@@ -169,7 +122,7 @@ class Extent:
     @property
     def most(self) -> int:
         """Tokens of keys and values that are held at once, at most."""
-        return max((n * max(self.contexts(n)) for n in self.decoding), default=0)
+        return max((*self.chunks, *(n * max(self.contexts(n)) for n in self.decoding)), default=0)
 
 
 class DenseBench:
@@ -196,11 +149,13 @@ class DenseBench:
         self._extent = Extent.of(loaded, config)
         watch = Watch()
         crossing = GpuCrossing(gpu, watch)
-        self._lanes = _DenseLanes(crossing, watch)
-        asks = slots and config.prefetch not in _ASK_NO_ROUTER
-        lookahead = Lookahead(loaded.model, loaded.experts) if asks else None
-        why_not = "" if config.graphs and not config.defer else "they are not asked for"
-        self._graphs = Graphs(loaded.model, gpu, arena, why_not, lookahead) if loaded.packed else None
+        self._lanes = DenseLanes(crossing, watch)
+        lookahead = Lookahead(loaded.model, loaded.experts) if slots and self._extent.ahead else None
+        self._graphs: Graphs | None = None
+        if loaded.packed:
+            self._graphs = Graphs(loaded.model, gpu, arena, loaded.top_k * self._n_layers)
+            self._graphs.lookahead = lookahead
+            self._graphs.why_not = "" if self._extent.recorded else "nobody wants them"
         n_slots = round(SHARE * sum(loaded.n_experts)) if slots else 0
         scheduler = _scheduler(loaded, config, costs, n_slots)
         self._steps = StepRunner(
@@ -233,9 +188,8 @@ class DenseBench:
         context_s = max(median(slopes), 0.0) if slopes else 0.0
         tokens = {n: n * extent.contexts(n)[0] for n in decoded} | {n: n for n in chunks}
         rows = [(n, max(step.layer_s - context_s * tokens[n], 0.0)) for n, step in (decoded | chunks).items()]
-        return Dense(Curve(rising(rows)), context_s, _head(decoded, chunks)), median(
-            step.host_s for step in decoded.values()
-        )
+        dense = Dense(Curve(rising(rows)), context_s, _head(decoded, chunks))
+        return dense, median(step.host_s for step in decoded.values())
 
     def _decoding(self, n_rows: int, context: int) -> Step:
         """Let sequences decode, each its token number `context`."""
@@ -290,7 +244,7 @@ class DenseBench:
         lanes = self._lanes
         lanes.begin(self._gpu.main.mark())
         began_s = perf_counter()
-        outcomes = _at_once(self._steps.run(spans))
+        outcomes = at_once(self._steps.run(spans))
         wall_s = perf_counter() - began_s
         for outcome in outcomes:
             if outcome.error is not None:
@@ -325,13 +279,3 @@ def _head(decoded: Mapping[int, Step], chunks: Mapping[int, Step]) -> Curve:
     for n, step in chunks.items():
         points.append((n, max(step.head_s, points[-1][1])))
     return Curve(tuple(points))
-
-
-def _at_once(step: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never gives way: `_DenseLanes` ask until they are told."""
-    try:
-        step.send(None)
-    except StopIteration as ended:
-        value: T = ended.value
-        return value
-    raise RuntimeError("a step waits for an event loop")

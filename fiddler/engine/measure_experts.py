@@ -54,7 +54,7 @@ def until(event: Event, pause_s: float = 0.0) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GpuExperts:
-    """Measures with jobs of its own, in the thread that `Gpu.enter` was called in. What slots hold is overwritten."""
+    """Measures with jobs of its own, in the thread that `Gpu.enter` was called in. Slots are overwritten."""
 
     jobs: GpuJobs
     n_experts: tuple[int, ...]
@@ -118,7 +118,7 @@ class GpuExperts:
             return _took(*queued) / n
 
     def _copy_s(self, layers: Sequence[int], n_keys: int) -> float:
-        """Return the link's seconds for an expert, on average over blocks that are pinned and blocks that are not."""
+        """Return the link's seconds for an expert: the mean of blocks that are pinned and those that are not."""
         every = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
         pinned = [key for key in every if self.jobs.copying.pinned(*key)]
         pageable = [key for key in every if not self.jobs.copying.pinned(*key)]
@@ -129,10 +129,7 @@ class GpuExperts:
         )
 
     def _copies(self, keys: Sequence[Key], budget_s: float | None) -> Generator[float]:
-        """Copy experts into slots, one behind the other, for a while or for ever; yields the link's seconds of each.
-
-        At least two.
-        """
+        """Copy experts into slots, one behind the other; see `measure.Copies`. Seconds are the link's."""
         deadline = None if budget_s is None else perf_counter() + budget_s
         slots, queued = cycle(range(self.n_slots)), deque[tuple[Event, Event]]()
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fiddler.devices.slot_experts import SlotExperts, Visits
 from fiddler.lanes.crossing import Ask
+from fiddler.lanes.experts import LaneCounters
 from fiddler.lanes.gpu_crossing import blank_visits, summed
 
 
@@ -21,8 +22,8 @@ class Resident:
     experts: SlotExperts
     slots: Callable[[int], Tensor]
     """By layer, the slots of its experts, int32 `[E]` on the GPU; they stay as they are."""
-    count: Callable[[int], None]
-    """Told of the rows of each step."""
+    counters: LaneCounters
+    """Where visits are counted, and nothing else: which experts they are of, nobody on the host knows."""
 
     def runs(self, layer: int, hidden: Tensor) -> bool:
         """Whether it runs a layer for rows `[T, H]`."""

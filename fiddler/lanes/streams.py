@@ -192,6 +192,6 @@ class StreamLanes:
 
     def _note(self, job: Job, began: Event, ended: Event) -> None:
         """Write a span down, on the host's clock."""
-        if self._trace is not None and self._anchor is not None:
-            point, at_s = self._anchor
+        if self._trace is not None:
+            point, at_s = self._anchor = self._anchor or (ended, perf_counter())
             self._trace.span(span(job, at_s - point.since(began), at_s - point.since(ended)))

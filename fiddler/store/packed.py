@@ -1,8 +1,9 @@
 """The experts' weights in host memory: one copy, a block for each expert, ready to be copied to a slot."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from fiddler.store.pinned import PIECE_BYTES, Pinned, cut, on_pages
 from fiddler.types import ExpertWeights
 
 logger = logging.getLogger("fiddler")
+
+Fill = Callable[[int, int, Tensor], None]
+"""`(layer, expert, block)`: writes an expert's block, uint8 `[nbytes]`, in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +44,44 @@ class PackedStore:
     def __init__(
         self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, *, piece_bytes: int = PIECE_BYTES
     ) -> None:
+        source = _Source(checkpoint, layout, dtype)
+
+        def fill(layer: int, expert: int, block: Tensor) -> None:
+            source.write(layer, expert, self.layout(layer), block)
+
+        # Each layout is found when its layer's turn comes: to look at an expert may convert it.
+        layouts = (BlockLayout.of(source.read(layer, 0)) for layer in range(len(layout.experts)))
+        self._make(layouts, layout.n_experts, fill, piece_bytes)
+
+    @classmethod
+    def filled(
+        cls,
+        layouts: Iterable[BlockLayout],
+        n_experts: Iterable[int],
+        fill: Fill,
+        *,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> Self:
+        """Return a store without a checkpoint, whose blocks `fill` writes.
+
+        `layouts` and `n_experts` are by layer. Blocks are written in order, each once. Raises what `fill` raises.
+        """
+        store = cls.__new__(cls)
+        store._make(layouts, n_experts, fill, piece_bytes)
+        return store
+
+    def _make(self, layouts: Iterable[BlockLayout], n_experts: Iterable[int], fill: Fill, piece_bytes: int) -> None:
         self._layers: list[_Layer] = []
         self._experts: dict[tuple[int, int], ExpertWeights] = {}
         self._n_locked = 0
         """Of `_pieces`, from the first."""
         known: dict[BlockLayout, BlockLayout] = {}
-        for layer in range(len(layout.experts)):
+        for layer, (found, n) in enumerate(zip(layouts, n_experts, strict=True)):
             # Layers alike share one layout: whoever keeps views can then compare layouts by identity.
-            found = BlockLayout.of(_read(checkpoint, layout, dtype, (layer, 0)))
             shared = known.setdefault(found, found)
-            room = _Layer(shared, _room(len(layout.experts[layer]), shared.nbytes, piece_bytes))
-            _fill(room, checkpoint, layout, dtype, layer)
-            self._layers.append(room)
+            self._layers.append(_Layer(shared, _room(n, shared.nbytes, piece_bytes)))
+            for expert in range(n):
+                fill(layer, expert, self.block(layer, expert))
 
     @property
     def nbytes(self) -> int:
@@ -131,22 +161,27 @@ def _room(n_blocks: int, block_bytes: int, piece_bytes: int) -> tuple[Tensor, ..
     return tuple(on_pages(n, block_bytes) for n in cut(n_blocks, block_bytes, piece_bytes))
 
 
-def _fill(room: _Layer, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, layer: int) -> None:
-    """Write a layer's blocks."""
-    for expert, parts in enumerate(layout.experts[layer]):
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A checkpoint's experts, read one at a time."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    dtype: torch.dtype
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """Return an expert's weights from a mapped store of its own: a converted copy lives no longer than they."""
+        return MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
+
+    def write(self, layer: int, expert: int, layout: BlockLayout, block: Tensor) -> None:
+        """Write an expert's block, and release what it was read from."""
         try:
-            room.layout.write(_read(checkpoint, layout, dtype, (layer, expert)), room.block(expert))
+            layout.write(self.read(layer, expert), block)
         except ValueError as error:
-            raise CheckpointError(
-                f"{checkpoint.folder}, expert {expert} of layer {layer}: {error}; download the checkpoint again"
-            ) from error
-        for tensor in _tensors(parts):
-            checkpoint.release(tensor)
-
-
-def _read(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, key: tuple[int, int]) -> ExpertWeights:
-    """Return an expert's weights from a mapped store of its own: a converted copy lives no longer than they do."""
-    return MappedStore(checkpoint, layout, dtype).weights(*key)
+            where = f"{self.checkpoint.folder}, expert {expert} of layer {layer}"
+            raise CheckpointError(f"{where}: {error}; download the checkpoint again") from error
+        for tensor in _tensors(self.layout.experts[layer][expert]):
+            self.checkpoint.release(tensor)
 
 
 def _tensors(parts: ExpertParts) -> set[str]:

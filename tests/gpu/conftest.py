@@ -1,0 +1,12 @@
+"""Tests of a real GPU: `make gpu`. Without one they are skipped, and say so."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and `make gpu`")
+        for item in items:
+            if item.path.parent.name == "gpu":
+                item.add_marker(skip)
