@@ -144,6 +144,18 @@ def test_recorded_steps_give_the_same_tokens(
     assert len({id(pool) for pool in recorded.pools.values()}) == len(recorded.pools) > 0
 
 
+def test_a_prompt_of_one_token_is_no_recorded_step(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 8)
+    model = subject("mixtral")
+    visits = [Visit(ids(12, seed), n_prompt=3, joins=0, leaves=1000) for seed in (1, 2)]
+    late = Visit(ids(20, 3), n_prompt=1, joins=12, leaves=1000)
+    script = Script((*visits[:1], late), chunk_tokens=16)
+    plain = run(model, script, Placement(EngineConfig(waves="one")))
+    assert close(run(model, script, on_gpu(FakeGpu(2), 7, graphs=True, waves="one")), plain)
+
+
 def test_no_model_code_runs_in_a_recorded_step(subject: Callable[[str], Subject]) -> None:
     model, n_calls = subject("qwen3_moe"), list[int]()
     script = Script((Visit(ids(24, 1), n_prompt=4, joins=0, leaves=1000),), chunk_tokens=16)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fiddler import CheckpointError, ConfigError, Engine, EngineClosedError, EngineConfig, UnsupportedModelError
 from fiddler.models.loaded import ServableModel, find_checkpoint, load
+from fiddler.models.seam import find_experts
+from tests.architectures import build
 from tests.support.tiny import save_tiny
 
 
@@ -162,3 +164,13 @@ async def test_what_making_a_model_raises_is_raised_by_opening() -> None:
             pass
     with pytest.raises(EngineClosedError):
         engine.generate_stream([1])
+
+
+@pytest.mark.parametrize("store", ["mapped", "packed"])
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "dots3_note_multimodal"])
+def test_experts_that_no_text_visits_take_no_part(name: str, store: Any, save: Any) -> None:
+    model = build(name)
+    every = len(find_experts(model))
+    loaded = load(save(model), EngineConfig(store=store))
+    assert len(loaded.n_experts) == len(loaded.experts) < every
+    assert not any("vision" in path for path in loaded.experts)

@@ -1,15 +1,14 @@
 """What a model takes of a GPU's memory beside its weights: found by running one step that visits no expert."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fiddler.devices.gpu import Gpu
 from fiddler.engine.request import past_bytes
-from fiddler.models.kv import Directness, SequenceKV, WaveCache
+from fiddler.models.dry import DryStep, dry_step
+from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel
-from fiddler.models.seam import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,40 +24,18 @@ class Needs:
 def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
     """Run a step of `n_rows` tokens of one sequence, with experts that give zero.
 
-    The main stream's torch calls come from this thread. Raises `torch.OutOfMemoryError` where not even that fits.
+    Its torch calls go to the main stream. Raises `torch.OutOfMemoryError` where not even that fits.
     """
-    past: Any = SequenceKV() if loaded.packed else None
+    steps: list[DryStep] = []
 
     def run() -> None:
-        nonlocal past
-        past = _blank_step(loaded, gpu.device, past, n_rows)
+        steps.append(dry_step(loaded.model, n_rows, packed=loaded.packed))
 
     with torch.inference_mode():
         peak = gpu.launch(lambda: gpu.peak(run))
+        past = steps.pop().past
         held = past.token_bytes if isinstance(past, SequenceKV) else -(-past_bytes(past) // n_rows)
     return Needs(held, peak + _visits_bytes(loaded, n_rows))
-
-
-def _blank_step(loaded: ServableModel, device: torch.device, past: Any, n_rows: int) -> Any:
-    """Return the past after a step from its beginning."""
-    ids = torch.zeros(1, n_rows, dtype=torch.int64, device=device)
-    cache = WaveCache([past], [n_rows], Directness(), 0) if loaded.packed else None
-
-    def call() -> Any:
-        positions = torch.arange(n_rows, device=device)[None]
-        return loaded.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-
-    forward = Forward(call)
-    forward.wave = cache
-    outcome, output = None, None
-    try:
-        while not forward.dead:
-            outcome = forward.send(output)
-            output = None if forward.dead else outcome.hidden.new_zeros(outcome.hidden.shape)
-    finally:
-        forward.close()
-    assert outcome is not None
-    return past if loaded.packed else outcome.past_key_values
 
 
 def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:

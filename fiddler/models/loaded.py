@@ -1,5 +1,6 @@
 """A model ready to run: its dense part, where its experts are, and how its rows travel."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
+from fiddler.models.dry import dry_step
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
 from fiddler.models.skeleton import load_skeleton, read_config
@@ -75,7 +77,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         attention=attention.NAME if packed else None,
         trust_remote_code=options.trust_remote_code,
     )
-    experts = seam.find_experts(skeleton)
+    experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
     make_store = PackedStore if resolved.store == "packed" else MappedStore
     store = make_store(checkpoint, layout, dtype)
@@ -91,6 +93,22 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         resolved=resolved,
         packed=packed,
     )
+
+
+def _of_text(
+    skeleton: PreTrainedModel, experts: Mapping[str, seam.ExpertsModule], *, packed: bool
+) -> Mapping[str, seam.ExpertsModule]:
+    """Return the experts modules that a text's tokens visit: images have experts of their own, in towers or beside.
+
+    Where all have the same path but for their numbers there is nothing to find out.
+    """
+    if len({re.sub(r"\d+", "*", path) for path in experts}) == 1:
+        return experts
+    seam.bind(experts, lambda *_: torch.empty(0))
+    with torch.inference_mode():
+        visited = dry_step(skeleton, 1, packed=packed).layers
+    paths = list(experts)
+    return {paths[layer]: experts[paths[layer]] for layer in sorted(visited)}
 
 
 def adopt(model: PreTrainedModel) -> LoadedModel:
