@@ -152,6 +152,11 @@ class EngineConfig:
                 "leave it out, or set device='cuda'"
             )
 
+    @property
+    def asks_routers(self) -> bool:
+        """Whether the way experts are guessed wants a router asked early."""
+        return self.prefetch not in ("off", "transitions", "frequency")
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from names and values; `ConfigError` names an unknown option and the known ones."""

@@ -171,6 +171,7 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
         "half_life": 8.0,
         "prefetch": "off",
         "promote": False,
+        "graphs": False,
         "planner": "all-cpu",
         "waves": "two",
         "defer": 1,
@@ -183,7 +184,8 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
         "chunk_tokens": 7,
     }
     assert set(given) == {f.name for f in fields(EngineOptions)}
-    flags = [("--no-promote",) if n == "promote" else (f"--{n.replace('_', '-')}", v) for n, v in given.items()]
+    names = {name: name.replace("_", "-") for name in given}
+    flags = [(f"--no-{names[n]}",) if v is False else (f"--{names[n]}", v) for n, v in given.items()]
     opened: list[EngineConfig] = []
 
     def note(_model: object, config: EngineConfig) -> None:

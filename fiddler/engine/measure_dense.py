@@ -54,8 +54,6 @@ WARM = 2
 
 _FIRST = 2
 """Tokens of a sequence's first step: one that is recorded has one, and does not make the past's layers."""
-_ASK_NO_ROUTER = ("off", "transitions", "frequency")
-"""Ways to prefetch."""
 
 
 @dataclass(slots=True)
@@ -110,7 +108,7 @@ class Extent:
             tokens=min(room, LONG),
             longest=longest,
             recorded=loaded.packed and config.graphs and not config.defer,
-            ahead=config.prefetch not in _ASK_NO_ROUTER,
+            ahead=config.asks_routers,
         )
 
     def contexts(self, n_rows: int) -> tuple[int, ...]:

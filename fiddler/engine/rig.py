@@ -46,9 +46,6 @@ SHARE = 0.25
 DEFER_FROM = 6
 """Experts a token from which on deferring one is sound. Source: KTransformers, SOSP 2025."""
 
-_ASKS_NO_ROUTER = ("off", "transitions", "frequency")
-"""Ways to prefetch."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rig:
@@ -170,7 +167,7 @@ def _lanes(resolved: Resolved, work: ExpertWork, costs: CostModel, trace: Trace 
 
 def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:
     """Return what asks routers early, where somebody wants to know: what copies ahead by it, or a recording."""
-    asked = 0 < n_slots < sum(loaded.n_experts) and config.prefetch not in _ASKS_NO_ROUTER
+    asked = 0 < n_slots < sum(loaded.n_experts) and config.asks_routers
     return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
 
 
