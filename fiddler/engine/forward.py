@@ -111,7 +111,7 @@ class StepRunner:
             start += span.n_rows
 
     def _replay(self, spans: Sequence[Span[Request]], number: int) -> Replay | None:
-        """Return a decoding step that was recorded; a past without a token has no layers yet that could note one."""
+        """Return a decoding step that was recorded; a past without a token has no layers to note one in."""
         if self.graphs is None or any(span.n_rows > 1 or not span.start for span in spans):
             return None
         pasts = [cast("SequenceKV", span.request.past) for span in spans]

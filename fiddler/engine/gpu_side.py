@@ -76,6 +76,18 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
         jobs.shrink(room.slots)
         return room.slots
 
+    def close() -> None:
+        """Give the memory back now: an engine that is closed may be kept for its statistics."""
+        store.unpin(gpu.unpin)
+        stacks.cache_clear()
+        if graphs is not None:
+            graphs.forget()
+            graphs.arena.clear()
+        jobs.shrink(0)
+        model: torch.nn.Module = loaded.model
+        model.to("cpu")
+        gpu.reclaim()
+
     return Side(
         crossing,
         jobs,
@@ -85,7 +97,7 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
         graphs,
         lambda cache: Residency(cache, loaded, jobs).now,
         shrink if room.slots else None,
-        lambda: store.unpin(gpu.unpin),
+        close,
     )
 
 

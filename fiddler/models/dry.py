@@ -1,5 +1,6 @@
 """A step that visits no expert: what a model asks for, and what it takes, without reading any of its experts."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,11 @@ def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
     ids = torch.zeros(1, n_rows, dtype=torch.int64, device=device)
     positions = torch.arange(n_rows, device=device)[None]
 
+    # As in a real step: a prompt's rows want no logits, but for the last one's.
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
     def call() -> Any:
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
 
     forward = Forward(call)
     forward.wave = cache

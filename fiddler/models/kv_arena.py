@@ -97,6 +97,10 @@ class KvArena:
         )
         return own_keys, own_values
 
+    def clear(self) -> None:
+        """Give the memory of all layers back; runs stay as they are."""
+        self._layers.clear()
+
     def check(self) -> None:
         """Raise `AssertionError` unless every token is held once or free, and free neighbours are one run."""
         held = sorted((run.start, run.stop) for run in self._held)

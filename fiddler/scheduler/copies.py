@@ -32,6 +32,7 @@ class Copies:
         self._cache = cache
         self._jobs = jobs
         self._copies: dict[Key, _Copy] = {}
+        self._by_job: dict[int, _Copy] = {}
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -41,7 +42,8 @@ class Copies:
     def start(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         """Queue the copy that a slot was reserved for, and let loads wait for it."""
         job = self._jobs.copy(reservation, reason)
-        self._copies[reservation.key] = _Copy(job.job, reservation, list(waiting))
+        copy = _Copy(job.job, reservation, list(waiting))
+        self._copies[reservation.key] = self._by_job[job.job] = copy
         return job
 
     def ahead_s(self, key: Key) -> float | None:
@@ -64,7 +66,7 @@ class Copies:
 
     def order(self, job: int) -> list[Waiting]:
         """Let nothing wait for a copy any more; returns what did."""
-        copy = next((copy for copy in self._copies.values() if copy.job == job), None)
+        copy = self._by_job.get(job)
         if copy is None:
             return []
         waiting, copy.waiting = copy.waiting, []
@@ -74,6 +76,7 @@ class Copies:
     def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
         """Make a copy's slot READY and say so, or free if it failed; returns what waited for it."""
         copy = self._copies.pop(key)
+        del self._by_job[copy.job]
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
         if not failed:
             landed(key)
@@ -91,5 +94,6 @@ class Copies:
         """Raise `AssertionError` unless every copy has one job and its slot."""
         jobs = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
         assert jobs == {copy.job: key for key, copy in self._copies.items()}, "copies and their jobs differ"
+        assert self._by_job == {copy.job: copy for copy in self._copies.values()}, "a copy is lost, by its job"
         for key, copy in self._copies.items():
             assert self._cache.loading(key) == copy.reservation, "a copy is under way into no slot"
