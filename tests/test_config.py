@@ -32,7 +32,7 @@ from fiddler.scheduler.planners import PLANNERS
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")
-FLAGS = ("promote", "trace", "trust_remote_code")
+FLAGS = ("promote", "graphs", "trace", "trust_remote_code")
 PATHS = ("warm_start", "calibration_dir")
 CHOICES = {
     "dtype": DtypeName,
@@ -183,6 +183,7 @@ class TestEngineConfig:
             policy="lru",
             half_life=8.0,
             promote=False,
+            graphs=False,
             planner="all-fetch",
             prefetch="off",
             waves="two",
