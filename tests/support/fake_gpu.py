@@ -111,8 +111,10 @@ class FakeGpu:
         return work()
 
     def pin(self, memory: Tensor) -> bool:
+        if self._pinnable < memory.nbytes:
+            return False
         self._pinnable -= memory.nbytes
-        return self._pinnable >= 0
+        return True
 
     def unpin(self, memory: Tensor) -> None:
         self._pinnable += memory.nbytes
