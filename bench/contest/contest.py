@@ -132,7 +132,7 @@ async def contest(folder: Path, config: EngineConfig, peers: Sequence[str]) -> A
 async def _open(found: Contest, name: str) -> None:
     """Open a peer on the engine's thread, as many threads as the engine has."""
     if found.probe is None:
-        found.missing[name] = "runs on the CPU alone, and this engine has a simulated device"
+        found.missing[name] = "runs on the CPU alone, and this engine does not"
         return
     try:
         found.peers[name] = await found.probe.call(
