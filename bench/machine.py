@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,10 +38,51 @@ def describe() -> dict[str, Any]:
         "fiddler": fiddler.__version__,
         "peers": {name: _version(name) for name in PEERS},
         "threads": torch.get_num_threads(),
+        "gpu": _gpu(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
+
+
+def _gpu() -> dict[str, Any] | None:
+    """Return what torch and `nvidia-smi` say of the GPU that torch uses; `None` where torch sees none."""
+    if not torch.cuda.is_available():
+        return None
+    with suppress(RuntimeError, AssertionError):  # AssertionError is what a torch without CUDA raises
+        known = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return {
+            "name": known.name,
+            "memory_gib": round(known.total_memory / 2**30, 1),
+            "capability": f"{known.major}.{known.minor}",
+            "cuda": torch.version.cuda,
+            **_smi(str(getattr(known, "uuid", ""))),
+        }
+    return None
+
+
+SMI_FIELDS = {
+    "uuid": "",
+    "driver_version": "driver",
+    "pcie.link.gen.max": "pcie_generation",
+    "pcie.link.width.max": "pcie_width",
+    "pcie.link.gen.current": "pcie_generation_now",
+}
+"""What `nvidia-smi --query-gpu` is asked, and what that is called here. A GPU at rest may turn its link down."""
+
+
+def _smi(uuid: str) -> dict[str, str | None]:
+    """Return what `nvidia-smi` says of a GPU, all `None` where it says nothing."""
+    names = list(SMI_FIELDS.values())[1:]
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(names)
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == len(SMI_FIELDS)]
+    mine = [row for row in rows if uuid and uuid in row[0]] or (rows if len(rows) == 1 else [])
+    return dict(zip(names, mine[0][1:], strict=True)) if mine else dict.fromkeys(names)
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.gpu.schema import GPU
+
 NUMBER = (int, float)
 
 
@@ -96,6 +98,7 @@ _PUBLISHED = {"table": str, "system": str, "machine": str, "model": str, "publis
 _PREDICTED = {"predicted": NUMBER, "error": NUMBER, "of_data_sheet": NUMBER, "cpu_share?": NUMBER}
 
 SCHEMAS: Mapping[str, dict[str, Schema]] = {
+    "gpu": GPU,
     "cache": {
         "summary": [{"policy": str, "traces": str, "mean": NUMBER, "median": NUMBER, "worst": NUMBER}],
         "cells": [

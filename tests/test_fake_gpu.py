@@ -5,10 +5,10 @@ All of the real path runs, but for CUDA itself and Triton: what is only ordered 
 
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import DEFAULT, Mock, patch
 
 import anyio
 import pytest
@@ -30,6 +30,12 @@ from tests.support.tiny import save_tiny
 from tests.test_invariance import RAGGED, ids, scripts, uneven
 
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
+
+
+@pytest.fixture(autouse=True)
+def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let recordings be there to be looked at when an engine has closed."""
+    monkeypatch.setattr(graphs.Graphs, "forget", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -168,30 +174,54 @@ def test_no_model_code_runs_in_a_recorded_step(subject: Callable[[str], Subject]
     assert len(n_calls) == 5
 
 
-@pytest.mark.parametrize("reason", ["it waits", "no memory"])
 def test_what_cannot_be_recorded_runs_all_the_same(
-    subject: Callable[[str], Subject],
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    subject: Callable[[str], Subject], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, gpu = subject("mixtral"), FakeGpu(3)
+    model = subject("mixtral")
     plain = run(model, LONG, Placement(EngineConfig(waves="one")))
-    if reason == "it waits":
-        module = model.packed.model.get_submodule("model.layers.1.input_layernorm")
-        hook = module.register_forward_hook(lambda _, __, rows: rows * float(torch.ones(1).sum().item()))
-    else:
-        monkeypatch.setattr(gpu, "capture", Mock(side_effect=torch.OutOfMemoryError("no more")))
+    module = model.packed.model.get_submodule("model.layers.1.input_layernorm")
+    hook = module.register_forward_hook(lambda _, __, rows: rows * float(torch.ones(1).sum().item()))
     try:
-        played = run(model, LONG, on_gpu(gpu, 7, graphs=True, waves="one"))
+        played = run(model, LONG, on_gpu(FakeGpu(3), 7, graphs=True, waves="one"))
     finally:
-        if reason == "it waits":
-            hook.remove()
+        hook.remove()
     assert close(played, plain)
     assert played.rig.steps.graphs is not None
-    assert played.rig.steps.graphs.why_not
+    assert "not permitted" in played.rig.steps.graphs.why_not
     (record,) = caplog.records
     assert "runs without graphs" in record.message
+
+
+def test_a_kind_that_there_is_no_memory_for_is_not_tried_again(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 4)
+    model, gpu = subject("mixtral"), FakeGpu(3)
+    plain = run(model, LONG, Placement(EngineConfig(waves="one")))
+    capture = gpu.capture
+    first = chain([torch.OutOfMemoryError("no more")], repeat(DEFAULT))
+    monkeypatch.setattr(gpu, "capture", Mock(wraps=capture, side_effect=first))
+    played = run(model, LONG, on_gpu(gpu, 7, graphs=True, waves="one"))
+    assert close(played, plain)
+    recorded = played.rig.steps.graphs
+    assert recorded is not None
+    assert not recorded.why_not
+    assert len(recorded.too_large) == 1
+    assert any(recorded.kinds.values())
+    (record,) = caplog.records
+    assert "want of memory" in record.message
+
+
+def test_one_long_past_among_many_is_not_recorded(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 16)
+    played = run(subject("mixtral"), LONG, on_gpu(FakeGpu(3), 7, graphs=True, waves="one"))
+    assert played.rig.steps.graphs is not None
+    kinds = played.rig.steps.graphs.kinds
+    assert any(kinds.values())
+    assert all(kind[1] * kind[2] <= 16 for kind in kinds)
 
 
 def run_blindly(self: SlotExperts, layer: int, visits: Visits, hidden: Tensor, out: Tensor) -> None:

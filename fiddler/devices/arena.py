@@ -1,5 +1,6 @@
 """A device's memory for experts: equal slots in one allocation, each holding one block at a time."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,11 +32,12 @@ class Arena:
         self._device = device
         self._allocate(n_slots, slot_bytes)
 
-    def shrink(self, n_slots: int) -> None:
-        """Have fewer slots, which hold nothing: the memory is given back before less is taken."""
+    def shrink(self, n_slots: int, reclaim: Callable[[], None]) -> None:
+        """Have fewer slots, which hold nothing: the memory is given back, by `reclaim`, before less is taken."""
         slot_bytes = self.slot_bytes
         self._views.clear()
         del self._slots
+        reclaim()
         self._allocate(n_slots, slot_bytes)
 
     def _allocate(self, n_slots: int, slot_bytes: int) -> None:

@@ -15,6 +15,7 @@ What is taken for granted here, with where it is written:
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,10 @@ from fiddler.errors import ConfigError
 T = TypeVar("T")
 logger = logging.getLogger("fiddler")
 
+_captures = Lock()
+"""Held by who records."""
+_void: list[object] = []
+"""Graphs whose capture failed."""
 _PORTABLE = 1
 """`cudaHostRegisterPortable`: pinned for every context. Source: CUDA Runtime API, `cudaHostRegister`."""
 
@@ -86,6 +91,9 @@ class CudaGpu:
         """Make the main stream this thread's current one: torch keeps one for each thread."""
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(self.main.stream)
+        # Where torch prefers cuDNN's attention it makes a plan for every new length of a past, on the host, and on
+        # Blackwell decodes wrongly with few key heads (pytorch issue 193893). This holds for the whole process.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def launch(self, work: Callable[[], T]) -> T:
         """Run code on the main stream, which `enter` has made current."""
@@ -121,15 +129,26 @@ class CudaGpu:
         for each layer.
         """
         graph: Any = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            result = work()
-        except BaseException:
-            with suppress(RuntimeError):  # what `work` raised says more than that the capture is void
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        with _captures:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # what `work` raised says more than that the capture is void
+                    self._end(graph, pool)
+                raise
+            self._end(graph, pool)
         return graph, result
+
+    def _end(self, graph: Any, pool: Any) -> None:
+        """End a capture. Where it is void, torch below 2.13 leaves its allocator in it (`CUDAGraph.cpp`)."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _void.append(graph)  # the allocator still asks it which streams it is for
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+            raise
 
     def memory(self) -> Memory:
         """Return what is free now, with what torch holds and nothing uses."""
@@ -146,4 +165,5 @@ class CudaGpu:
 
     def reclaim(self) -> None:
         """Give back memory that torch holds and nothing uses."""
-        torch.cuda.empty_cache()
+        with _captures:  # torch may not while any engine of this process records
+            torch.cuda.empty_cache()

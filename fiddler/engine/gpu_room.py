@@ -35,6 +35,8 @@ def divided(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Room:
         model.to(gpu.device)
         taken = needs(loaded, gpu, min(config.chunk_tokens, loaded.resolved.longest))
         gpu.reclaim()
+        # The libraries have loaded by now, and what they took is nobody's any more.
+        allowed = min(allowed, budget(None, gpu.memory().free + dense_bytes))
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the GPU has no memory for a step of chunk_tokens={config.chunk_tokens} beside {dense_bytes} bytes of "

@@ -51,54 +51,83 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     """
     gpu = open_gpu()
     gpu.enter()
-    host = replace(host, formulas=tuple(_staying(formula) for formula in host.formulas))
     store = loaded.store
     assert isinstance(store, PackedStore)
-    room = divided(loaded, gpu, config)
-    arena = _arena(room, gpu)
-    pinned = store.pin(gpu.pin)
-    watch, stacks = Watch(), lru_cache(None)(partial(_stack, store, arena))
-    crossing, experts = GpuCrossing(gpu, watch), SlotExperts(stacks, loaded.formulas)
-    jobs = GpuJobs(gpu, crossing, host, experts, Copying(arena, store.block, pinned.holds, StagingRing(gpu)))
-    kv_tokens = loaded.resolved.kv_tokens
-    assert kv_tokens is not None
-    graphs = _graphs(loaded, gpu, KvArena(kv_tokens), config)
-    working = partial(torch_worker, torch.get_num_threads())
-
-    def shrink() -> int:
-        """Give slots up for a workspace; returns how many are left."""
-        nonlocal room
-        room = shrunk(room, store.block_bytes)
-        logger.warning("GPU memory ran out; it is now:\n%s", room.table())
-        stacks.cache_clear()
-        if graphs is not None:
-            graphs.forget()
-        jobs.shrink(room.slots)
-        return room.slots
-
-    def close() -> None:
-        """Give the memory back now: an engine that is closed may be kept for its statistics."""
+    host = replace(host, formulas=tuple(_staying(formula) for formula in host.formulas))
+    ring = StagingRing(gpu)  # first: blocks take what can be pinned, and it is for when nothing more can
+    pinned = store.pin(gpu.pin)  # before memory is divided: the GPU keeps a list of what is locked
+    try:
+        memory = GpuMemory(loaded, gpu, divided(loaded, gpu, config))
+        jobs = memory.jobs(host, Copying(memory.arena, store.block, pinned.holds, ring), config)
+        costs = _costs(loaded, jobs, config)
+    except BaseException:
         store.unpin(gpu.unpin)
-        stacks.cache_clear()
-        if graphs is not None:
-            graphs.forget()
-            graphs.arena.clear()
-        jobs.shrink(0)
-        model: torch.nn.Module = loaded.model
-        model.to("cpu")
-        gpu.reclaim()
-
+        raise
+    working = partial(torch_worker, torch.get_num_threads())
     return Side(
-        crossing,
+        jobs.crossing,
         jobs,
-        _costs(loaded, jobs, config),
-        room.slots,
-        lambda: StreamLanes(jobs, crossing, watch, working=working, trace=trace),
-        graphs,
+        costs,
+        memory.room.slots,
+        lambda: StreamLanes(jobs, jobs.crossing, jobs.crossing.watch, working=working, trace=trace),
+        memory.graphs,
         lambda cache: Residency(cache, loaded, jobs).now,
-        shrink if room.slots else None,
-        close,
+        memory.shrink if memory.room.slots else None,
+        memory.close,
     )
+
+
+class GpuMemory:
+    """Owner of what an engine has taken of a GPU's memory, and of blocks that are locked for it."""
+
+    def __init__(self, loaded: ServableModel, gpu: Gpu, room: Room) -> None:
+        self.room = room
+        self.arena = _arena(room, gpu)
+        self.graphs: Graphs | None = None
+        self._loaded = loaded
+        self._gpu = gpu
+        self._stacks = lru_cache(None)(self._stack)
+        self._jobs: GpuJobs | None = None
+
+    def jobs(self, host: CpuDevice, copying: Copying, config: EngineConfig) -> GpuJobs:
+        """Return what does jobs in this memory."""
+        experts = SlotExperts(self._stacks, self._loaded.formulas)
+        crossing = GpuCrossing(self._gpu, Watch())
+        self._jobs = GpuJobs(self._gpu, crossing, host, experts, copying)
+        self.graphs = _graphs(self._loaded, self._gpu, config)
+        return self._jobs
+
+    def shrink(self) -> int:
+        """Give slots up for a workspace; returns how many are left."""
+        self.room = shrunk(self.room, self.room.slot_bytes)
+        logger.warning("GPU memory ran out; it is now:\n%s", self.room.table())
+        self._empty(self.room.slots)
+        return self.room.slots
+
+    def close(self) -> None:
+        """Give everything back now: an engine that is closed may be kept for its statistics."""
+        store = self._loaded.store
+        assert isinstance(store, PackedStore)
+        store.unpin(self._gpu.unpin)
+        self._empty(0)
+        if self.graphs is not None:
+            self.graphs.arena.clear()
+        model: torch.nn.Module = self._loaded.model
+        model.to("cpu")
+        self._gpu.reclaim()
+
+    def _empty(self, n_slots: int) -> None:
+        self._stacks.cache_clear()
+        if self.graphs is not None:
+            self.graphs.forget()
+        assert self._jobs is not None
+        self._jobs.shrink(n_slots)
+
+    def _stack(self, layer: int) -> Stack:
+        """Return all slots as experts of a layer."""
+        store = self._loaded.store
+        assert isinstance(store, PackedStore)
+        return Stack.over(self.arena.slots, self.arena.views(0, store.layout(layer)))
 
 
 def _arena(room: Room, gpu: Gpu) -> Arena:
@@ -132,12 +161,14 @@ class Residency:
         return torch.tensor(slots, dtype=torch.int32).to(device)
 
 
-def _graphs(loaded: ServableModel, gpu: Gpu, arena: KvArena, config: EngineConfig) -> Graphs | None:
+def _graphs(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Graphs | None:
     if not loaded.packed:
         return None
     why_not = "" if config.graphs else "graphs=False"
     if config.defer:
         why_not = f"defer={config.defer}: a layer's results come in two parts"
+    assert loaded.resolved.kv_tokens is not None
+    arena = KvArena(loaded.resolved.kv_tokens)
     return Graphs(loaded.model, gpu, arena, loaded.top_k * len(loaded.n_experts), why_not)
 
 
@@ -145,11 +176,6 @@ def _staying(formula: ExpertFormula) -> ExpertFormula:
     """Return a formula whose weights stay on the host when the model's move."""
     norm = formula.post_norm
     return formula if norm is None else replace(formula, post_norm=deepcopy(norm))
-
-
-def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
-    """Return all slots as experts of a layer."""
-    return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
 
 
 def _costs(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> CostModel:

@@ -5,8 +5,10 @@ on their way never share the memory that graphs work in. What cannot be recorded
 says why. The first step of a kind runs so in any case: most kinds are met once.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +32,9 @@ LEAST_TOKENS = 256
 """The smallest bucket of pasts."""
 MOST_ROWS = 64
 """Steps of more rows are not recorded: beside their experts, launches are nothing."""
+MOST_TOKENS = 1 << 15
+"""Rows times bucket: attention gathers so many tokens of keys and values in each layer, whoever they are of. As
+many as a GPU holds unless told; one long sequence beside many short ones is faster if each attends by itself."""
 
 Kind = tuple[int, int, int, bool]
 """(wave of the step, rows, bucket, whether every expert is in a slot)."""
@@ -83,6 +88,18 @@ class Replay:
         self.dead = True
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage: pinned memory in it would be freed with an event on a stream that is being captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _nobody() -> None:
     return
 
@@ -106,6 +123,8 @@ class Graphs:
     """Whether layers transform the past before they attend to it; found out."""
     kinds: dict[Kind, Recorded | None] = field(default_factory=dict)
     """`None` for one that was met once."""
+    too_large: set[Kind] = field(default_factory=set)
+    """Kinds that there was no memory for."""
     pools: dict[int, object] = field(default_factory=dict)
     """By wave of a step."""
 
@@ -115,6 +134,8 @@ class Graphs:
             return None
         resident, n_tokens = self.resident(), max(row.position for row in rows) + 1
         kind = wave, bucket(len(rows)), bucket(n_tokens, LEAST_TOKENS), resident is not None
+        if kind[1] * kind[2] > MOST_TOKENS or kind in self.too_large:
+            return None
         if kind not in self.kinds:
             self.kinds[kind] = None
             return None
@@ -133,13 +154,16 @@ class Graphs:
     def forget(self) -> None:
         """Give back the memory that recorded steps work in; what is met again is recorded again."""
         self.kinds.clear()
+        self.too_large.clear()
         self.pools.clear()
 
     def _tried(self, kind: Kind) -> Recorded | None:
         try:
             return self._record(kind)
         except torch.OutOfMemoryError as error:
-            self.why_not = f"no memory for them: {error}"
+            self.too_large.add(kind)
+            logger.warning("decoding of kind %s runs without a graph, for want of memory: %s", kind, error)
+            return None
         except Exception as error:  # whatever a model does that cannot be recorded
             self.why_not = f"{type(error).__name__}: {error}"
         self.kinds.clear()
@@ -163,7 +187,8 @@ class Graphs:
             graphs.append(graph)
             return outcome
 
-        outcomes = list(self._pieces(forward, capture))
+        with _uncollected():
+            outcomes = list(self._pieces(forward, capture))
         segments = tuple(map(Segment, graphs, outcomes))
         n_heard = sum(ask.index.shape[1] for ask in outcomes if isinstance(ask, Ask))
         return Recorded(inputs, segments, self.n_visits - n_heard, forward)

@@ -195,9 +195,15 @@ class EngineLoop:
         self._counters.step_s += now_s() - started_s
 
     async def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        """Where a GPU's memory ran out, run those spans again with fewer slots, once a step."""
+        """Where a GPU's memory ran out, have fewer slots, and run the spans that failed again, once a step."""
         short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
-        if not short or not self._loaded.packed or not await self._rig.relieve():
+        if not short and not self._rig.side.work.short:
+            return outcomes
+        for i in short:  # or its frames would hold what the step had in memory
+            error = outcomes[i].error
+            assert error is not None
+            error.__traceback__ = error.__context__ = None
+        if not await self._rig.relieve() or not self._loaded.packed or not short:
             return outcomes
         again = await self._steps.run_again([spans[i] for i in short])
         relieved = dict(zip(short, again, strict=True))

@@ -62,6 +62,7 @@ class Rig:
 
     async def relieve(self) -> bool:
         """Have fewer slots, so that what a GPU's memory ran out for finds room; whether that was possible."""
+        self.side.work.short = False
         if self.side.shrink is None or not self.scheduler.cache.n_slots:
             return False
         await self.runner.settle()
@@ -85,7 +86,18 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
     trace = Trace() if config.trace else None
     host = CpuDevice(loaded.weights, loaded.formulas, kernels)
+    n_deferred = _deferred(loaded, config)
     side = (gpu_side if loaded.resolved.device == "cuda" else _host_side)(loaded, host, config, trace)
+    try:
+        return _assembled(loaded, side, n_deferred, config, trace)
+    except BaseException:
+        side.close()
+        raise
+
+
+def _assembled(
+    loaded: ServableModel, side: Side, n_deferred: int, config: EngineConfig, trace: Trace | None
+) -> Rig:
     cache = _cache(loaded, side.n_slots, config)
     scheduler = _scheduler(loaded.resolved, cache, side.costs, config, trace)
     lookahead = _lookahead(loaded, side.n_slots, config)
@@ -93,7 +105,7 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
         side.graphs.lookahead = lookahead
         if not config.record:  # for that the host has to hear of every visit
             side.graphs.resident = side.residents(cache)
-    experts = Experts(side.crossing, loaded.n_experts, _deferred(loaded, config), lookahead)
+    experts = Experts(side.crossing, loaded.n_experts, n_deferred, lookahead)
     recorder = Recorder(loaded.n_experts) if config.record else None
     lanes = side.lanes()  # last of what can fail: its threads live from here on
     runner = Runner(scheduler, lanes)

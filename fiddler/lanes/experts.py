@@ -56,6 +56,8 @@ class ExpertWork:
     host: CpuDevice
     accelerator: Accelerator | None = None
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
+    short: bool = False
+    """Whether memory ran out; whoever finds more sets this back."""
     _open: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
 
     def open(self, wave: int, layer: int, rows: Tensor) -> None:

@@ -57,6 +57,8 @@ class GpuJobs:
     experts: SlotExperts
     copying: Copying
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
+    short: bool = False
+    """Whether the GPU's memory ran out for experts; whoever finds more sets this back."""
     _landing: dict[int, Event] = field(default_factory=dict)
     """By slot, when the copy under way has landed."""
     _read: dict[int, Event] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class GpuJobs:
         started = perf_counter()
         tokens = torch.tensor([p // layer.top_k for p in layer.positions(job.loads)])
         rows = layer.rows.index_select(0, tokens)
-        out = self.gpu.pinned(*rows.shape, dtype=rows.dtype)
+        out = self._results(rows)
         loads = _side_by_side(job.loads)
 
         def run(which: Sequence[int]) -> None:
@@ -103,6 +105,13 @@ class GpuJobs:
         if failures:
             out = torch.cat([empty_results(out[:0]), *(out[at.start : at.stop] for _, at in ran)])
         return Computed(layer, layer.positions([load for load, _ in ran]), out, failures)
+
+    def _results(self, rows: Tensor) -> Tensor:
+        """Return room for results; where no more memory can be pinned, the way up makes the host wait."""
+        try:
+            return self.gpu.pinned(*rows.shape, dtype=rows.dtype)
+        except RuntimeError:
+            return empty_results(rows)
 
     def land(self, computed: Computed) -> None:
         """Queue the way up of what a worker has computed, if somebody still waits for it."""
@@ -149,7 +158,7 @@ class GpuJobs:
     def shrink(self, n_slots: int) -> None:
         """Have fewer slots, which hold nothing. No lane may work."""
         self.gpu.link.follow(self.gpu.main.mark())  # which may still read the memory that slots will be in
-        self.copying.arena.shrink(n_slots)
+        self.copying.arena.shrink(n_slots, self.gpu.reclaim)
         self._landing.clear()
         self._read.clear()
 

@@ -4,6 +4,7 @@ A job that a stream has been given is done: what comes next is queued behind it.
 GPU has passed its end. Only the dense part is done when its end has come: the host has to read what it asked for.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 
+import torch
 from anyio import lowlevel
 
 from fiddler.cost.lanes import LaneName
@@ -40,6 +42,8 @@ SPINS = 200
 PAUSE_S = 5e-5
 """Between further times: long waits leave the core to the host's experts. Linux adds as much of its own."""
 
+logger = logging.getLogger("fiddler")
+
 _Told = Callable[[], None]
 """What a worker leaves to be done in the engine's thread."""
 
@@ -63,6 +67,8 @@ class StreamLanes:
         self._crossing = crossing
         self._watch = watch
         self._trace = trace
+        self._n_computing = 0
+        self._said: set[type[Exception]] = set()
         self._reports: deque[Report] = deque()
         self._told: Channel[_Told] = Channel()
         self._anchor: tuple[Event, float] | None = None  # a point of the GPU's clock, and the same on the host's
@@ -79,6 +85,7 @@ class StreamLanes:
             case RunDense():
                 self._await_dense(job)
             case RunExperts(lane="cpu"):
+                self._n_computing += 1
                 self._cpu.put(job)
             case RunExperts():
                 self._launch(job)
@@ -91,7 +98,7 @@ class StreamLanes:
             self._collect()
             if self._reports:
                 break
-            if turn > SPINS:
+            if turn > SPINS or self._n_computing:  # asking holds the interpreter, which the worker needs as well
                 time.sleep(PAUSE_S)  # noqa: ASYNC251  # the loop has nothing else to do, and its timers are coarse
             await lowlevel.checkpoint()
         return self._reports.popleft()
@@ -130,7 +137,7 @@ class StreamLanes:
         try:
             queued = self._jobs.launch(job)
         except Exception as error:
-            self._reports.append(JobDone(job.job, None, {load.expert: error for load in job.loads}))
+            self._reports.append(JobDone(job.job, None, self._failed(job, error)))
             return
         self._reports.append(JobDone(job.job, None))
         if queued is not None:
@@ -181,11 +188,23 @@ class StreamLanes:
         self._told.push(lambda: self._computed(job, computed, ended - started))
 
     def _computed(self, job: RunExperts, computed: Computed | None, took_s: float) -> None:
+        self._n_computing -= 1
         failures: Failures = {}
         if computed is not None:
-            self._jobs.land(computed)
-            failures = computed.failures
+            try:
+                self._jobs.land(computed)
+                failures = computed.failures
+            except Exception as error:
+                failures = self._failed(job, error)
         self._reports.append(JobDone(job.job, took_s, failures))
+
+    def _failed(self, job: RunExperts, error: Exception) -> Failures:
+        """Say once what went wrong with experts on the GPU: the CPU does what it can of it."""
+        self._jobs.short |= isinstance(error, torch.OutOfMemoryError)
+        if type(error) not in self._said:
+            self._said.add(type(error))
+            logger.warning("experts on the GPU failed, and others may: %s: %s", type(error).__name__, error)
+        return {load.expert: error for load in job.loads}
 
     def _bury(self, lane: LaneName, error: Exception) -> None:
         self._told.push(lambda: self._reports.append(LaneDied(lane, error)))

@@ -47,8 +47,10 @@ def attention_function(
     wave: WaveCache | CapturedCache = getcurrent().wave
     if isinstance(wave, CapturedCache):
         rows, (k, v) = query.permute(2, 1, 0, 3), wave.past(key, value)
-        seen = wave.visible(window, chunk)
-        out = _grouped(rows, k, v, scale, seen) if plain else _explicit(rows, k, v, scale, seen, softcap, s_aux)
+        if plain:
+            out = _grouped(rows, k, v, scale, wave.bias(window, chunk, query.dtype))
+        else:
+            out = _explicit(rows, k, v, scale, wave.visible(window, chunk), softcap, s_aux)
         return out.transpose(0, 1), None
     pasts = wave.pasts(key, value, module.layer_idx)
     outputs = []
@@ -91,20 +93,35 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: in
         first = _first_visible(k.shape[2], window, chunk)
         return _grouped(q, k[:, :, first:], v[:, :, first:], scale)
     mask = _mask(q, k, window, chunk, wave)
+    if mask is not None and heads != kv_heads and q.is_cuda:
+        return _tiled(q, k, v, scale, mask)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
     )
     return out.transpose(1, 2)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
+def _tiled(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Return `[1, t, heads, dim]`, the query heads of a key head as its rows, each with the `mask` `[t, L]`.
+
+    On a GPU no fused attention of torch's takes both a mask and fewer key heads, and the one that does writes all
+    scores out in float32 (`scaled_dot_product_attention`, `enable_gqa`; pytorch pull request 191085).
+    """
+    groups = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [1, kv heads, groups · t, dim]
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(groups, 1), scale=scale)
+    heads: Tensor = out.unflatten(2, (groups, -1)).flatten(1, 2)
+    return heads.transpose(1, 2)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Return `[n, 1, heads, dim]` for one row of each of `n` sequences.
 
     The query heads that share a key head become its rows: no causal mask, and no repeated keys.
     """
     n, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     rows = q.reshape(n, kv_heads, heads // kv_heads, q.shape[-1])
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale)
     return out.reshape(n, 1, heads, v.shape[-1])
 
 
@@ -148,9 +165,10 @@ def _explicit(
 
     A sink is one more score per head that takes probability and gives nothing (gpt-oss; arXiv:2309.17453).
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(q, k.transpose(2, 3)) * scale  # [n, heads, t, L]
+    groups, n_rows = q.shape[1] // k.shape[1], q.shape[2]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # a key head's query heads: keys need no copies
+    scores = torch.matmul(rows, k.transpose(2, 3)) * scale
+    scores = scores.unflatten(2, (groups, n_rows)).flatten(1, 2)  # [n, heads, t, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
@@ -159,5 +177,7 @@ def _explicit(
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights[..., : k.shape[2]], v).transpose(1, 2)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
+    out = torch.matmul(weights.unflatten(1, (-1, groups)).flatten(2, 3), v)
+    heads: Tensor = out.unflatten(2, (groups, n_rows)).flatten(1, 2)
+    return heads.transpose(1, 2)

@@ -79,6 +79,8 @@ class CapturedCache(Cache):
         self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._at: Tensor | None = None
         self._past: Tensor | None = None
+        self._seen: dict[tuple[int, int], Tensor] = {}
+        self._biases: dict[tuple[int, int], Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -116,15 +118,30 @@ class CapturedCache(Cache):
         return keys[self._past], values[self._past]
 
     def visible(self, window: int, chunk: int) -> Tensor:
-        """Return what each row sees, `[n, 1, 1, bucket]` bool, within a window or a chunk if these are not 0."""
-        newest = self._inputs.lengths[:, None] - 1
-        past = torch.arange(self._n_tokens, device=newest.device)
-        seen = past <= newest
-        if window:
-            seen &= past > newest - window
-        if chunk:
-            seen &= past // chunk == newest // chunk
-        return seen[:, None, None]
+        """Return what each row sees, `[n, 1, 1, bucket]` bool, within a window or a chunk if these are not 0.
+
+        Made once a step: layers of one kind share it.
+        """
+        seen = self._seen.get((window, chunk))
+        if seen is None:
+            newest = self._inputs.lengths[:, None] - 1
+            past = torch.arange(self._n_tokens, device=newest.device)
+            seen = past <= newest
+            if window:
+                seen &= past > newest - window
+            if chunk:
+                seen &= past // chunk == newest // chunk
+            seen = self._seen[window, chunk] = seen[:, None, None]
+        return seen
+
+    def bias(self, window: int, chunk: int, dtype: torch.dtype) -> Tensor:
+        """Return the same as what is added to scores: nothing, or minus infinity; made once a step."""
+        bias = self._biases.get((window, chunk))
+        if bias is None:
+            seen = self.visible(window, chunk)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+            self._biases[window, chunk] = bias
+        return bias
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return a past that is not empty: positions are given, and nothing else hangs on it."""

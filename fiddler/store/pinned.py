@@ -50,11 +50,12 @@ def cut(n_blocks: int, block_bytes: int, piece_bytes: int = PIECE_BYTES) -> list
 
 
 def on_pages(n_blocks: int, block_bytes: int) -> Tensor:
-    """Return memory for blocks, uint8 `[n_blocks, block_bytes]`, that starts a page; less than a page is wasted.
+    """Return memory for blocks, uint8 `[n_blocks, block_bytes]`, that starts a page; less than two are wasted.
 
-    Its last page may go on with other memory, but not with another piece: that starts on a page of its own.
+    Its last page is all its own: of memory that shares a page with what is locked, CUDA copies neither kind.
     """
     n_bytes = n_blocks * block_bytes
-    room = torch.empty(n_bytes + PAGE_BYTES - ALIGNMENT, dtype=torch.uint8)  # torch aligns to 64 bytes
+    whole = -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
+    room = torch.empty(whole + PAGE_BYTES - ALIGNMENT, dtype=torch.uint8)  # torch aligns to 64 bytes
     start = -room.data_ptr() % PAGE_BYTES
     return room[start : start + n_bytes].view(n_blocks, block_bytes)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fiddler import ConfigError, Engine, EngineConfig
+from fiddler.config import DtypeName
 from tests.support import conformance
 from tests.support.conformance import Options
 from tests.support.tiny import save_tiny
@@ -26,7 +27,10 @@ SETTINGS: dict[str, Options] = {
 }
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 MARGIN = 0.05
-"""In standard deviations of the logits. bfloat16 has eight bits: where two tokens are closer, either may win."""
+"""In standard deviations of the logits: where two tokens are closer, either may win."""
+IN_DOUBT = {"float32": 0, "bfloat16": 6}
+"""Of the 42 tokens, how many may be further off. In bfloat16 two experts' router weights are often equal but for
+rounding, another expert is another output, and these models are random: on a CPU up to three were seen."""
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +58,29 @@ async def test_records_what_it_did(model: Path) -> None:
     await conformance.records_what_it_did(model, COMMON | SETTINGS["some-slots"], {"cpu", "gpu"})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-async def test_tokens_agree_with_transformers_on_the_same_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
-    """In bfloat16: the same token at every step, unless the reference itself was in doubt."""
+async def test_tokens_agree_with_transformers_on_the_same_gpu(
+    name: str, graphs: bool, dtype: DtypeName, tmp_path: Path
+) -> None:
+    """The same token at every step, unless the reference itself was in doubt."""
     folder = save_tiny(tmp_path, name)
-    async with Engine(folder, EngineConfig(**COMMON, slots=9, dtype="bfloat16", graphs=graphs)) as engine:
+    async with Engine(folder, EngineConfig(**COMMON, slots=9, dtype=dtype, graphs=graphs)) as engine:
         made = await conformance.together(engine)
-    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=None).to("cuda").eval()
+    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to("cuda").eval()
     eager.set_experts_implementation("eager")
-    for prompt, tokens in zip(conformance.PROMPTS, made, strict=True):
-        assert_agrees(eager, prompt, tokens)
+    pairs = zip(conformance.PROMPTS, made, strict=True)
+    assert sum(n_further_off(eager, prompt, tokens) for prompt, tokens in pairs) <= IN_DOUBT[dtype]
 
 
-def assert_agrees(eager: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+def n_further_off(eager: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> int:
     """Hold each token against what the reference thinks after the same tokens."""
     ids = torch.tensor([[*prompt, *tokens]], device="cuda")
     with torch.no_grad():
         logits = eager(ids).logits[0, len(prompt) - 1 : -1].float()
     best, own = logits.max(-1).values, logits.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
-    assert float((best - own).max()) <= MARGIN * float(logits.std())
+    return int((best - own > MARGIN * logits.std()).sum())
 
 
 async def test_a_budget_that_is_too_small_says_what_was_wanted(model: Path) -> None:

@@ -1,0 +1,229 @@
+"""Decoding and first tokens of models of full size, by memory and by system, in turns.
+
+A turn opens an engine, warms it up, takes readings and closes it; all systems have their turn before any has its
+second, as long as there is time. The rule for caches is the same for all: one sequence makes `n_warm` tokens, or as
+many as patience lets it, before anything counts. Readings of one number are never of one sequence twice: each has
+another recording of the routing, and every system has the same ones in the same order.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import anyio
+
+from bench.gpu import bounds, llama
+from bench.gpu.bounds import Rates
+from bench.gpu.clock import spread
+from bench.gpu.context import Context, said
+from bench.gpu.facts import rates_of
+from bench.gpu.models import sizes_of, vocabulary
+from bench.gpu.running import Reading, prompts, read
+from bench.gpu.systems import options
+from fiddler import Engine
+
+RESERVE_S = 240.0
+"""Left of the run for the parts after this one; of a shorter run no more than a third."""
+N_WARM_TOGETHER = 6
+"""Tokens of each sequence that warm up what several sequences together need, such as graphs of their own."""
+OURS = "fiddler"
+LONG_S = 12.0
+"""A prompt that would take longer, going by the one before, is left out."""
+Place = tuple[str, float]
+"""A model and its memory in GiB."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What is known of a system at a place."""
+
+    n_slots: int = 0
+    gpu_bytes: int = 0
+    """That the GPU had less free while the engine was open, beside what was free before."""
+    opening_s: list[float] = field(default_factory=list)
+    decoded: dict[int, list[Reading]] = field(default_factory=lambda: defaultdict(list))
+    first_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    unavailable: str | None = None
+
+
+@dataclass(slots=True)
+class Decoding:
+    """All readings of a run."""
+
+    ctx: Context
+    rates: dict[str, Rates]
+    cells: dict[tuple[str, float, str], _Cell] = field(default_factory=lambda: defaultdict(_Cell))
+
+    def place(self, place: Place, until_s: float) -> None:
+        """Give every system its turns; the first round is whole whatever time is left, unless the run is over."""
+        sizes = self.ctx.sizes
+        for number in range(sizes.rounds):
+            began_s = perf_counter()
+            for name in sizes.systems:
+                if self.ctx.remaining_s() > 0.0:
+                    self._turn(place, name, first=number == 0)
+                elif not number:
+                    self.cells[*place, name].unavailable = "the run's time was over"
+                self.write()
+            if perf_counter() + (perf_counter() - began_s) > until_s:
+                return
+
+    def beside_llama(self) -> dict[str, Any]:
+        """Run llama.cpp, and ours with the same model and memory, if it can run here."""
+        if why_not := llama.why_not(self.ctx):
+            return {"model": self.ctx.sizes.llama, "rows": [], "unavailable": why_not}
+        place = self.ctx.sizes.llama, self.ctx.sizes.llama_gib
+        self._turn(place, OURS, first=True)
+        return llama.llama(self.ctx, self.cells[*place, OURS].gpu_bytes)
+
+    def write(self, **fields: Any) -> None:
+        """Write what is known so far."""
+        self.ctx.keep("decode", **fields, **self.rows())
+
+    def rows(self) -> dict[str, Any]:
+        """Return every cell's rows."""
+        items = list(self.cells.items())
+        return {
+            "places": [_about(key, cell) for key, cell in items],
+            "decode": [row for key, cell in items for row in self._decoded(key, cell)],
+            "first_token": [row for key, cell in items for row in _first(key, cell)],
+        }
+
+    def _turn(self, place: Place, name: str, *, first: bool) -> None:
+        cell = self.cells[*place, name]
+        if cell.unavailable is not None:
+            return
+        try:
+            anyio.run(self._open, place, name, cell, first)
+        except Exception as error:  # whatever it is, the other systems go on
+            cell.unavailable = said(error)
+        finally:
+            self.ctx.shelf.tidy()
+
+    async def _open(self, place: Place, name: str, cell: _Cell, first: bool) -> None:
+        ctx, (spec, budget) = self.ctx, place
+        free, began_s = ctx.gpu.memory().free, perf_counter()
+        async with Engine(ctx.shelf.loader(spec), ctx.engine(budget, **options(name))) as engine:
+            cell.opening_s.append(perf_counter() - began_s)
+            cell.n_slots = engine.statistics().n_slots
+            asking = _Asking(engine, ctx, vocabulary(spec))
+            await asking.run(1, ctx.sizes.n_warm)
+            cell.gpu_bytes = max(free - ctx.gpu.memory().free, 0)
+            for n in ctx.sizes.n_sequences if first else ctx.sizes.n_sequences[:1]:
+                if n > 1:
+                    await asking.run(n, N_WARM_TOGETHER)
+                for _ in range(ctx.sizes.repeats):
+                    cell.decoded[n].append(await asking.run(n, ctx.sizes.n_new))
+            if first:
+                await _firsts(asking, ctx, cell)
+
+    def _decoded(self, key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
+        spec, budget, name = key
+        for n, every in cell.decoded.items():
+            readings = [reading for reading in every if reading.tokens_per_s is not None]
+            if not readings:
+                continue
+            known = [reading.hits for reading in readings if reading.hits is not None]
+            yield {
+                "model": spec,
+                "budget_gib": budget,
+                "system": name,
+                "n_sequences": n,
+                "n_readings": len(readings),
+                "tokens_per_s": spread(r.tokens_per_s for r in readings if r.tokens_per_s is not None),
+                "hits": spread(known) if known else None,
+                "read_bytes_per_token": {
+                    lane: spread(reading.read_bytes[lane] for reading in readings)
+                    for lane in ("cpu", "gpu", "link")
+                },
+                **self._of_bounds(spec, n, readings),
+            }
+
+    def _of_bounds(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
+        if not all(bounds.knows_bytes(reading, n) for reading in readings):
+            return {"of_bound": None, "of_kernel_bound": None, "bound_s": None}
+        shape, sizes, shares, longest = sizes_of(spec), self.ctx.sizes, {}, None
+        for kind, per_s in self.rates.items():
+            found = [bounds.bound(r, shape, n, sizes.n_prompt + (1 + r.n_tokens / n) / 2, per_s) for r in readings]
+            shares[kind] = spread(
+                one.seconds * (reading.tokens_per_s or 0.0) for one, reading in zip(found, readings, strict=True)
+            )
+            longest = longest or {
+                lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in ("cpu", "link", "gpu")
+            }
+        return {"of_bound": shares["ceilings"], "of_kernel_bound": shares["kernels"], "bound_s": longest}
+
+
+@dataclass(slots=True)
+class _Asking:
+    """Prompts of one engine, none of them twice."""
+
+    engine: Engine
+    ctx: Context
+    n_vocabulary: int
+    n_asked: int = 0
+
+    async def run(self, n: int, n_new: int, n_prompt: int | None = None) -> Reading:
+        """Run `n` sequences."""
+        self.n_asked += 1
+        sizes = self.ctx.sizes
+        asked = prompts(n, n_prompt or sizes.n_prompt, self.n_vocabulary, self.n_asked)
+        return await read(self.engine, asked, n_new, sizes.patience_s)
+
+
+async def _firsts(asking: _Asking, ctx: Context, cell: _Cell) -> None:
+    """Time first tokens, the shortest prompt first.
+
+    Where it is quick the first of a length warms up and the second counts: kernels are chosen by rows.
+    """
+    rate = 0.0
+    for n_prompt in sorted(ctx.sizes.first_token):
+        if rate * n_prompt > min(LONG_S, ctx.remaining_s()):
+            return
+        taken = (await asking.run(1, 1, n_prompt)).first_token_s
+        if taken < LONG_S / 4:
+            taken = (await asking.run(1, 1, n_prompt)).first_token_s
+        cell.first_s[n_prompt].append(taken)
+        rate = taken / n_prompt
+
+
+def decode(ctx: Context) -> dict[str, Any]:
+    """Measure every place, those of one model together, and llama.cpp at the same memory."""
+    decoding = Decoding(ctx, rates_of(ctx))
+    places = [(spec, budget) for spec in ctx.sizes.models for budget in ctx.sizes.budgets_gib]
+    reserve_s = min(RESERVE_S, ctx.sizes.minutes * 20.0)
+    for number, place in enumerate(places):
+        left_s = ctx.remaining_s(reserve_s)
+        decoding.place(place, perf_counter() + left_s / (len(places) - number))
+    decoding.write(llama=decoding.beside_llama())
+    return decoding.rows()
+
+
+def _about(key: tuple[str, float, str], cell: _Cell) -> dict[str, Any]:
+    spec, budget, name = key
+    return {
+        "model": spec,
+        "budget_gib": budget,
+        "system": name,
+        "n_slots": cell.n_slots,
+        "n_experts": sizes_of(spec).total_experts,
+        "gpu_bytes": cell.gpu_bytes,
+        "n_turns": len(cell.opening_s),
+        "opening_s": spread(cell.opening_s) if cell.opening_s else None,
+        "unavailable": cell.unavailable,
+    }
+
+
+def _first(key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
+    spec, budget, name = key
+    for n_prompt, seconds in cell.first_s.items():
+        yield {
+            "model": spec,
+            "budget_gib": budget,
+            "system": name,
+            "n_prompt": n_prompt,
+            "n_readings": len(seconds),
+            "first_token_s": spread(seconds),
+        }

@@ -1,0 +1,136 @@
+"""A model that fits the GPU entirely: Fiddler with every expert in a slot beside transformers on the same GPU.
+
+The same weights, and the routers' own choice on both sides. transformers runs in the leanest loop there is (a
+forward and an argmax over a `DynamicCache`, as `bench.peers.forwards`), is fed the tokens that Fiddler made and is
+read back every token, as whoever shows tokens would; by each of its experts' implementations. All take turns;
+within a turn Fiddler is first, for it makes the tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import anyio
+import torch
+from transformers import DynamicCache
+
+from bench.gpu.clock import spread
+from bench.gpu.context import Context, said
+from bench.gpu.models import as_transformers, sizes_of, vocabulary
+from bench.gpu.running import prompts
+from bench.peers import steps
+from fiddler import Engine
+
+PEERS = ("eager", "grouped_mm")
+OURS = "fiddler"
+TURNS = 4
+"""The first, in which kernels are compiled and graphs recorded, does not count."""
+
+
+@dataclass(slots=True)
+class _Speeds:
+    """Decoded tokens a second by system and turn, and why one did not run."""
+
+    by_system: dict[str, list[float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def resident(ctx: Context) -> dict[str, Any]:
+    """Measure both side by side, for each number of sequences."""
+    return anyio.run(_resident, ctx)
+
+
+async def _resident(ctx: Context) -> dict[str, Any]:
+    spec, rows = ctx.sizes.few, list[dict[str, Any]]()
+    total = sizes_of(spec).total_experts
+    async with Engine(ctx.shelf.loader(spec, replayed=False), ctx.engine(slots=total)) as engine:
+        n_slots = engine.statistics().n_slots
+        theirs = as_transformers(ctx.shelf.loaded(), spec, ctx.gpu.device)
+        for n in ctx.sizes.n_sequences:
+            speeds = _Speeds()
+            for turn in range(TURNS):
+                await _turn(ctx, engine, theirs, n, turn, speeds)
+            rows.append(_row(n, speeds))
+            ctx.keep("resident", model=spec, n_slots=n_slots, n_experts=total, rows=rows)
+    return {"model": spec, "n_slots": n_slots, "n_experts": total, "rows": rows}
+
+
+async def _turn(ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: _Speeds) -> None:
+    asked = prompts(n, ctx.sizes.n_prompt, vocabulary(ctx.sizes.few), turn)
+    made, rate = await _ours(engine, asked, ctx.sizes.n_new)
+    if turn:
+        speeds.by_system.setdefault(OURS, []).append(rate)
+    for name in PEERS[turn % len(PEERS) :] + PEERS[: turn % len(PEERS)]:
+        if name in speeds.unavailable:
+            continue
+        try:
+            theirs.set_experts_implementation(name)
+            with _their_attention():
+                rate = _theirs(theirs, asked, made, ctx.sizes.patience_s)
+        except Exception as error:  # an implementation that this torch or GPU does not have
+            speeds.unavailable[name] = said(error)
+        else:
+            if turn:
+                speeds.by_system.setdefault(name, []).append(rate)
+
+
+async def _ours(engine: Engine, asked: Sequence[list[int]], n_new: int) -> tuple[list[list[int]], float]:
+    """Return an engine's tokens, and those a second after the first of each."""
+    made: list[list[int]] = [[] for _ in asked]
+    times: list[float] = []
+
+    async def consume(number: int) -> None:
+        options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": []}
+        async for token in engine.generate_stream(asked[number], **options):
+            made[number].append(token.id)
+            times.append(perf_counter())
+            if len(made[number]) == 1:
+                firsts.append(times[-1])
+
+    firsts: list[float] = []
+    async with anyio.create_task_group() as group:
+        for number in range(len(asked)):
+            group.start_soon(consume, number)
+    later = [at for at in times if at > max(firsts)]
+    return made, len(later) / (max(later) - max(firsts))
+
+
+@contextmanager
+def _their_attention() -> Iterator[None]:
+    """Give torch back its own choice of attention kernels: an engine on a GPU takes cuDNN's away, process-wide."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@torch.inference_mode()
+def _theirs(model: Any, asked: Sequence[list[int]], made: Sequence[list[int]], patience_s: float) -> float:
+    """Return the tokens a second that transformers decodes when it is fed the same."""
+    cache, device = DynamicCache(config=model.config), model.device
+    first, rest = torch.tensor(asked, device=device), torch.tensor(made, device=device)
+
+    def forward(ids: torch.Tensor) -> steps.Picks:
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        picks: steps.Picks = logits[:, -1].argmax(-1).tolist()
+        return picks
+
+    step: Callable[[int], steps.Picks] = lambda i: forward(rest[:, i, None])  # noqa: E731
+    rate = steps.timed(lambda: forward(first), step, len(made[0]), patience_s).decode_tokens_per_s
+    assert rate is not None
+    return rate
+
+
+def _row(n: int, speeds: _Speeds) -> dict[str, Any]:
+    ran = {name: spread(rates) for name, rates in speeds.by_system.items()}
+    others = [ran[name]["median"] for name in PEERS if name in ran]
+    return {
+        "n_sequences": n,
+        "tokens_per_s": ran,
+        "unavailable": speeds.unavailable,
+        "over_best": ran[OURS]["median"] / max(others) if others else None,
+    }

@@ -1,0 +1,112 @@
+"""Experts in a GPU's slots, by path, shape and rows: how much of their weights the GPU reads a second."""
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Any, get_args
+
+import torch
+
+from bench import kernels
+from bench.gpu.clock import busy, spread, took
+from bench.gpu.context import Context
+from bench.gpu.host import TINY, expert
+from fiddler.devices.arena import Arena
+from fiddler.devices.gpu import Gpu
+from fiddler.devices.slot_experts import Picked, SlotExperts, Stack, Visits
+from fiddler.store.block import BlockLayout
+
+AT_ONCE = 8
+"""Experts of a layer, as many as a token of Qwen3-30B-A3B visits."""
+BUSY = 8192
+"""Rows and columns of what the GPU multiplies while the host gets ahead."""
+
+
+class Slots:
+    """Slots full of experts of one shape; each run visits other ones, so that none comes from a cache."""
+
+    def __init__(self, gpu: Gpu, shape: tuple[int, int], nbytes: int) -> None:
+        sample = expert(*shape)
+        self.layout = BlockLayout.of(sample)
+        self.expert_bytes, self.hidden = sample.nbytes, shape[0]
+        n = max(AT_ONCE, -(-nbytes // self.layout.nbytes))
+        self._gpu, arena = gpu, Arena(n, self.layout.nbytes, gpu.device)
+        arena.slots.view(torch.bfloat16).normal_(std=0.02)
+        self._stack = Stack.over(arena.slots, arena.views(0, self.layout))
+        self._step = n // AT_ONCE
+        self._firsts = cycle(range(self._step))
+
+    def run(self, path: Picked, n_rows: int) -> "_Run":
+        """Return runs of `AT_ONCE` experts of `n_rows` rows each, with everything that is not timed made before."""
+        experts = SlotExperts(lambda _: self._stack, (kernels.SWIGLU,), path=path)
+        firsts = islice(self._firsts, min(self._step, 16))
+        # A layer's experts lie apart from each other.
+        slots = [[first + i * self._step for i in range(AT_ONCE)] for first in firsts]
+        visits = [visits_of(own, n_rows, self._gpu.device) for own in slots]
+        hidden = torch.full((n_rows, self.hidden), 0.5, dtype=torch.bfloat16, device=self._gpu.device)
+        return _Run(experts, visits, hidden)
+
+
+def visits_of(slots: Sequence[int], n_rows: int, device: torch.device) -> Visits:
+    """Let each of `n_rows` rows visit the same slots, in ascending order."""
+    n = len(slots)
+    bounds = [i * n_rows for i in range(n + 1)]
+    positions = [row * n + i for i in range(n) for row in range(n_rows)]
+
+    def there(numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32).to(device)
+
+    groups = tuple(zip(slots, bounds[:-1], bounds[1:], strict=True))
+    return Visits(there(slots), there(bounds), there(positions), n_rows, len(positions), n, groups)
+
+
+class _Run:
+    """A layer's experts, over and over."""
+
+    def __init__(self, experts: SlotExperts, visits: list[Visits], hidden: torch.Tensor) -> None:
+        self._experts = experts
+        self._visits = cycle(visits)
+        self._hidden = hidden
+        self._out = hidden.new_zeros(hidden.shape[0] * AT_ONCE, hidden.shape[1])
+
+    def __call__(self) -> None:
+        self._experts.run(0, next(self._visits), self._hidden, self._out)
+
+
+def paths(ctx: Context) -> list[dict[str, Any]]:
+    """Measure every path; GB/s where launches are hidden behind other work, and seconds from rest."""
+    found, gpu = list[dict[str, Any]](), ctx.gpu
+    filler = busy(gpu, min(BUSY, ctx.sizes.gemm))
+    for name, shape in ctx.sizes.shapes.items():
+        slots = Slots(gpu, shape, ctx.sizes.slot_bytes)
+        for n_rows in ctx.sizes.rows:
+            for path in get_args(Picked):
+                about = {"shape": name, "hidden": shape[0], "intermediate": shape[1]}
+                row = {**about, "n_rows": n_rows, "path": path, "n_experts": AT_ONCE}
+                found.append(row | _measured(ctx, slots, path, n_rows, filler))
+        del slots
+        gpu.reclaim()
+    return found
+
+
+def _measured(ctx: Context, slots: Slots, path: Picked, n_rows: int, filler: Any) -> dict[str, Any]:
+    gpu, passes = ctx.gpu, ctx.sizes.passes
+    try:
+        run = slots.run(path, n_rows)
+        for _ in range(3):  # the first compiles
+            took(gpu, gpu.main, run)
+        hidden_s = [took(gpu, gpu.main, run, 4, before=filler) for _ in range(passes)]
+        rest_s = [took(gpu, gpu.main, run) for _ in range(passes)]
+    except Exception as error:  # a path that this GPU, or this torch, does not have
+        return {"unavailable": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    nbytes = AT_ONCE * slots.expert_bytes
+    return {"gbs": spread(nbytes / s / 1e9 for s in hidden_s), "from_rest_s": spread(rest_s)}
+
+
+def launch(ctx: Context) -> dict[str, Any]:
+    """Measure experts whose weights take no time, from rest; the best path counts."""
+    slots, found = Slots(ctx.gpu, TINY, 1), dict[str, Any]()
+    for path in get_args(Picked):
+        measured = _measured(ctx, slots, path, 1, busy(ctx.gpu, 64))
+        if "from_rest_s" in measured:
+            found[path] = measured["from_rest_s"]["median"] / AT_ONCE
+    return {"expert_s": min(found.values()), "by_path": found}
