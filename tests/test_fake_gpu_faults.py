@@ -3,14 +3,16 @@
 from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 from unittest.mock import patch
 
 import anyio
 import pytest
 import torch
+from torch import Tensor
 
-from fiddler import Engine, EngineConfig, EngineFailedError
+from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError
 from fiddler.devices.cpu import CpuDevice
 from fiddler.engine import gpu_side
 from fiddler.engine.costing import no_costs
@@ -89,6 +91,46 @@ async def test_experts_that_the_gpu_cannot_be_given_go_to_the_cpu(model: Path, e
         assert engine.statistics().n_fallbacks > 0
         assert engine.statistics().dead_lanes == ()
         assert await conformance.together(engine) == expected
+
+
+async def test_results_that_find_no_room_on_the_gpu_fail_and_nobody_waits(
+    model: Path, expected: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(model, planner="all-cpu") as engine:
+        with patch.object(GpuJobs, "land", side_effect=torch.OutOfMemoryError("no more")):
+            found = await tokens_or_error(engine, PROMPTS[0])
+        assert isinstance(found, EngineFailedError)
+        assert isinstance(found.__cause__, torch.OutOfMemoryError)
+        assert await conformance.together(engine) == expected
+        assert engine.statistics().n_slots < 5, "slots were given up for it"
+    assert sum("experts on the GPU failed" in record.message for record in caplog.records) == 1
+
+
+async def test_where_no_more_memory_can_be_pinned_results_come_from_what_can_be_had(
+    model: Path, expected: list[list[int]], gpu: FakeGpu
+) -> None:
+    pinned = gpu.pinned
+
+    def refusing(*shape: int, dtype: torch.dtype) -> Tensor:
+        if current_thread().name == "fiddler-cpu":
+            raise RuntimeError("CUDA error: out of memory")
+        return pinned(*shape, dtype=dtype)
+
+    with patch.object(gpu, "pinned", refusing):
+        async with opened(model, planner="all-cpu") as engine:
+            assert await conformance.together(engine) == expected
+            assert engine.statistics().dead_lanes == ()
+
+
+async def test_what_cannot_be_opened_leaves_nothing_locked(model: Path, gpu: FakeGpu) -> None:
+    before = gpu._pinnable
+    with patch.object(gpu_side, "_costs", side_effect=BROKEN), pytest.raises(RuntimeError, match="broken"):
+        async with opened(model):
+            pass
+    with pytest.raises(ConfigError, match="warm_start"):
+        async with opened(model, warm_start=model / "config.json"):
+            pass
+    assert gpu._pinnable == before
 
 
 async def tokens_or_error(engine: Engine, prompt: Sequence[int]) -> list[int] | EngineFailedError:

@@ -35,7 +35,19 @@ def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
         peak = gpu.launch(lambda: gpu.peak(run))
         past = steps.pop().past
         held = past.token_bytes if isinstance(past, SequenceKV) else -(-past_bytes(past) // n_rows)
-    return Needs(held, peak + _visits_bytes(loaded, n_rows))
+    return Needs(held, peak + _visits_bytes(loaded, n_rows) + _mask_bytes(loaded, n_rows))
+
+
+def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
+    """Return what a later chunk's mask takes, at the longest past: a bool, and what torch adds to scores, 16 bits.
+
+    See `_tiled` in models/attention.py: the query heads of a key head have it once each.
+    """
+    text = loaded.model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    longest = loaded.resolved.longest
+    return 3 * groups * n_rows * longest if loaded.packed and longest > n_rows else 0
 
 
 def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
