@@ -43,9 +43,7 @@ def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
 
     See `_tiled` in models/attention.py: the query heads of a key head have it once each.
     """
-    text = loaded.model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    groups = max(getattr(module, "num_key_value_groups", 1) for module in loaded.model.modules())
     longest = loaded.resolved.longest
     return 3 * groups * n_rows * longest if loaded.packed and longest > n_rows else 0
 
