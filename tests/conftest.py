@@ -11,6 +11,7 @@ if "FIDDLER_GPU" not in os.environ:
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -48,3 +49,11 @@ def save(tmp_path: Path) -> Callable[[PreTrainedModel], Path]:
         return tmp_path / name
 
     return save
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what was not tried: a run without a GPU must not look like one with it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    n = sum("gpu" in report.keywords for report in skipped)
+    if n:
+        terminalreporter.write_line(f"{n} tests need an NVIDIA GPU and were skipped: `make gpu` runs them on one")
