@@ -47,6 +47,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_side, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_room, "GRAPHS_BYTES", 0)
+    # Where another test has had Triton's interpreter, kernels would run in it, and take minutes.
+    monkeypatch.setitem(sys.modules, "fiddler.devices.slot_triton", None)
     monkeypatch.setattr(measure, "CURVE_S", 0.0)
     monkeypatch.setattr(measure, "LEAST", 2)
     monkeypatch.setattr(measure, "BESIDE_S", 0.01)
