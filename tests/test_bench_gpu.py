@@ -273,7 +273,7 @@ def test_a_machine_names_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     without = machine.describe()["gpu"]
     assert (without["name"], without["memory_gib"], without["driver"]) == ("NVIDIA Some GPU", 80.0, None)
-    script = f"#!{sys.executable}\nprint('GPU-xyz, 1.0, 3, 8, 1')\nprint('GPU-abc, 570.1, 5, 16, 4')\n"
+    script = "#!/bin/sh\necho GPU-xyz, 1.0, 3, 8, 1\necho GPU-abc, 570.1, 5, 16, 4\n"
     smi = tmp_path / "nvidia-smi"
     smi.write_text(script)
     smi.chmod(0o755)

@@ -207,7 +207,11 @@ class StreamLanes:
         return {load.expert: error for load in job.loads}
 
     def _bury(self, lane: LaneName, error: Exception) -> None:
-        self._told.push(lambda: self._reports.append(LaneDied(lane, error)))
+        self._told.push(lambda: self._buried(lane, error))
+
+    def _buried(self, lane: LaneName, error: Exception) -> None:
+        self._n_computing = 0 if lane == "cpu" else self._n_computing
+        self._reports.append(LaneDied(lane, error))
 
     def _note(self, job: Job, began: Event, ended: Event) -> None:
         """Write a span down, on the host's clock."""
