@@ -1,10 +1,10 @@
 """The experts' side of an engine with an NVIDIA GPU."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -57,8 +57,13 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     ring = StagingRing(gpu)  # first: blocks take what can be pinned, and it is for when nothing more can
     pinned = store.pin(gpu.pin)  # before memory is divided: the GPU keeps a list of what is locked
     try:
-        memory = GpuMemory(loaded, gpu, divided(loaded, gpu, config))
-        jobs = memory.jobs(host, Copying(memory.arena, store.block, pinned.holds, ring), config)
+        room = divided(loaded, gpu, config)
+        arena = _arena(room, gpu)
+        stacks = lru_cache(None)(partial(_stack, store, arena))
+        experts = SlotExperts(stacks, loaded.formulas)
+        copying = Copying(arena, store.block, pinned.holds, ring)
+        jobs = GpuJobs(gpu, GpuCrossing(gpu, Watch()), host, experts, copying)
+        memory = GpuMemory(loaded, jobs, room, _graphs(loaded, gpu, config), stacks.cache_clear)
         costs = _costs(loaded, jobs, config)
     except BaseException:
         store.unpin(gpu.unpin)
@@ -69,7 +74,7 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
         jobs,
         costs,
         memory.room.slots,
-        lambda: StreamLanes(jobs, jobs.crossing, jobs.crossing.watch, working=working, trace=trace),
+        lambda: StreamLanes(jobs, working=working, trace=trace),
         memory.graphs,
         lambda cache: Residency(cache, loaded, jobs).now,
         memory.shrink if memory.room.slots else None,
@@ -77,25 +82,16 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     )
 
 
+@dataclass(slots=True)
 class GpuMemory:
     """Owner of what an engine has taken of a GPU's memory, and of blocks that are locked for it."""
 
-    def __init__(self, loaded: ServableModel, gpu: Gpu, room: Room) -> None:
-        self.room = room
-        self.arena = _arena(room, gpu)
-        self.graphs: Graphs | None = None
-        self._loaded = loaded
-        self._gpu = gpu
-        self._stacks = lru_cache(None)(self._stack)
-        self._jobs: GpuJobs | None = None
-
-    def jobs(self, host: CpuDevice, copying: Copying, config: EngineConfig) -> GpuJobs:
-        """Return what does jobs in this memory."""
-        experts = SlotExperts(self._stacks, self._loaded.formulas)
-        crossing = GpuCrossing(self._gpu, Watch())
-        self._jobs = GpuJobs(self._gpu, crossing, host, experts, copying)
-        self.graphs = _graphs(self._loaded, self._gpu, config)
-        return self._jobs
+    loaded: ServableModel
+    jobs: GpuJobs
+    room: Room
+    graphs: Graphs | None
+    forget_stacks: Callable[[], None]
+    """Lets go of views of the slots."""
 
     def shrink(self) -> int:
         """Give slots up for a workspace; returns how many are left."""
@@ -106,28 +102,26 @@ class GpuMemory:
 
     def close(self) -> None:
         """Give everything back now: an engine that is closed may be kept for its statistics."""
-        store = self._loaded.store
+        store, gpu = self.loaded.store, self.jobs.gpu
         assert isinstance(store, PackedStore)
-        store.unpin(self._gpu.unpin)
+        store.unpin(gpu.unpin)
         self._empty(0)
         if self.graphs is not None:
             self.graphs.arena.clear()
-        model: torch.nn.Module = self._loaded.model
+        model: torch.nn.Module = self.loaded.model
         model.to("cpu")
-        self._gpu.reclaim()
+        gpu.reclaim()
 
     def _empty(self, n_slots: int) -> None:
-        self._stacks.cache_clear()
+        self.forget_stacks()
         if self.graphs is not None:
             self.graphs.forget()
-        assert self._jobs is not None
-        self._jobs.shrink(n_slots)
+        self.jobs.shrink(n_slots)
 
-    def _stack(self, layer: int) -> Stack:
-        """Return all slots as experts of a layer."""
-        store = self._loaded.store
-        assert isinstance(store, PackedStore)
-        return Stack.over(self.arena.slots, self.arena.views(0, store.layout(layer)))
+
+def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
+    """Return all slots as experts of a layer."""
+    return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
 
 
 def _arena(room: Room, gpu: Gpu) -> Arena:

@@ -103,7 +103,7 @@ def _assembled(
     lookahead = _lookahead(loaded, side.n_slots, config)
     if side.graphs is not None:
         side.graphs.lookahead = lookahead
-        if not config.record:  # for that the host has to hear of every visit
+        if side.residents is not None and not config.record:  # for that the host has to hear of every visit
             side.graphs.resident = side.residents(cache)
     experts = Experts(side.crossing, loaded.n_experts, n_deferred, lookahead)
     recorder = Recorder(loaded.n_experts) if config.record else None

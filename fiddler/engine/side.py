@@ -17,10 +17,6 @@ def _nothing() -> None:
     return
 
 
-def _none_resident(cache: ExpertCache) -> Callable[[], None]:
-    return _nothing
-
-
 @dataclass(frozen=True, slots=True)
 class Side:
     """The experts' side of an engine; the model's own side only knows the crossing."""
@@ -34,7 +30,7 @@ class Side:
     """Starts them: their threads live from then on."""
     graphs: Graphs | None = None
     """What records decoding steps, and knows where keys and values lie: for packed models on a GPU."""
-    residents: Callable[[ExpertCache], Callable[[], Resident | None]] = _none_resident
+    residents: Callable[[ExpertCache], Callable[[], Resident | None]] | None = None
     """What runs layers without the host, and when, by what a cache holds."""
     shrink: Callable[[], int] | None = None
     """Gives slots up where a GPU's memory ran out, while no lane works; returns how many are left, all empty."""

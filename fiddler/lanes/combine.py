@@ -30,6 +30,10 @@ def combine(outputs: Tensor, order: Sequence[int], weights: Tensor) -> Tensor:
         rows[position] = row
     if dropped < len(rows):
         outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
-    visits = outputs.index_select(0, torch.tensor(rows, dtype=torch.long))
-    weighted = visits.view(n_tokens, top_k, -1) * weights[..., None]  # [T, K, H]
-    return weighted.sum(dim=1).to(outputs.dtype)
+    return summed(outputs.index_select(0, torch.tensor(rows, dtype=torch.long)), weights)
+
+
+def summed(visits: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum `[T, H]` of `visits` `[T·K, H]` over `weights` `[T, K]`, in routing order."""
+    weighted = visits.view(*weights.shape, -1) * weights[..., None]  # [T, K, H]
+    return weighted.sum(dim=1).to(visits.dtype)

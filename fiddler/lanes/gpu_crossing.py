@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fiddler.devices.gpu import Event, Gpu
+from fiddler.lanes.combine import summed
 from fiddler.lanes.crossing import Ask, Routing
 from fiddler.lanes.watch import Watch
 from fiddler.scheduler.messages import LayerTook
@@ -76,12 +77,6 @@ def noted(ask: Ask) -> Tensor:
 def blank_visits(ask: Ask) -> Tensor:
     """Return room for every visit, `[T·K, H]` zeros."""
     return ask.hidden.new_zeros(ask.index.numel(), ask.hidden.shape[1])
-
-
-def summed(visits: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum `[T, H]` of `visits` `[T·K, H]` over `weights` `[T, K]`, in routing order."""
-    n_tokens, top_k = weights.shape
-    return (visits.view(n_tokens, top_k, -1) * weights[..., None]).sum(dim=1).to(visits.dtype)
 
 
 @dataclass(slots=True)

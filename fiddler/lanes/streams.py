@@ -18,10 +18,8 @@ from anyio import lowlevel
 from fiddler.cost.lanes import LaneName
 from fiddler.devices.gpu import Event
 from fiddler.lanes.channel import Channel
-from fiddler.lanes.gpu_crossing import GpuCrossing
 from fiddler.lanes.gpu_jobs import Computed, GpuJobs
 from fiddler.lanes.spans import span
-from fiddler.lanes.watch import Watch
 from fiddler.lanes.worker import Worker
 from fiddler.scheduler.messages import (
     CopyExpert,
@@ -56,16 +54,14 @@ class StreamLanes:
     def __init__(
         self,
         jobs: GpuJobs,
-        crossing: GpuCrossing,
-        watch: Watch,
         *,
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
         trace: Trace | None = None,
     ) -> None:
         """`working` is entered in each worker, for its life."""
         self._jobs = jobs
-        self._crossing = crossing
-        self._watch = watch
+        self._crossing = jobs.crossing
+        self._watch = jobs.crossing.watch
         self._trace = trace
         self._n_computing = 0
         self._said: set[type[Exception]] = set()
