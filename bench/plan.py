@@ -17,16 +17,16 @@ from typing import Any
 
 from bench import machine
 from bench.report import heading, result, table, write_json
-from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, descent
+from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, best_cut
 from tests.scheduler.instances import Instance, instances
 from tests.scheduler.oracle import best_s
 
-PLANNERS: dict[str, Planner] = {"descent": descent, "all_cpu": all_cpu, "all_fetch": all_fetch}
+PLANNERS: dict[str, Planner] = {"best_cut": best_cut, "all_cpu": all_cpu, "all_fetch": all_fetch}
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Microseconds of `descent` for layers of one size."""
+    """Microseconds of `best_cut` for layers of one size."""
 
     n_loads: int
     median_us: float
@@ -45,7 +45,7 @@ class Ratios:
 
 
 def plan_times(n_loads: int, n_layers: int, repeats: int) -> Times:
-    """Measure `descent` on layers of `n_loads` experts."""
+    """Measure `best_cut` on layers of `n_loads` experts."""
     layers = instances(range(n_layers), n_loads)
     times = sorted(map(min, zip(*([_seconds(given) for given in layers] for _ in range(repeats)), strict=True)))
     return Times(n_loads, 1e6 * median(times), 1e6 * times[round(0.9 * (n_layers - 1))], 1e6 * times[-1])
@@ -53,7 +53,7 @@ def plan_times(n_loads: int, n_layers: int, repeats: int) -> Times:
 
 def _seconds(given: Instance) -> float:
     started = perf_counter()
-    given.plan(descent)
+    given.plan(best_cut)
     return perf_counter() - started
 
 

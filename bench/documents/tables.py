@@ -27,7 +27,7 @@ GOALS = {
     "prefill": ("3 \N{MULTIPLICATION SIGN}", ""),
 }
 """How many times as fast Fiddler should be as llama.cpp (Qwen's shape, Mixtral's) and as transformers."""
-PLANNERS = {"descent": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
+PLANNERS = {"best_cut": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
 FED = {
     "1 hidden as the experts get it": "**the rows as the experts get them**",
     "2 hidden / this norm's weight * the next one's": "with the next layer's norm instead of this one's",

@@ -111,29 +111,6 @@ class ExpertCache:
         """The copy under way for an expert."""
         return self._slots.loading(key)
 
-    def admissible(self, keys: Sequence[Key]) -> int:
-        """How many of these absent experts, in order, `reserve` would let in before it refuses one.
-
-        The count is highest with the experts worth most first. ValueError where one is not absent, or comes twice.
-        """
-        moves: list[tuple[Key, Key | None]] = []
-        n_staged = 0
-        n_open = self._staging.n_open(self._slots.idle)
-        try:
-            for key in keys:
-                admitted, victim = self._admitted(key)
-                if admitted:
-                    self._replace(victim, key)
-                    moves.append((key, victim))
-                elif n_staged < n_open:
-                    n_staged += 1
-                else:
-                    break
-        finally:
-            for key, victim in reversed(moves):
-                self._replace(key, victim)
-        return len(moves) + n_staged
-
     def reserve(self, key: Key, *, promotion: bool = False) -> Reservation | None:
         """A slot for an absent expert: a free one, the worst expert's, or one in passing; None where it is refused.
 
@@ -258,7 +235,6 @@ class ExpertCache:
             self._slots.evict(leaving)
 
     def _replace(self, leaving: Key | None, entering: Key | None) -> None:
-        # with its arguments swapped it undoes itself: `admissible` tries on the room what `reserve` does for good
         if leaving is not None:
             self._room.leave(leaving)
         if entering is not None:

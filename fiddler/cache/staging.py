@@ -15,10 +15,6 @@ class Staging:
     def __contains__(self, key: Key) -> bool:
         return key in self._held
 
-    def n_open(self, idle: Callable[[Key], bool]) -> int:
-        """How many more could enter now; `idle` says who may be let go."""
-        return self.n_slots - sum(not idle(key) for key in self._held)
-
     def oldest(self, idle: Callable[[Key], bool]) -> Key | None:
         """Who is let go next, where all slots are taken; None where nobody may."""
         return next((key for key in self._held if idle(key)), None)

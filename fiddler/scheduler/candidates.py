@@ -23,9 +23,3 @@ def candidates(run: LayerRun, loads: Sequence[Load], cache: ExpertCache, copies:
         return Candidate(load, "miss", score=score)
 
     return [candidate(load) for load in loads]
-
-
-def most_fetches(layer: int, seen: Sequence[Candidate], cache: ExpertCache) -> int:
-    """Return how many of a layer's misses the cache would let in."""
-    best_first = sorted(seen, key=lambda c: -c.score)  # one refusal ends the count
-    return cache.admissible([(layer, c.load.expert) for c in best_first if c.place == "miss"])

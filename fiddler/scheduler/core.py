@@ -6,7 +6,7 @@ all that cannot run from a slot goes to the CPU; without the CPU what can be fet
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
@@ -14,7 +14,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.candidates import candidates, most_fetches
+from fiddler.scheduler.candidates import candidates
 from fiddler.scheduler.copies import Copies
 from fiddler.scheduler.counters import Counters
 from fiddler.scheduler.jobs import Jobs, undone
@@ -37,7 +37,7 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Backlog, Plan, Planner, all_fetch, descent
+from fiddler.scheduler.plan import Backlog, Plan, Planner, all_fetch, assign, best_cut
 from fiddler.scheduler.predictors import Nobody, Predictor
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.records import LayerRecords
@@ -55,7 +55,7 @@ class Scheduler:
         cache: ExpertCache,
         costs: CostModel,
         *,
-        planner: Planner = descent,
+        planner: Planner = best_cut,
         promote: bool = True,
         ahead: tuple[Predictor, Rule] = (Nobody(), pays),
         trace: Trace | None = None,
@@ -134,10 +134,9 @@ class Scheduler:
         for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
             self._pin(run, expert)
         self.prefetcher.let_go()
-        run.plan = self._plan(run, work.loads)
-        yield from self._dispatch(run, run.plan)
+        run.plan = yield from self._dispatch(run, work.loads)
         if work.deferred:
-            yield from self._dispatch(run, self._plan(run, work.deferred))
+            yield from self._dispatch(run, work.deferred)
         yield from self._fill_link(run)
         yield from self._settle(run)
 
@@ -148,29 +147,35 @@ class Scheduler:
             self.cache.lease(key)
             run.leased.append(expert)
 
-    def _plan(self, run: LayerRun, loads: Sequence[Load]) -> Plan:
-        dead, costs = self._jobs.dead, self.correction.costs
+    def _plan(self, run: LayerRun, loads: Sequence[Load]) -> tuple[Plan, dict[Load, Reservation]]:
+        """Return who runs what, and the slots of those that are fetched."""
+        dead, costs, backlog, layer = self._jobs.dead, self.correction.costs, self.backlog(), run.layer
         seen = candidates(run, loads, self.cache, None if "gpu" in dead else self._copies)
-        n_fetch = 0 if dead.keys() & {"link", "gpu"} else most_fetches(run.layer, seen, self.cache)
-        planner = all_fetch if "cpu" in dead else self.planner
-        return planner(run.layer, seen, costs, self.backlog(), n_fetch)
+        # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
+        n_fetch = len(seen) if self.cache.n_slots and not dead.keys() & {"link", "gpu"} else 0
+        plan = (all_fetch if "cpu" in dead else self.planner)(layer, seen, costs, backlog, n_fetch)
+        asked = {load: self.cache.reserve((layer, load.expert)) for load in plan.fetch}
+        slots = {load: reservation for load, reservation in asked.items() if reservation is not None}
+        if len(slots) < len(asked):
+            by_load = {c.load: c for c in seen}
+            on_gpu = [by_load[load] for load in (*plan.gpu, *slots)]
+            plan = assign(layer, [c for c in seen if c not in on_gpu], on_gpu, costs, backlog)
+        return plan, slots
 
-    def _dispatch(self, run: LayerRun, plan: Plan) -> Iterator[Command]:
+    def _dispatch(self, run: LayerRun, loads: Sequence[Load]) -> Generator[Command, None, Plan]:
+        plan, slots = self._plan(run, loads)
         ready = tuple(load for load in plan.gpu if load.expert in run.leased)
         landing = [load for load in plan.gpu if load.expert not in run.leased]
-        fetches = [(load, self.cache.reserve((run.layer, load.expert))) for load in plan.fetch]
-        refused = [load for load, reservation in fetches if reservation is None]
-        cpu = (*plan.cpu, *refused)
-        self.counters.planned(hits=len(plan.gpu), cpu=len(cpu), fetches=len(plan.fetch) - len(refused))
+        self.counters.planned(hits=len(plan.gpu), cpu=len(plan.cpu), fetches=len(plan.fetch))
         if ready:
             yield self._run_gpu(run, ready)
-        yield from self._run_cpu(run, cpu)
+        yield from self._run_cpu(run, plan.cpu)
         for load in landing:
             if not self._copies.wait(run, load):
                 yield self._run_gpu(run, (load,))
-        for load, reservation in fetches:
-            if reservation is not None:
-                yield self._copy(reservation, "demand", (run, load))
+        for load in plan.fetch:
+            yield self._copy(slots[load], "demand", (run, load))
+        return plan
 
     def _settle(self, run: LayerRun) -> Iterator[Command]:
         """Let a layer's forward go on if it can, and let go of what nobody needs."""

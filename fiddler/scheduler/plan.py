@@ -1,8 +1,8 @@
 """Who runs what: each load of a layer on the CPU, from the GPU's cache, or copied in first."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress, islice
+from itertools import accumulate, compress
 from operator import attrgetter, not_
 from typing import Literal
 
@@ -52,22 +52,18 @@ Planner = Callable[[int, Sequence[Candidate], CostModel, Backlog, int], Plan]
 _PLACES = ("hit", "landing", "miss")
 _TIE = 1e-9
 """What each fetch must gain, as a share of a copy: more than rounding, and no more."""
-_TRIES = 16
-"""Changes that a descent tries; ten loads hardly ever need more."""
-_NEAR = 12
-"""Kinds of loads on either side that changes are made of, those nearest to the cut; ten loads have no more."""
 
 
-def descent(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
-    """Plan for the shortest makespan: the best cut through the loads, then flips and swaps while they shorten it.
+def best_cut(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
+    """Plan for the shortest makespan: the best of all cuts through the loads in the order of their worth.
 
-    The GPU gets what comes before the cut: hits, then what lands, then misses, those with most rows first, for all
-    cost the same to copy. Where more rows take the GPU longer that is also the best order of the copies (Johnson,
-    "Optimal two- and three-stage production schedules", 1954). Of equal plans the one with fewer fetches wins.
+    The GPU gets the loads before the cut: hits, then experts that land, then misses. Of misses those with most rows
+    come first, for all cost the same to copy. Where more rows take the GPU longer, that is also the best order of
+    the copies (Johnson, "Optimal two- and three-stage production schedules", 1954). Of equal plans the one with
+    fewer fetches wins.
     """
     loads = _Loads(layer, sorted(candidates, key=_worth), costs, backlog)
-    on, cut_s = _best_cut(loads, n_fetch)
-    return loads.plan(on, _descend(loads, on, cut_s, n_fetch))
+    return loads.plan(*_cut(loads, n_fetch))
 
 
 def all_cpu(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
@@ -107,8 +103,6 @@ class _Loads:
         expert, moves, k = costs.experts[layer], costs.moves, costs.contention
         places, rows, ahead_s = [c.place for c in order], [c.load.n_rows for c in order], [c.ahead_s for c in order]
         self.order = order
-        self.kinds = list(zip(zip(places, ahead_s, rows, strict=True), range(len(order)), strict=True))
-        """Of loads of one kind only how many run where makes a difference."""
         self.n_hits = places.count("hit")
         self.n_here = self.n_hits + places.count("landing")
         self.fixed_s = moves.fixed_s
@@ -128,10 +122,6 @@ class _Loads:
         )
         return max(ends)
 
-    def n_copies(self, on: Sequence[bool]) -> int:
-        """Return the number of fetches among the loads with `on`."""
-        return sum(on[self.n_here :])
-
     def plan(self, on: Sequence[bool], predicted_s: float) -> Plan:
         """Return the loads with `on` as the GPU's, and the others as the CPU's."""
         cpu = [c.load for c in compress(self.order, map(not_, on))]
@@ -146,7 +136,7 @@ class _Loads:
         )
 
 
-def _best_cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
+def _cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
     """Return what the GPU runs, and the makespan.
 
     With each load it takes the CPU ends sooner and the GPU later, so the cut is bisected. Contention spoils that,
@@ -175,45 +165,3 @@ def _best_cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
     tie_s = _TIE * loads.race.copy_s
     cut = min(tried, key=lambda cut: max(tried[cut]) + tie_s * max(0, cut - n_here))
     return [True] * cut + [False] * (n - cut), max(tried[cut])
-
-
-def _descend(loads: _Loads, on: list[bool], best_s: float, n_fetch: int) -> float:
-    """Change `on`, whose makespan is `best_s`, while that shortens it; return the makespan then."""
-    tie_s, n_copies, n_tries = _TIE * loads.race.copy_s, loads.n_copies(on), _TRIES
-    improved = True
-    while improved:
-        improved = False
-        for change in islice(_changes(loads, on, best_s, n_fetch), n_tries):
-            n_tries -= 1
-            for i in change:
-                on[i] = not on[i]
-            changed_s, n_changed = loads.makespan_s(on), loads.n_copies(on)
-            if changed_s + (n_changed - n_copies) * tie_s < best_s:
-                best_s, n_copies, improved = changed_s, n_changed, True
-                break
-            for i in change:
-                on[i] = not on[i]
-    return best_s
-
-
-def _changes(loads: _Loads, on: Sequence[bool], best_s: float, n_fetch: int) -> Iterator[tuple[int, ...]]:
-    """Yield loads to change sides, alone and in pairs, where no lane's work alone is then `best_s` long."""
-    n_here, n_copies, race, cpu_s, gpu_s = loads.n_here, loads.n_copies(on), loads.race, loads.cpu_s, loads.gpu_s
-    off = list(map(not_, on))
-    cpu_spare_s = best_s - race.cpu_s - loads.fixed_s - sum(compress(cpu_s, off))
-    gpu_spare_s = best_s - race.gpu_s - sum(compress(gpu_s, on))
-    # Of a kind the GPU gives up the last and takes the first, which for misses is the one with the higher score.
-    gpu = list(reversed(dict(compress(loads.kinds, on)).values()))[:_NEAR]
-    cpu = list(reversed(dict(compress(reversed(loads.kinds), reversed(off))).values()))[:_NEAR]
-    one_more = n_copies < n_fetch and race.link_s + (n_copies + 1) * race.copy_s < best_s
-    free = cpu if one_more else [j for j in cpu if j < n_here]
-    for j in free:
-        if gpu_s[j] < gpu_spare_s:
-            yield (j,)
-    for i in gpu:
-        if cpu_s[i] < cpu_spare_s:
-            yield (i,)
-    for i in gpu:
-        for j in cpu if i >= n_here else free:
-            if cpu_s[i] - cpu_s[j] < cpu_spare_s and gpu_s[j] - gpu_s[i] < gpu_spare_s:
-                yield i, j

@@ -5,11 +5,11 @@ from types import MappingProxyType
 
 from fiddler.errors import ConfigError
 from fiddler.scheduler.peer_plans import bandwidth_split, cheapest_each, cpu_or_stream, two_ended
-from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, descent
+from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, best_cut
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
-        "auto": descent,
+        "auto": best_cut,
         "all-cpu": all_cpu,
         "all-fetch": all_fetch,
         "bandwidth-split": bandwidth_split,

@@ -105,20 +105,6 @@ class CacheMachine(RuleBasedStateMachine):
                 assert self.n_kept(victim[0]) >= self.floor
                 assert not self.cache.policy.per_layer
 
-    @rule(keys=st.lists(KEY, unique=True, max_size=6))
-    def ask_for_room(self, keys: list[Key]) -> None:
-        absent = [key for key in keys if self.absent(key)]
-        n = self.cache.admissible(absent)
-        self.cache.check()
-        assert self.cache.admissible(absent) == n, "asking changed the answer"
-        for key in absent[:n]:
-            passing = self.passing()
-            reservation = self.cache.reserve(key)
-            assert reservation is not None
-            self.started(reservation, passing)
-        if n < len(absent):
-            assert self.cache.reserve(absent[n]) is None
-
     @precondition(lambda self: self.copies)
     @rule(data=st.data(), fails=st.booleans())
     def end_copy(self, data: st.DataObject, fails: bool) -> None:

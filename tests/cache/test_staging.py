@@ -1,12 +1,10 @@
 """Slots for experts in passing: who is refused passes through, and stays if it turns out to be worth it."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
-from fiddler.cache.policy import POLICIES, make_policy
+from fiddler.cache.policy import make_policy
 from fiddler.cache.slots import Reservation, Slots
 from fiddler.cache.static import uniform
 
@@ -137,7 +135,6 @@ def test_who_is_leased_or_on_its_way_in_passing_stays() -> None:
     lfu.lease((0, 1))
     loading = lfu.reserve((0, 2))
     assert loading is not None
-    assert lfu.admissible([(0, 3)]) == 0
     assert lfu.reserve((0, 3)) is None
     lfu.landed(loading)
     taken = lfu.reserve((0, 3))
@@ -205,60 +202,6 @@ def test_a_pinned_expert_does_not_pass_through() -> None:
     use(static, (0, 0))
     use(static, (1, 3))
     assert static.slot((1, 3)) is not None
-
-
-def test_room_is_promised_without_slots_in_passing_counted_twice() -> None:
-    lfu = full(n_staging=2)
-    absent = [(0, 1), (0, 2), (0, 3)]
-    for key in absent:
-        touch(lfu, key, 3)
-    assert lfu.admissible(absent) == 2
-    touch(lfu, (0, 3), 97)
-    assert lfu.admissible([(0, 3), (0, 1), (0, 2)]) == 3, "one for good and two in passing"
-    assert lfu.admissible(absent) == 3, "in any order"
-
-
-SIZES = st.tuples(st.integers(0, 4), st.integers(0, 3))
-ROWS = st.lists(st.tuples(st.sampled_from(uniform(LAYERS)), st.integers(1, 9)), max_size=12)
-
-
-@given(
-    name=st.sampled_from(sorted(POLICIES)),
-    sizes=SIZES,
-    admission=st.sampled_from([1.0, 4.0, float("inf")]),
-    rows=ROWS,
-    before=st.lists(st.sampled_from(uniform(LAYERS)), unique=True, max_size=5),
-    leased=st.sets(st.sampled_from(uniform(LAYERS)), max_size=3),
-    data=st.data(),
-)
-def test_as_many_are_let_in_as_was_promised(
-    name: str,
-    sizes: tuple[int, int],
-    admission: float,
-    rows: list[tuple[Key, int]],
-    before: list[Key],
-    leased: set[Key],
-    data: st.DataObject,
-) -> None:
-    made = cache(name, *sizes, admission=admission)
-    for key, n_rows in rows:
-        touch(made, key, n_rows)
-    for key in before:
-        reservation = made.reserve(key)
-        if reservation is not None:
-            made.landed(reservation)
-    for key in leased:
-        if made.slot(key) is not None:
-            made.lease(key)
-    absent = [key for key in uniform(LAYERS) if not made.holds(key)]
-    asked = data.draw(st.permutations(absent))
-    n = made.admissible(asked)
-    let_in = [made.reserve(key) is not None for key in asked]
-    made.check()
-    assert let_in[:n] == [True] * n
-    assert not any(let_in[n : n + 1])
-    assert made.n_free + made.n_ready + sum(let_in) == made.n_slots
-    assert all(made.slot(key) is not None for key in leased if made._slots._leases.get(key))
 
 
 def test_numbers_that_make_no_slots_in_passing_are_refused() -> None:

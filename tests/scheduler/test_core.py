@@ -6,7 +6,7 @@ import pytest
 
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import CopyExpert, DenseDone, LayerDone, RunDense, RunExperts
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch, assign, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch, assign, best_cut
 from tests.scheduler.desk import BROKEN, Desk, experts, kinds, resident
 
 # Where loads go
@@ -92,7 +92,7 @@ def test_a_fetch_that_finds_no_slot_runs_on_the_cpu_and_is_counted_there() -> No
 
 
 def test_without_slots_everything_runs_on_the_cpu() -> None:
-    desk = Desk(n_slots=0, planner=descent, promote=True)
+    desk = Desk(n_slots=0, planner=best_cut, promote=True)
     desk.ready(0, 0, {1: 1, 2: 1})
     assert kinds(desk.jobs) == [("cpu", [1, 2])]
 

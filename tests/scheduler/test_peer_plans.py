@@ -17,7 +17,7 @@ from fiddler.scheduler.peer_plans import (
     cpu_or_stream,
     two_ended,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, best_cut
 from fiddler.scheduler.planners import PLANNERS, planner
 from fiddler.scheduler.routing import Load
 from tests.scheduler.instances import Instance, instance
@@ -250,7 +250,7 @@ def test_a_prompt_is_streamed_from_its_threshold_on() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "cpu-or-stream"])
-def test_no_peer_is_faster_on_average_than_the_descent(name: str) -> None:
+def test_no_peer_is_faster_on_average_than_the_best_cut(name: str) -> None:
     layers = [instance(seed) for seed in range(300)]
-    ours, theirs = (sum(layer.plan(rule).predicted_s for layer in layers) for rule in (descent, PEERS[name]))
+    ours, theirs = (sum(layer.plan(rule).predicted_s for layer in layers) for rule in (best_cut, PEERS[name]))
     assert ours < theirs

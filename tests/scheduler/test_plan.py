@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from fiddler.cost.curve import Curve
 from fiddler.cost.model import CostModel, ExpertCosts
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_cpu, all_fetch, assign, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
 from fiddler.scheduler.routing import Load
 from tests.scheduler.instances import Instance, instance, instances
 from tests.scheduler.oracle import best_s, execute, replay
 
-PLANNERS = pytest.mark.parametrize("planner", [descent, all_cpu, all_fetch])
+PLANNERS = pytest.mark.parametrize("planner", [best_cut, all_cpu, all_fetch])
 drawn = st.builds(instance, st.integers(0, 2**32), st.integers(1, 40))
 
 
@@ -36,8 +36,8 @@ def ids(loads: tuple[Load, ...]) -> list[int]:
     return [load.expert for load in loads]
 
 
-def test_descent_is_near_the_best_plan() -> None:
-    ratios = sorted(given.plan(descent).predicted_s / best_s(given) for given in instances(range(3000)))
+def test_the_best_cut_is_near_the_best_plan() -> None:
+    ratios = sorted(given.plan(best_cut).predicted_s / best_s(given) for given in instances(range(3000)))
     assert ratios[0] >= 1.0 - 1e-9, "nothing is better than the best"
     assert mean(ratios) <= 1.01
     assert ratios[round(0.99 * len(ratios))] <= 1.10
@@ -73,7 +73,7 @@ def test_every_load_is_in_one_place(planner: Planner, given: Instance) -> None:
 
 @given(drawn)
 def test_the_order_within_each_place(given: Instance) -> None:
-    plan = given.plan(descent)
+    plan = given.plan(best_cut)
     gpu = given.named(plan.gpu)
     assert ids(plan.cpu) == sorted(ids(plan.cpu))
     assert gpu == sorted(gpu, key=lambda c: (c.place != "hit", c.ahead_s, c.load.expert))
@@ -83,18 +83,18 @@ def test_the_order_within_each_place(given: Instance) -> None:
 @given(drawn, st.randoms(use_true_random=False))
 def test_the_plan_does_not_depend_on_the_order_of_candidates(given: Instance, rng: Random) -> None:
     shuffled = rng.sample(given.candidates, len(given.candidates))
-    again = descent(0, shuffled, given.costs, given.backlog, given.n_fetch)
-    assert again == given.plan(descent)
+    again = best_cut(0, shuffled, given.costs, given.backlog, given.n_fetch)
+    assert again == given.plan(best_cut)
 
 
 @given(drawn)
-def test_descent_is_never_longer_than_no_fetches(given: Instance) -> None:
-    assert given.plan(descent).predicted_s <= given.plan(all_cpu).predicted_s * (1 + 1e-9)
+def test_the_best_cut_is_never_longer_than_no_fetches(given: Instance) -> None:
+    assert given.plan(best_cut).predicted_s <= given.plan(all_cpu).predicted_s * (1 + 1e-9)
 
 
 def test_each_fetch_shortens_the_makespan() -> None:
     for layer in instances(range(200)):
-        plan = layer.plan(descent)
+        plan = layer.plan(best_cut)
         cpu, gpu = layer.named(plan.cpu), layer.named(plan.gpu + plan.fetch)
         for dropped in layer.named(plan.fetch):
             fewer = assign(0, [*cpu, dropped], [c for c in gpu if c != dropped], layer.costs, layer.backlog)
@@ -110,49 +110,49 @@ def test_no_order_of_the_copies_is_better() -> None:
 
 
 def test_nothing_to_plan() -> None:
-    assert descent(0, [], flat(1.0, 1.0, 1.0), Backlog(1.0, 1.0, 1.0), 4) == Plan((), (), (), 0.0)
+    assert best_cut(0, [], flat(1.0, 1.0, 1.0), Backlog(1.0, 1.0, 1.0), 4) == Plan((), (), (), 0.0)
 
 
 def test_a_slow_link_fetches_nothing() -> None:
-    plan = descent(0, misses(1, 1, 1), flat(cpu_s=1.0, gpu_s=0.1, copy_s=3.0), Backlog(), 3)
+    plan = best_cut(0, misses(1, 1, 1), flat(cpu_s=1.0, gpu_s=0.1, copy_s=3.0), Backlog(), 3)
     assert plan.fetch == ()
     assert plan.predicted_s == 3.0
 
 
 def test_a_slow_cpu_fetches_all_it_may() -> None:
     costs = flat(cpu_s=50.0, gpu_s=0.1, copy_s=1.0)
-    assert len(descent(0, misses(1, 1, 1), costs, Backlog(), 3).fetch) == 3
-    assert len(descent(0, misses(1, 1, 1), costs, Backlog(), 2).fetch) == 2
+    assert len(best_cut(0, misses(1, 1, 1), costs, Backlog(), 3).fetch) == 3
+    assert len(best_cut(0, misses(1, 1, 1), costs, Backlog(), 2).fetch) == 2
 
 
 def test_the_misses_are_split_where_both_sides_end_together() -> None:
-    plan = descent(0, misses(1, 1, 1, 1, 1, 1), flat(cpu_s=2.0, gpu_s=1.0, copy_s=3.0), Backlog(), 6)
+    plan = best_cut(0, misses(1, 1, 1, 1, 1, 1), flat(cpu_s=2.0, gpu_s=1.0, copy_s=3.0), Backlog(), 6)
     assert len(plan.fetch) == 2
     assert plan.predicted_s == 8.0
 
 
 def test_most_rows_are_fetched_then_the_higher_score() -> None:
     costs = flat(cpu_s=2.0, gpu_s=0.0, copy_s=1.5)
-    assert ids(descent(0, misses(1, 2, 1), costs, Backlog(), 1).fetch) == [1]
+    assert ids(best_cut(0, misses(1, 2, 1), costs, Backlog(), 1).fetch) == [1]
     scored = [Candidate(Load(expert, 0, 1), "miss", score=score) for expert, score in enumerate((0.1, 0.3, 0.2))]
-    assert ids(descent(0, scored, costs, Backlog(), 1).fetch) == [1]
+    assert ids(best_cut(0, scored, costs, Backlog(), 1).fetch) == [1]
 
 
 def test_hits_move_to_the_cpu_when_the_gpu_is_the_longer_side() -> None:
-    plan = descent(0, hits(6), flat(cpu_s=1.0, gpu_s=1.0, copy_s=1.0), Backlog(), 0)
+    plan = best_cut(0, hits(6), flat(cpu_s=1.0, gpu_s=1.0, copy_s=1.0), Backlog(), 0)
     assert (len(plan.cpu), len(plan.gpu)) == (3, 3)
-    behind = descent(0, hits(6), flat(cpu_s=1.0, gpu_s=1.0, copy_s=1.0), Backlog(gpu_s=10.0), 0)
+    behind = best_cut(0, hits(6), flat(cpu_s=1.0, gpu_s=1.0, copy_s=1.0), Backlog(gpu_s=10.0), 0)
     assert behind.gpu == ()
 
 
 def test_a_landing_expert_is_waited_for_or_run_on_the_cpu() -> None:
     candidate, backlog = Candidate(Load(0, 0, 1), "landing", ahead_s=2.0), Backlog(link_s=2.0)
-    assert descent(0, [candidate], flat(5.0, 1.0, 4.0), backlog, 0).predicted_s == 3.0
-    assert ids(descent(0, [candidate], flat(2.5, 1.0, 4.0), backlog, 0).cpu) == [0]
+    assert best_cut(0, [candidate], flat(5.0, 1.0, 4.0), backlog, 0).predicted_s == 3.0
+    assert ids(best_cut(0, [candidate], flat(2.5, 1.0, 4.0), backlog, 0).cpu) == [0]
 
 
 def test_other_layers_work_alone_does_not_count() -> None:
-    plan = descent(0, hits(1), flat(1.0, 1.0, 1.0), Backlog(cpu_s=9.0), 0)
+    plan = best_cut(0, hits(1), flat(1.0, 1.0, 1.0), Backlog(cpu_s=9.0), 0)
     assert plan.predicted_s == 1.0
 
 

@@ -14,7 +14,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, CostModel, ExpertCosts
 from fiddler.scheduler.messages import LayerReady
-from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, descent
+from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.predictors import LookAhead
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
 from fiddler.scheduler.routing import Load
@@ -37,7 +37,7 @@ def view(
     costs: CostModel | None = None,
     backlog: Backlog = IDLE,
     gap_s: float = 0.0,
-    planner: Planner = descent,
+    planner: Planner = best_cut,
     here: Sequence[int] = (),
 ) -> View:
     """What a rule sees, with the experts in `here` in their slots."""
@@ -104,7 +104,7 @@ def test_impact_takes_what_shortens_the_next_layer_most() -> None:
     rows=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     here=st.sets(st.integers(0, 5)),
     gpu_s=st.floats(0.1, 20.0),
-    planner=st.sampled_from([descent, all_cpu, all_fetch]),
+    planner=st.sampled_from([best_cut, all_cpu, all_fetch]),
 )
 def test_no_guess_has_more_impact_than_the_one_that_is_taken(
     rows: list[int], here: set[int], gpu_s: float, planner: Planner
