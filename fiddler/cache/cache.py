@@ -7,7 +7,7 @@ from fiddler.cache.keys import Key, Rows
 from fiddler.cache.room import Room
 from fiddler.cache.slots import Reservation, Slots
 from fiddler.cache.staging import Staging
-from fiddler.cache.standings import Place, Standings
+from fiddler.cache.victims import Place, Victims
 from fiddler.cache.worth import Policy
 
 
@@ -59,13 +59,7 @@ class ExpertCache:
         self._slots = Slots(n_slots)
         self._room = Room(self._n_kept, len(self._keys), per_layer=self.policy.per_layer, floor=self._floor)
         self._staging = Staging(n_staging)
-        self._rank_anew()
-
-    def _rank_anew(self) -> None:
-        n_layers = len(self._keys)
-        self._worst = Standings(n_layers, self._as_victim, self._lowest, self._room.spares)
-        for layer, keys in enumerate(self._keys):
-            self._worst.touch(layer, keys)
+        self._victims = Victims(self.policy, self._room.spares)
 
     @property
     def n_slots(self) -> int:
@@ -90,10 +84,7 @@ class ExpertCache:
         """
         self.history.observe(layer, rows, n_tokens)
         self.policy.observe(layer, rows, n_tokens, scores)
-        if self.policy.steady:
-            self._worst.touch(layer)
-        else:
-            self._worst.touch(layer, self._room.layer(layer))
+        self._victims.visited(layer)
 
     def score(self, key: Key) -> float:
         """What the policy says the expert is worth now."""
@@ -136,7 +127,7 @@ class ExpertCache:
     def landed(self, reservation: Reservation) -> None:
         """LOADING → READY; ValueError for a stale reservation."""
         self._slots.landed(reservation)
-        self._worst.touch(reservation.key[0], (reservation.key,))
+        self._place(reservation.key)
 
     def failed(self, reservation: Reservation) -> None:
         """LOADING → absent, its slot free; ValueError for a stale reservation."""
@@ -148,14 +139,16 @@ class ExpertCache:
 
     def lease(self, key: Key) -> int:
         """Pin a READY expert while it is used, and say in which slot it is; ValueError where it is not READY."""
-        return self._slots.lease(key)
+        slot = self._slots.lease(key)
+        self._place(key)
+        return slot
 
     def release(self, key: Key) -> None:
         """End one lease; ValueError where there is none."""
         self._slots.release(key)
         if key in self._staging and self._slots.idle(key):
             self._pass_on(key)
-        self._worst.touch(key[0], (key,))
+        self._place(key)
 
     def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
         """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.
@@ -199,15 +192,16 @@ class ExpertCache:
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from what another run learned; ValueError for another policy's or another model's state."""
         learnt.restore(self.policy, state)
-        self._rank_anew()
+        for layer in range(len(self._keys)):
+            self._victims.visited(layer)
 
     def check(self) -> None:
-        """AssertionError where the books do not agree, or the standings are not what a full search finds."""
+        """AssertionError where the books do not agree, or the worst expert is not what a full search finds."""
         self._slots.check()
         held = self._slots.held()
         self._staging.check(held)
         self._room.check({key for key in held if key not in self._staging})
-        self._worst.check(self._keys)
+        self._victims.check({key for key in held if key in self._room and self._slots.idle(key)})
 
     def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
         """Whether an absent expert may stay, and who gives way to it if nothing is free."""
@@ -237,22 +231,25 @@ class ExpertCache:
     def _replace(self, leaving: Key | None, entering: Key | None) -> None:
         if leaving is not None:
             self._room.leave(leaving)
+            self._place(leaving)
         if entering is not None:
-            opens = not self._room.spares(entering[0])
             self._room.enter(entering)
-            if opens or self._slots.idle(entering):
-                self._worst.touch(entering[0], (entering,))
+            self._place(entering)
+
+    def _place(self, key: Key) -> None:
+        """Let it be known whether an expert may give way."""
+        self._victims.put(key, may_go=key in self._room and self._slots.idle(key))
 
     def _victim(self, newcomer: Key) -> Key | None:
         """The worst expert that may give way: of its own layer always, of others while they spare a slot."""
         layer = newcomer[0]
         if self.policy.per_layer:
-            return self._worst.first_of(layer)
-        worst = self._worst.first()
+            return self._victims.worst_of(layer)
+        worst = self._victims.worst()
         if self._room.spares(layer):
             return worst
-        firsts = [key for key in (self._worst.first_of(layer), worst) if key is not None]
-        return min(firsts, key=self._lowest, default=None)
+        firsts = [key for key in (self._victims.worst_of(layer), worst) if key is not None]
+        return min(firsts, key=self._victims.place, default=None)
 
     def _gives_way(self, newcomer: Key, *, promotion: bool = False) -> Key | None:
         victim = self._victim(newcomer)
@@ -261,15 +258,6 @@ class ExpertCache:
         new, old = self.policy.score(newcomer), self.policy.score(victim)
         refused = new <= old if promotion else old > self._admission * new
         return None if refused else victim
-
-    def _as_victim(self, key: Key) -> Place | None:
-        if key not in self._room or not self._slots.idle(key):
-            return None
-        return self.policy.rank(key), self.history.last_visit(key), -key[1], -key[0]
-
-    def _lowest(self, key: Key) -> Place:
-        worth = self.policy.rank(key) - self.policy.level(key[0])
-        return worth, self.history.last_visit(key), -key[1], -key[0]
 
     def _highest(self, key: Key) -> Place:
         worth = self.policy.level(key[0]) - self.policy.rank(key)

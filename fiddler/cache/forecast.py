@@ -39,7 +39,6 @@ class Forecast(Policy):
     """
 
     name: ClassVar[str] = "forecast"
-    steady: ClassVar[bool] = False
     bypasses: ClassVar[bool] = True
 
     def __init__(self, history: History) -> None:
@@ -50,6 +49,7 @@ class Forecast(Policy):
         self._tokens = [np.zeros(len(HALF_LIVES)) for _ in history.n_experts]
         self._visits = [0] * len(history.n_experts)
         self._ranks = [[-self._round / _RAREST] * n for n in history.n_experts]
+        self._worths = self._from_ranks()
         self._by_chunk: dict[int, tuple[Array, Array]] = {}
 
     def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
@@ -67,7 +67,8 @@ class Forecast(Policy):
         chances = self._fit.weights @ examples[:_TARGET]
         np.maximum(chances, _RAREST, out=chances)
         np.minimum(chances, 1.0, out=chances)
-        self._ranks[layer] = (-self._round / chances).tolist()
+        ranks = -self._round / chances
+        self._ranks[layer], self._worths[layer] = ranks.tolist(), ranks - self.history.n_visits
         self._visits[layer] = self.history.n_visits
 
     def _novelty(self, layer: int, n_tokens: int) -> Array:
@@ -78,6 +79,13 @@ class Forecast(Policy):
         decay, weight = self._by_chunk[n_tokens]
         tokens = self._tokens[layer] = self._tokens[layer] * decay + weight
         return weight / tokens
+
+    def worths(self, layer: int) -> Array:
+        """Return `rank - level` of a layer's experts, `[E]`."""
+        return self._worths[layer]
+
+    def _from_ranks(self) -> list[Array]:
+        return [np.array(ranks) - visits for ranks, visits in zip(self._ranks, self._visits, strict=True)]
 
     def rank(self, key: Key) -> float:
         """Visits, of any layer, between the layer's last one and the expert's next, below 0."""
@@ -129,6 +137,7 @@ class Forecast(Policy):
             examples[_SHARES] = rows[i * n_shares : (i + 1) * n_shares]
         self._tokens = [np.array(row) for row in tokens]
         self._ranks, self._visits = ranks, visits
+        self._worths = self._from_ranks()
 
 
 def _blank(n_experts: int) -> Array:

@@ -18,7 +18,6 @@ class HybriMoe(Policy):
 
     name: ClassVar[str] = "hybrimoe"
     per_layer: ClassVar[bool] = True
-    steady: ClassVar[bool] = False
 
     def __init__(self, history: History, top_k: int = 2) -> None:
         self.history = history

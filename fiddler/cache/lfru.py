@@ -11,7 +11,6 @@ class Lfru(Policy):
     """Score f / (now - last + 1): rows since the beginning over tokens of its own layer since the last touch."""
 
     name: ClassVar[str] = "lfru"
-    steady: ClassVar[bool] = False
 
     def __init__(self, history: History) -> None:
         self.history = history

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fiddler.cache.history import History
 from fiddler.cache.keys import Key, Rows
 
@@ -11,15 +14,13 @@ class Policy(Protocol):
     """Numbers for an expert, valid whether it is resident or absent; higher stays.
 
     `rank` orders the experts of one layer, `rank - level` those of all layers, and `score` is their worth: never
-    negative, in the same order, with ratios that mean something. `level` and the rank of an untouched expert
-    change through visits to their own layer only; in a `steady` policy such a rank never changes, and a touch never
-    lowers one.
+    negative, in the same order, with ratios that mean something. `level` and ranks change through visits to their
+    own layer only.
     """
 
     name: ClassVar[str]
     per_layer: ClassVar[bool] = False
     """True: slots are divided equally over the layers. False: one pool for all."""
-    steady: ClassVar[bool] = True
     bypasses: ClassVar[bool] = False
     """True: an expert that was fetched and is worth less than its victim is not kept. False: the latest is kept."""
     by_recency: ClassVar[bool] = False
@@ -37,6 +38,11 @@ class Policy(Protocol):
     def level(self, layer: int) -> float:
         """How much higher the layer's ranks are than their worth beside other layers."""
         return 0.0
+
+    def worths(self, layer: int) -> NDArray[np.float64]:
+        """Return `rank - level` of a layer's experts, `[E]`."""
+        ranks = [self.rank((layer, expert)) for expert in range(self.history.n_experts[layer])]
+        return np.array(ranks) - self.level(layer)
 
     def score(self, key: Key) -> float:
         """What the expert is worth now; 0 for one that there is no reason to copy in."""

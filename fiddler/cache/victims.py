@@ -1,0 +1,91 @@
+"""The worst expert that may give way, found by an array minimum when somebody asks."""
+
+from collections.abc import Callable
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fiddler.cache.keys import Key
+from fiddler.cache.worth import Policy
+
+Place = tuple[float, int, int, int]
+"""Worth, recency, and the id to tell ties apart: the smallest goes first, no two are equal."""
+
+
+class Victims:
+    """Owner of the list of experts that may give way: they hold a slot for good, and nobody loads or leases them.
+
+    Ranks change with every visit, and few of them are ever asked for. So a visit only marks its layer as stale, and
+    a question computes the least worth of the stale layers anew. `spares` says whether a layer may lose a slot to
+    another.
+    """
+
+    def __init__(self, policy: Policy, spares: Callable[[int], bool]) -> None:
+        n_experts = policy.history.n_experts
+        self._policy = policy
+        self._spares = spares
+        self._may_go = [np.zeros(n, dtype=np.bool_) for n in n_experts]
+        self._worth: list[NDArray[np.float64]] = [np.full(n, inf) for n in n_experts]
+        """By layer, `[E]`: worth of those that may give way, infinite for the others."""
+        self._least = np.full(len(n_experts), inf)
+        self._stale: set[int] = set()
+
+    def put(self, key: Key, *, may_go: bool) -> None:
+        """Take note whether an expert may give way."""
+        layer, expert = key
+        self._may_go[layer][expert] = may_go
+        self._stale.add(layer)
+
+    def visited(self, layer: int) -> None:
+        """Take note that a layer's ranks have changed."""
+        self._stale.add(layer)
+
+    def worst_of(self, layer: int) -> Key | None:
+        """Return the worst expert of one layer; `None` where none may give way."""
+        self._freshen()
+        return self._first(layer) if self._least[layer] < inf else None
+
+    def worst(self) -> Key | None:
+        """Return the worst expert of all layers that may lose a slot; `None` where there is none."""
+        self._freshen()
+        least = self._least
+        layer = int(least.argmin())
+        if not self._spares(layer):
+            least = np.where([self._spares(i) for i in range(len(least))], least, inf)
+            layer = int(least.argmin())
+        if not least[layer] < inf:
+            return None
+        tied = np.flatnonzero(least == least[layer])
+        return min((self._first(int(i)) for i in tied), key=self.place)
+
+    def place(self, key: Key) -> Place:
+        """Return an expert's place in the order in which experts give way."""
+        layer, expert = key
+        worth = self._policy.rank(key) - self._policy.level(layer)
+        return worth, self._policy.history.last_visit(key), -expert, -layer
+
+    def check(self, may_go: set[Key]) -> None:
+        """Raise `AssertionError` unless these experts may give way, and the worst are those that a search finds."""
+        held = {(layer, int(e)) for layer, row in enumerate(self._may_go) for e in np.flatnonzero(row)}
+        assert held == may_go, "other experts may give way than are listed"
+        for layer in range(len(self._may_go)):
+            mine = [key for key in may_go if key[0] == layer]
+            assert self.worst_of(layer) == min(mine, key=self.place, default=None), (
+                f"layer {layer} has another worst"
+            )
+        spared = [key for key in may_go if self._spares(key[0])]
+        assert self.worst() == min(spared, key=self.place, default=None), "another layer has the worst"
+
+    def _first(self, layer: int) -> Key:
+        worth = self._worth[layer]
+        tied = np.flatnonzero(worth == self._least[layer])
+        if len(tied) == 1:
+            return layer, int(tied[0])
+        return min(((layer, int(expert)) for expert in tied), key=self.place)
+
+    def _freshen(self) -> None:
+        for layer in self._stale:
+            worth = self._worth[layer] = np.where(self._may_go[layer], self._policy.worths(layer), inf)
+            self._least[layer] = worth.min(initial=inf)
+        self._stale.clear()
