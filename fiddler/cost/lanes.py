@@ -26,6 +26,11 @@ class Queued:
     ran_s: float = 0.0
     """Time in which `work_s - left_s` of it was done."""
 
+    def run(self, seconds: float, factor: float) -> None:
+        """Let it run for some time, `factor` times as long as alone."""
+        self.left_s = max(0.0, self.left_s - seconds / factor)
+        self.ran_s += seconds
+
     @property
     def slowdown(self) -> float:
         """How much longer than alone it took so far, for what it shared the machine with."""
@@ -81,17 +86,21 @@ class Lanes:
         return done
 
     def pass_by(self, seconds: float) -> None:
-        """Let time pass beside real lanes: a job whose time is up stays, with nothing left, until it is removed."""
-        while seconds > 0.0:
-            busy = {lane: factor for lane, factor in self.working().items() if self._left(lane) > 0.0}
-            if not busy:
-                return
-            step = min(seconds, *(self._left(lane) * factor for lane, factor in busy.items()))
-            for lane, factor in busy.items():
-                head = self.queues[lane][0]
-                head.left_s = max(0.0, head.left_s - step / factor)
-                head.ran_s += step
-            seconds -= step
+        """Let time pass beside real lanes: a job whose time is up stays, with nothing left, until it is removed.
+
+        Only the first job of each lane runs, so there are two spans: CPU and link slow each other, then nobody
+        does. Real lanes overlap, so `overlap` is taken as true.
+        """
+        cpu, gpu, link = (self.queues[lane] for lane in LANES)
+        both_s = 0.0
+        if cpu and link and cpu[0].left_s > 0.0 and link[0].left_s > 0.0:
+            k = self.contention
+            both_s = min(seconds, cpu[0].left_s * k.cpu, link[0].left_s * k.link)
+            cpu[0].run(both_s, k.cpu)
+            link[0].run(both_s, k.link)
+        for queue, alone_s in ((cpu, seconds - both_s), (gpu, seconds), (link, seconds - both_s)):
+            if queue and queue[0].left_s > 0.0 and alone_s > 0.0:
+                queue[0].run(min(alone_s, queue[0].left_s), 1.0)
 
     def backlog_s(self, lane: LaneName) -> float:
         """Return the seconds of work queued in a lane, as it takes alone."""

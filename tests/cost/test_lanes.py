@@ -169,26 +169,3 @@ def test_without_overlap_the_cpu_adds_to_what_the_others_take(
     assert max(ends.values()) == pytest.approx(max(work["gpu"], work["link"]) + work["cpu"])
     last = max((end for job, end in ends.items() if queued[job][0] != "cpu"), default=0.0)
     assert last == pytest.approx(max(work["gpu"], work["link"])), "they do not notice the CPU"
-
-
-@given(jobs, contentions)
-def test_time_passes_by_without_overlap_as_it_advances(
-    queued: list[tuple[LaneName, float]], contention: Contention
-) -> None:
-    advanced, passed = alone(queued, contention), alone(queued, contention)
-    while (step := advanced.next_s()) is not None:
-        passed.pass_by(step)
-        for lane, job in advanced.advance(step):
-            removed = passed.remove(lane, job)
-            assert removed is not None
-            assert removed.left_s == pytest.approx(0.0, abs=1e-9)
-            assert removed.slowdown == pytest.approx(1.0), "it did not run while it waited"
-        for lane in LANES:
-            assert passed.backlog_s(lane) == pytest.approx(advanced.backlog_s(lane), abs=1e-9)
-    assert passed.next_s() is None
-
-
-def test_what_has_run_late_does_not_hold_up_the_cpu() -> None:
-    lanes = alone([("link", 1.0), ("cpu", 4.0)], Contention())
-    lanes.pass_by(3.0)
-    assert lanes.backlog_s("cpu") == 2.0, "the copy is overdue, not at work"
