@@ -241,7 +241,8 @@ class Scheduler:
                 yield from self._ran(job, event.failures, unended=event.took_s is None)
             case RunDense():
                 yield DenseDone(job.wave)
-        yield from self._fill_link()
+        if isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and job.lane == "cpu"):
+            yield from self._fill_link()
 
     def _ordered(self, job: int) -> Iterator[Command]:
         """Give the GPU what waits for a copy: it keeps the order itself."""
