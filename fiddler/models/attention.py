@@ -1,7 +1,7 @@
 """The attention seam: rows of all sequences arrive packed, each sequence's rows attend to their own past.
 
-Registered without a mask function, so transformers builds no masks; causality, window, chunk, soft cap and sinks
-come from the arguments and the layer's own type.
+A layer's mask says what its rows see (masks.py), and nothing else does: transformers' eager attention looks at no
+window among the arguments either. Soft cap and sinks are arguments.
 """
 
 from typing import Any
@@ -10,11 +10,13 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from fiddler.errors import UnsupportedModelError
+from fiddler.models import masks
 from fiddler.models.captured import CapturedCache
 from fiddler.models.kv import WaveCache
+from fiddler.models.masks import Sight
 
 NAME = "fiddler"
 """The attention implementation's name in transformers' registry."""
@@ -28,47 +30,46 @@ def attention_function(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Sight,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend; `query` is `[1, heads, ΣT, dim]`, the result `[1, ΣT, heads, dim]`.
 
-    Raises `UnsupportedModelError` for an argument that would change the result and is not known here.
+    Raises `UnsupportedModelError` for a mask or an argument that would change the result and is not known here.
     """
-    _check(attention_mask, kwargs)
-    window, chunk = sliding_window or 0, _chunk(module)
+    sight = masks.sight(attention_mask)
+    _check(kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
     wave: WaveCache | CapturedCache = getcurrent().wave
     if isinstance(wave, CapturedCache):
         rows, (k, v) = query.permute(2, 1, 0, 3), wave.past(key, value)
         if plain:
-            out = _grouped(rows, k, v, scale, wave.bias(window, chunk, query.dtype))
+            out = _grouped(rows, k, v, scale, wave.bias(sight, query.dtype))
         else:
-            out = _explicit(rows, k, v, scale, wave.visible(window, chunk), softcap, s_aux)
+            out = _explicit(rows, k, v, scale, wave.visible(sight), softcap, s_aux)
         return out.transpose(0, 1), None
+    wave.sights[module.layer_idx] = sight
     pasts = wave.pasts(key, value, module.layer_idx)
     outputs = []
     for q, (k, v) in zip(query.split(wave.lengths, -2), pasts, strict=True):
         if plain:
-            outputs.append(_fused(q, k, v, scale, window, chunk, wave))
+            outputs.append(_fused(q, k, v, scale, sight, wave))
         else:
-            outputs.append(_explicit(q, k, v, scale, _mask(q, k, window, chunk, wave), softcap, s_aux))
+            outputs.append(_explicit(q, k, v, scale, _mask(q, k, sight, wave), softcap, s_aux))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, masks.mask)
 
 
-def _check(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _check(kwargs: dict[str, Any]) -> None:
     unknown = [n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in _IGNORED]
-    if attention_mask is not None:
-        unknown.append("attention_mask")
     if kwargs.get("is_causal") is False:
         unknown.append("is_causal=False")
     if unknown:
@@ -77,22 +78,13 @@ def _check(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _chunk(module: Any) -> int:
-    """Return the chunk a layer attends within (Llama 4), or 0."""
-    config = module.config
-    types = getattr(config, "layer_types", None)
-    if types and types[module.layer_idx] == "chunked_attention":
-        return int(config.attention_chunk_size)
-    return 0
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: int, wave: WaveCache) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight, wave: WaveCache) -> Tensor:
     """Return `[1, t, heads, dim]` through torch's fused attention."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] == 1:
-        first = _first_visible(k.shape[2], window, chunk)
+        first = sight.hidden(k.shape[2])
         return _grouped(q, k[:, :, first:], v[:, :, first:], scale)
-    mask = _mask(q, k, window, chunk, wave)
+    mask = _mask(q, k, sight, wave)
     if mask is not None and heads != kv_heads and q.is_cuda:
         return _tiled(q, k, v, scale, mask)
     out = F.scaled_dot_product_attention(
@@ -125,30 +117,19 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None 
     return out.reshape(n, 1, heads, v.shape[-1])
 
 
-def _first_visible(n_tokens: int, window: int, chunk: int) -> int:
-    """Return the first position the newest token sees."""
-    first = max(n_tokens - window, 0) if window else 0
-    return max(first, (n_tokens - 1) // chunk * chunk) if chunk else first
-
-
-def _mask(q: Tensor, k: Tensor, window: int, chunk: int, wave: WaveCache) -> Tensor | None:
+def _mask(q: Tensor, k: Tensor, sight: Sight, wave: WaveCache) -> Tensor | None:
     """Return what each of the new rows sees, `[t, L]` bool; `None` where that is plain causal from the start.
 
     Made once a step: layers of one kind share it.
     """
     n_rows, n_tokens = q.shape[2], k.shape[2]
-    if n_rows == n_tokens and (not window or n_tokens <= window) and (not chunk or n_tokens <= chunk):
+    if n_rows == n_tokens and not sight.hidden(n_tokens):
         return None
-    mask = wave.masks.get((n_rows, n_tokens, window, chunk))
+    mask = wave.masks.get((n_rows, n_tokens, sight))
     if mask is None:
         position = torch.arange(n_tokens - n_rows, n_tokens, device=q.device)[:, None]  # [t, 1]
         past = torch.arange(n_tokens, device=q.device)[None, :]  # [1, L]
-        mask = past <= position
-        if window:
-            mask &= past > position - window
-        if chunk:
-            mask &= past // chunk == position // chunk
-        wave.masks[n_rows, n_tokens, window, chunk] = mask
+        mask = wave.masks[n_rows, n_tokens, sight] = sight.sees(position, past)
     return mask
 
 

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from fiddler.errors import UnsupportedModelError
 from fiddler.models.kv_arena import KvArena
+from fiddler.models.masks import Sight
 
 
 class Row(NamedTuple):
@@ -79,8 +80,8 @@ class CapturedCache(Cache):
         self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._at: Tensor | None = None
         self._past: Tensor | None = None
-        self._seen: dict[tuple[int, int], Tensor] = {}
-        self._biases: dict[tuple[int, int], Tensor] = {}
+        self._seen: dict[Sight, Tensor] = {}
+        self._biases: dict[Sight, Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -117,30 +118,22 @@ class CapturedCache(Cache):
         keys, values = self._arena.layer(layer)
         return keys[self._past], values[self._past]
 
-    def visible(self, window: int, chunk: int) -> Tensor:
-        """Return what each row sees, `[n, 1, 1, bucket]` bool, within a window or a chunk if these are not 0.
-
-        Made once a step: layers of one kind share it.
-        """
-        seen = self._seen.get((window, chunk))
+    def visible(self, sight: Sight) -> Tensor:
+        """Return what each row sees, `[n, 1, 1, bucket]` bool. Made once a step: layers of one kind share it."""
+        seen = self._seen.get(sight)
         if seen is None:
             newest = self._inputs.lengths[:, None] - 1
             past = torch.arange(self._n_tokens, device=newest.device)
-            seen = past <= newest
-            if window:
-                seen &= past > newest - window
-            if chunk:
-                seen &= past // chunk == newest // chunk
-            seen = self._seen[window, chunk] = seen[:, None, None]
+            seen = self._seen[sight] = sight.sees(newest, past)[:, None, None]
         return seen
 
-    def bias(self, window: int, chunk: int, dtype: torch.dtype) -> Tensor:
+    def bias(self, sight: Sight, dtype: torch.dtype) -> Tensor:
         """Return the same as what is added to scores: nothing, or minus infinity; made once a step."""
-        bias = self._biases.get((window, chunk))
+        bias = self._biases.get(sight)
         if bias is None:
-            seen = self.visible(window, chunk)
+            seen = self.visible(sight)
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
-            self._biases[window, chunk] = bias
+            self._biases[sight] = bias
         return bias
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

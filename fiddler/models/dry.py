@@ -1,11 +1,15 @@
 """A step that visits no expert: what a model asks for, and what it takes, without reading any of its experts."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from transformers import DynamicCache, PreTrainedModel
 
+from fiddler.errors import FiddlerError, UnsupportedModelError
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
+from fiddler.models.masks import Sight
 from fiddler.models.seam import Forward
 
 
@@ -16,6 +20,8 @@ class DryStep(NamedTuple):
     """The sequence's past: a `SequenceKV` of a packed model, else transformers' cache."""
     layers: tuple[int, ...]
     """Layers whose experts were asked for, as they were bound, in order."""
+    sights: Mapping[int, Sight]
+    """By layer, what its rows may see; of a packed model."""
 
 
 def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
@@ -29,8 +35,10 @@ def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
     ids = torch.zeros(1, n_rows, dtype=torch.int64, device=device)
     positions = torch.arange(n_rows, device=device)[None]
 
-    # As in a real step: a prompt's rows want no logits, but for the last one's.
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # As in a real step: a prompt's rows want no logits, but for the last one's. Told as a number, some models drop
+    # the other rows on the way.
+    kept = {"logits_to_keep": torch.tensor([n_rows - 1], device=device)}
+    extra = kept if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def call() -> Any:
         return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
@@ -45,4 +53,35 @@ def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
             outcome = forward.send(outcome.hidden.new_zeros(outcome.hidden.shape))
     finally:
         forward.close()
-    return DryStep(past if packed else outcome.past_key_values, tuple(layers))
+    sights = cache.sights if cache is not None else {}
+    return DryStep(past if packed else outcome.past_key_values, tuple(layers), sights)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether packed steps give what `generate` does, for a model bound to the seam with our attention; runs a row.
+
+    transformers' cache lets go of what lies behind a window of the configuration, even where the masks of the model
+    go on showing it; then prompts see more than later tokens do, and only its own cache gives the same.
+
+    Raises `UnsupportedModelError` for a model that asks for what our attention does not know, and for one that
+    cannot run as it is configured.
+    """
+    try:
+        with torch.inference_mode():
+            sights = dry_step(model, 1, packed=True).sights
+        layers = DynamicCache(config=model.config).layers
+    except FiddlerError:
+        raise
+    except Exception as error:  # of transformers' code, for options that do not go together
+        raise UnsupportedModelError(
+            f"{model.config.model_type!r} cannot run as config.json describes it: {error}"
+        ) from error
+    return not any(_differs(layers[i], sight) for i, sight in sights.items())
+
+
+def _differs(layer: Any, sight: Sight) -> bool:
+    """Whether a layer of transformers' cache does not hold what is to be seen; of a window of 1 it holds all."""
+    if not getattr(layer, "is_sliding", False):  # one that shares another's keys does not even say
+        return False
+    limits = [limit for limit in (sight.window, sight.chunk) if limit]
+    return layer.sliding_window == 1 or not limits or min(limits) > layer.sliding_window

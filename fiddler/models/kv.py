@@ -15,6 +15,7 @@ from transformers import Cache
 
 from fiddler.errors import EngineError
 from fiddler.models.kv_arena import Run
+from fiddler.models.masks import Sight
 
 BLOCK_TOKENS = 256
 """KV buffers grow by at least this many tokens, and by half their size: appending is amortised O(1)."""
@@ -157,7 +158,9 @@ class WaveCache(Cache):
         super().__init__(layers=[])
         self.sequences = sequences
         self.lengths = list(lengths)
-        self.masks: dict[tuple[int, int, int, int], Tensor] = {}
+        self.masks: dict[tuple[int, int, Sight], Tensor] = {}
+        self.sights: dict[int, Sight] = {}
+        """By layer, what its rows may see; noted by the attention."""
         self._directness = directness
         self._totals: dict[int, list[int]] = {}  # by layer, tokens of each sequence once this step's are in
         self._returned: dict[

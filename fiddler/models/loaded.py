@@ -13,10 +13,10 @@ from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
-from fiddler.models.dry import dry_step
+from fiddler.models.dry import can_pack, dry_step
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
-from fiddler.models.skeleton import load_skeleton, read_config
+from fiddler.models.skeleton import attend_plainly, load_skeleton, read_config
 from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
@@ -77,6 +77,9 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         attention=attention.NAME if packed else None,
         trust_remote_code=options.trust_remote_code,
     )
+    if packed and not _can_pack(skeleton):
+        attend_plainly(skeleton)
+        packed = False
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
     make_store = PackedStore if resolved.store == "packed" else MappedStore
@@ -93,6 +96,11 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         resolved=resolved,
         packed=packed,
     )
+
+
+def _can_pack(skeleton: PreTrainedModel) -> bool:
+    seam.bind(seam.find_experts(skeleton), lambda *_: torch.empty(0))
+    return can_pack(skeleton)
 
 
 def _of_text(

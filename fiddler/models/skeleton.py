@@ -141,6 +141,11 @@ def _for_text(config: PretrainedConfig, attention: str | None) -> dict[str, str]
     return {"": attention} | {k: attention for k in config.sub_configs if getattr(config, k, None) is text}
 
 
+def attend_plainly(model: PreTrainedModel) -> None:
+    """Give a text model transformers' own attention in the place of ours."""
+    model.set_attn_implementation(dict.fromkeys(_for_text(model.config, "") or ()))
+
+
 def meta_skeleton(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model without its experts and without any weight, for its shapes and names.
 
