@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .overrides import HEAD_DIM, HEADS, MULTIMODAL_OVERRIDES, OVERRIDES, VOCABULARY, WINDOW
+from .variations import vary
 
 HIDDEN = 64
 EXPERTS = 8
@@ -140,27 +141,28 @@ TOWER_RULES: dict[str, Rule] = {
 }
 
 
-def tiny_config(package: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+def tiny_config(package: str, model_class: type[PreTrainedModel], *, varied: bool = False) -> PreTrainedConfig:
     """The tiny config of a package's text model or multimodal model; attention and experts run eagerly."""
     config_class = model_class.config_class
     assert config_class is not None
     if "text_config" in config_class.sub_configs:
-        config = _multimodal(package, config_class)
+        config = _multimodal(package, config_class, varied=varied)
     else:
-        config = config_class(**_text(package, config_class().to_dict()))
+        config = config_class(**_text(package, config_class().to_dict(), varied=varied))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     return config
 
 
-def _text(package: str, attributes: dict[str, Any]) -> dict[str, Any]:
+def _text(package: str, attributes: dict[str, Any], *, varied: bool) -> dict[str, Any]:
     values = {key: rule(attributes[key]) for key, rule in RULES.items() if key in attributes}
     values |= _key_value_heads(attributes) | _latent_head_dim(attributes, values)
     values |= _special_tokens(attributes) | _layers(attributes)
-    return values | deepcopy(OVERRIDES.get(package, {}))
+    values |= deepcopy(OVERRIDES.get(package, {}))
+    return vary(package, attributes, values) if varied else values
 
 
-def _multimodal(package: str, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _multimodal(package: str, config_class: type[PreTrainedConfig], *, varied: bool) -> PreTrainedConfig:
     """A text config, and towers that are never run: only their weights must be there."""
     default = config_class()
     values: dict[str, Any] = _special_tokens(default.to_dict())
@@ -168,7 +170,7 @@ def _multimodal(package: str, config_class: type[PreTrainedConfig]) -> PreTraine
         part = getattr(default, name) or part_class()
         attributes = {"model_type": part.model_type} | part.to_dict()
         if name == "text_config":
-            values[name] = {"model_type": part.model_type} | _text(package, attributes)
+            values[name] = {"model_type": part.model_type} | _text(package, attributes, varied=varied)
         else:
             values[name] = _tower(attributes)
     return config_class(**_merged(values, deepcopy(MULTIMODAL_OVERRIDES.get(package, {}))))

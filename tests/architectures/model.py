@@ -14,8 +14,10 @@ from .config import EXPERTS, tiny_config
 GAIN = 2.0
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
+def build(name: str, seed: int = 0, *, varied: bool = False) -> PreTrainedModel:
     """Architecture `name` as a tiny random model in fp32 and eval mode, the same for the same seed.
+
+    Its config is the default one, made small, or, `varied`, another one that departs from it in many options.
 
     Attention and experts run eagerly, and no token ends a text: `generate` is greedy and never stops early.
     """
@@ -23,7 +25,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     model_class = architecture.model_class()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(tiny_config(architecture.package, model_class))
+        model = model_class(tiny_config(architecture.package, model_class, varied=varied))
         _randomize(model)
     model.generation_config = GenerationConfig.from_dict({"do_sample": False})
     model.train(False)
