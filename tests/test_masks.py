@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MixtralConfig, masking_utils
+from transformers.models.olmoe import modeling_olmoe
 
 from fiddler import Engine, EngineConfig, UnsupportedModelError
 from fiddler.models import attention, masks
@@ -25,6 +26,7 @@ from tests.test_exactness import Save, eager
 NO_PADDING = torch.zeros(1, dtype=torch.int64)
 SIZES = st.integers(1, 12)
 PROMPT = [*range(10, 40)]
+N_NEW = 12
 
 
 @st.composite
@@ -93,13 +95,13 @@ CREATE = {
         ("causal", {}, {"attention_mask": torch.tensor([[0, 1, 1]])}, "a mask of padding"),
         ("causal", {"is_causal": False}, {}, "is_causal"),
         ("sliding", {"sliding_window": 4, "is_causal": False}, {}, "is_causal"),
-        ("sliding", {"sliding_window": 0}, {}, "sliding_window={0}"),
-        ("chunked", {"attention_chunk_size": 0}, {}, "attention_chunk_size={0}"),
+        ("sliding", {"sliding_window": 0}, {}, "sliding_window=0"),
+        ("chunked", {"attention_chunk_size": 0}, {}, "attention_chunk_size=0"),
         (
             "chunked",
             {"attention_chunk_size": 4},
             {"and_mask_function": masking_utils.chunked_overlay(6, NO_PADDING)},
-            "attention_chunk_size={4, 6}",
+            "attention_chunk_size=4 and attention_chunk_size=6",
         ),
     ],
 )
@@ -124,7 +126,7 @@ def test_a_mask_that_a_model_makes_itself_is_refused(mask: Any) -> None:
     ("kind", "changes", "named"),
     [
         ("olmoe", {"is_causal": False}, "is_causal"),
-        ("gpt_oss", {"sliding_window": 0}, "sliding_window={0}"),
+        ("gpt_oss", {"sliding_window": 0}, "sliding_window=0"),
         # A layer attends in a way for which the model then makes no mask.
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "cannot run as config.json describes it"),
     ],
@@ -156,14 +158,26 @@ def test_a_checkpoint_is_refused_when_it_is_opened(
 def test_windows_are_those_of_eager_generate(name: str, changes: dict[str, Any], packed: bool, save: Save) -> None:
     folder = save(build(name))
     edit_config(folder, {"sliding_window": 8, **changes})
+    assert load(folder, EngineConfig()).packed == packed
+    assert anyio.run(generated, folder) == expected(folder)
+
+
+def test_chunks_are_those_of_eager_generate(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As no architecture that shares steps is cut so today, one is made to be."""
+    monkeypatch.setattr(modeling_olmoe, "create_causal_mask", masking_utils.create_chunked_causal_mask)
+    folder = save(build("olmoe"))
+    edit_config(folder, {"attention_chunk_size": 8})
+    assert load(folder, EngineConfig()).packed
+    assert anyio.run(generated, folder) == expected(folder)
+
+
+def expected(folder: Path) -> list[int]:
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
-    expected, _ = eager(reference, PROMPT, 12)
+    return eager(reference, PROMPT, N_NEW)[0]
 
-    async def ours() -> tuple[int, ...]:
-        async with Engine(folder, EngineConfig(chunk_tokens=7)) as engine:
-            return (await engine.generate(PROMPT, max_new_tokens=12)).token_ids
 
-    assert load(folder, EngineConfig()).packed == packed
-    assert list(anyio.run(ours)) == expected
+async def generated(folder: Path) -> list[int]:
+    async with Engine(folder, EngineConfig(chunk_tokens=7)) as engine:
+        return list((await engine.generate(PROMPT, max_new_tokens=N_NEW)).token_ids)

@@ -69,7 +69,8 @@ def read(function: MaskFunction) -> Sight:
     elif others:
         unknown = f"a mask of {', '.join(others)}"
     elif any(type(size) is not int or size < 1 for size in windows | chunks) or len(chunks) > 1:
-        unknown = f"sliding_window={windows or None}, attention_chunk_size={chunks or None}"
+        limits = [f"sliding_window={size}" for size in windows]
+        unknown = " and ".join(limits + [f"attention_chunk_size={size}" for size in chunks])
     else:
         return Sight(min(windows, default=0), min(chunks, default=0))
     return Sight(unknown=unknown)
