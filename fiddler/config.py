@@ -112,7 +112,8 @@ class EngineConfig:
     """Of each token, experts of least weight whose results join one layer late. Lossy: changes the output. For
     models with at least 6 experts a token; without an accelerator it gains nothing."""
     warm_start: Path | None = None
-    """File the cache's scores are read from at the start and written to at the end, beside an accelerator."""
+    """File the cache's scores are read from at the start and written to at the end, beside an accelerator. Here and
+    in `calibration_dir` a `str` becomes a `Path`."""
     trace: bool = False
     """Whether to record every job and decision, for `Engine.trace()`."""
     record: bool = False
@@ -136,8 +137,7 @@ class EngineConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in _PATHS:
-            if not isinstance(getattr(self, name), Path | None):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a pathlib.Path or None")
+            object.__setattr__(self, name, _path(name, getattr(self, name)))  # frozen, but not to its maker
         if type(self.half_life) not in (int, float) or not 0 < self.half_life < inf:
             raise ConfigError(f"half_life={self.half_life!r} must be a number of tokens above 0")
         self._check_device()
@@ -165,6 +165,19 @@ class EngineConfig:
         if unknown:
             raise ConfigError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)
+
+
+def _path(name: str, value: Any) -> Path | None:
+    """Return an option that names a file or a folder as a path, whichever way it is spelled."""
+    if value is None:
+        return None
+    try:
+        path = os.fspath(value)
+    except Exception as error:  # no path, or one of a class of the caller's that raises
+        raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None") from error
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None")
+    return Path(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,21 @@ class TestEngineConfig:
         assert getattr(EngineConfig(**{name: value}), name) is value  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("name", PATHS)
-    @pytest.mark.parametrize("value", ["file", 3, False], ids=repr)
+    @pytest.mark.parametrize("value", [3, False, "", b"file", "a\0b", object], ids=repr)
     def test_paths_are_paths(self, name: str, value: Any) -> None:
-        with pytest.raises(ConfigError, match=f"^{name}={value!r} must be a pathlib.Path or None"):
+        with pytest.raises(ConfigError, match=f"^{name}={re.escape(repr(value))} must be a path"):
             EngineConfig(**{name: value})
-        assert getattr(EngineConfig(**{name: Path("file")}), name) == Path("file")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", PATHS)
+    def test_a_path_may_be_spelled_in_any_way(self, name: str) -> None:
+        class Elsewhere:
+            def __fspath__(self) -> str:
+                return "a/file"
+
+        for value in ("a/file", Path("a/file"), Elsewhere()):
+            found = getattr(EngineConfig(**{name: value}), name)  # type: ignore[arg-type]
+            assert found == Path("a/file")
+            assert isinstance(found, Path)
 
     @pytest.mark.parametrize("value", DEVICES)
     def test_devices(self, value: str) -> None:
