@@ -30,7 +30,7 @@ class Outcome:
     """What a step gave one span: logits `[V]` of its last row where a token is picked, or an error."""
 
     logits: Tensor | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class StepRunner:

@@ -137,7 +137,7 @@ class EngineLoop:
                 self._outbox.append((submission, Admitted()))
             except FiddlerError as error:
                 self._outbox.append((submission, error))
-            except Exception as error:  # a tokenizer's own failure is one request's, not the engine's
+            except BaseException as error:  # a tokenizer's own failure, a panic too, is one request's
                 self._outbox.append((submission, _failure("the request could not be opened", error)))
             self._waiting.popleft()
             self._next = None
@@ -221,7 +221,7 @@ class EngineLoop:
             return
         try:
             token = request.accept(outcome.logits)
-        except Exception as error:  # of one request's options, which concern no other
+        except BaseException as error:  # of one request's options or text, which concern no other
             self._fail([request], "no token could be picked", error)
             return
         self._counters.n_new_tokens += 1
@@ -230,7 +230,7 @@ class EngineLoop:
             self._counters.n_finished += 1
         self._outbox.append((request.submission, token))
 
-    def _fail(self, requests: Iterable[Request], what: str, error: Exception) -> None:
+    def _fail(self, requests: Iterable[Request], what: str, error: BaseException) -> None:
         """End the requests an error concerns; their memory goes with them, the others go on."""
         for request in requests:
             if request in self._running:
@@ -285,7 +285,7 @@ class EngineLoop:
         )
 
 
-def _failure(what: str, error: Exception) -> EngineFailedError:
+def _failure(what: str, error: BaseException) -> EngineFailedError:
     failure = EngineFailedError(f"{what}: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

@@ -53,7 +53,7 @@ class Wave(Protocol):
         """Take a layer's results, which are there now, except those of its failures."""
         ...
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Let go of everything; `error` is what stopped it early, if anything did."""
         ...
 
@@ -131,7 +131,7 @@ class Runner:
         """Give a lane its job; a lane that cannot take it is as good as dead."""
         try:
             self.lanes.start(job)
-        except Exception as error:
+        except BaseException as error:
             return self._tell(LaneDied(job.lane, error))
         self._in_lanes[job.job] = job.lane
         return []
@@ -142,7 +142,7 @@ class Runner:
             return []
         try:
             self._waves[number].take(done)
-        except Exception as error:
+        except BaseException as error:
             return self._end(number, error)
         return self._go(number)
 
@@ -158,7 +158,7 @@ class Runner:
         wave = self._waves[number]
         try:
             wave.launch(number)
-        except Exception as error:
+        except BaseException as error:
             return self._end(number, error)
         if not self.lanes.timed_dense:
             return self._route(number)
@@ -170,7 +170,7 @@ class Runner:
             return []
         try:
             ready = self._waves[number].advance()
-        except Exception as error:
+        except BaseException as error:
             return self._end(number, error)
         self._passed[number] += 1
         if ready is None:
@@ -184,6 +184,6 @@ class Runner:
         self._held.remove(number)
         return self._go(number)
 
-    def _end(self, number: int, error: Exception | None) -> Sequence[Command]:
+    def _end(self, number: int, error: BaseException | None) -> Sequence[Command]:
         self._waves.pop(number).end(error)
         return [*self._tell(WaveDropped(number)), *self._free(number + 1)]

@@ -49,7 +49,7 @@ class ScriptWave:
         self._passed = passed
         self.n_rows = sum(span.n_rows for span in spans)
         self.n_context = sum(span.stop for span in spans)
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.failed: list[LayerDone] = []
         """Layers in which experts failed."""
         self._rows = _joined([(span, span.request.recording.experts) for span in spans])
@@ -92,7 +92,7 @@ class ScriptWave:
         if done.failures:
             self.failed.append(done)
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Note what ended it early."""
         self.error = error
 

@@ -202,6 +202,8 @@ class _Simulation:
         spans = assemble(running, self._setting.chunk_tokens, chunked=True)
         waves = await run_step(self._runner, self._waves, spans, self._wave, cut=True)
         for _, wave in waves:
+            if isinstance(wave.error, KeyboardInterrupt):
+                raise wave.error
             if wave.error is not None or wave.failed:
                 raise EngineFailedError("a simulated step failed") from wave.error
         for span in spans:

@@ -71,9 +71,9 @@ class ModelWave:
         self.record = record
         self.results: list[Any] = [None] * len(forwards)
         """What each forward returned, once the wave has ended; its latest call before."""
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """What ended the wave early."""
-        self.failed: dict[tuple[int, int], Exception] = {}
+        self.failed: dict[tuple[int, int], BaseException] = {}
         """(forward, row) whose experts failed."""
         self._forwards = forwards
         self._experts = experts
@@ -178,7 +178,7 @@ class ModelWave:
             token -= n_rows
         raise IndexError(f"the layer has no row {token}")
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Unwind what did not end by itself and let go of all rows."""
         self.error = error
         layers = [self._asked, *(layer.asked for layer in (self._now, self._before) if layer is not None)]

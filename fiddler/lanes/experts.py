@@ -113,7 +113,7 @@ class ExpertWork:
         try:
             self.accelerator.copy(job.layer, job.expert, job.slot)
             nbytes = self.accelerator.weights(job.layer, job.slot).nbytes
-        except Exception as error:
+        except BaseException as error:
             return {job.expert: error}
         counters = self.counters["link"]
         counters.n_loads += 1
@@ -125,12 +125,12 @@ def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> 
     """Run loads, by their places; returns what failed by expert: if any did, each was run alone to see which."""
     try:
         run(range(len(loads)))
-    except Exception:
-        failures: dict[int, Exception] = {}
+    except BaseException:
+        failures: dict[int, BaseException] = {}
         for i, load in enumerate(loads):
             try:
                 run((i,))
-            except Exception as error:
+            except BaseException as error:
                 failures[load.expert] = error
         return failures
     return {}

@@ -35,7 +35,7 @@ class InlineLanes:
         started = perf_counter()
         try:
             failures = self._execute(job)
-        except Exception as error:
+        except BaseException as error:
             self._dead.add(job.lane)
             self._reports.append(LaneDied(job.lane, error))
             return

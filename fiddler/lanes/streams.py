@@ -64,7 +64,7 @@ class StreamLanes:
         self._watch = jobs.crossing.watch
         self._trace = trace
         self._n_computing = 0
-        self._said: set[type[Exception]] = set()
+        self._said: set[type[BaseException]] = set()
         self._reports: deque[Report] = deque()
         self._told: Channel[_Told] = Channel()
         self._anchor: tuple[Event, float] | None = None  # a point of the GPU's clock, and the same on the host's
@@ -132,7 +132,7 @@ class StreamLanes:
     def _launch(self, job: RunExperts) -> None:
         try:
             queued = self._jobs.launch(job)
-        except Exception as error:
+        except BaseException as error:
             self._reports.append(JobDone(job.job, None, self._failed(job, error)))
             return
         self._reports.append(JobDone(job.job, None))
@@ -158,7 +158,7 @@ class StreamLanes:
         """Queue a copy; returns what the engine's thread has to do about it."""
         try:
             began, landed = self._jobs.copy(job)
-        except Exception as error:
+        except BaseException as error:
             failures = {job.expert: error}
             return lambda: self._reports.append(JobDone(job.job, 0.0, failures))
         return lambda: self._order(job, began, landed)
@@ -190,11 +190,11 @@ class StreamLanes:
             try:
                 self._jobs.land(computed)
                 failures = computed.failures
-            except Exception as error:
+            except BaseException as error:
                 failures = self._failed(job, error)
         self._reports.append(JobDone(job.job, took_s, failures))
 
-    def _failed(self, job: RunExperts, error: Exception) -> Failures:
+    def _failed(self, job: RunExperts, error: BaseException) -> Failures:
         """Say once what went wrong with experts on the GPU: the CPU does what it can of it."""
         self._jobs.short |= isinstance(error, torch.OutOfMemoryError)
         if type(error) not in self._said:
@@ -202,10 +202,10 @@ class StreamLanes:
             logger.warning("experts on the GPU failed, and others may: %s: %s", type(error).__name__, error)
         return {load.expert: error for load in job.loads}
 
-    def _bury(self, lane: LaneName, error: Exception) -> None:
+    def _bury(self, lane: LaneName, error: BaseException) -> None:
         self._told.push(lambda: self._buried(lane, error))
 
-    def _buried(self, lane: LaneName, error: Exception) -> None:
+    def _buried(self, lane: LaneName, error: BaseException) -> None:
         self._n_computing = 0 if lane == "cpu" else self._n_computing
         self._reports.append(LaneDied(lane, error))
 

@@ -55,7 +55,7 @@ class ThreadLanes:
         for worker in self._workers.values():
             await worker.join()
 
-    def _bury(self, lane: LaneName, error: Exception) -> None:
+    def _bury(self, lane: LaneName, error: BaseException) -> None:
         """Report what ended a worker early: the scheduler does without the lane then."""
         self._reports.push(LaneDied(lane, error))
 

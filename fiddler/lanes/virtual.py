@@ -88,14 +88,14 @@ class VirtualLanes:
         began_s = self._began.pop(job.job)
         try:
             failures = self._execute(job) if self._execute is not None else {}
-        except Exception as error:
+        except BaseException as error:
             self._bury(job.lane, error)
             return
         if self._trace is not None:
             self._trace.span(span(job, began_s, self._now_s))
         self._reports.append(JobDone(job.job, self._now_s - began_s, failures))
 
-    def _bury(self, lane: LaneName, error: Exception) -> None:
+    def _bury(self, lane: LaneName, error: BaseException) -> None:
         self._dead.add(lane)
         self._lanes.queues[lane].clear()
         for number in [number for number, job in self._jobs.items() if job.lane == lane]:

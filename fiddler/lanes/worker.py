@@ -32,7 +32,7 @@ class Worker:
         self,
         name: str,
         do: Callable[[Job], None],
-        died: Callable[[Exception], None],
+        died: Callable[[BaseException], None],
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._do = do

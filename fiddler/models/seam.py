@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -63,6 +63,8 @@ class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
         """Resume with an expert output; returns the next `ExpertsCall`, or what `run` returned once `dead`."""
         modes = _torch_modes()
         result = self.switch() if output is None else self.switch(output)
+        if isinstance(result, GreenletExit):  # greenlet returns this one where it raises every other
+            raise result
         if _torch_modes() != modes:
             raise EngineError("a torch mode (grad, inference, autocast) was held across a switch of forwards")
         return result

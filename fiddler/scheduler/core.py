@@ -113,7 +113,7 @@ class Scheduler:
         return self.prefetcher.statistics()
 
     @property
-    def dead(self) -> Mapping[LaneName, Exception]:
+    def dead(self) -> Mapping[LaneName, BaseException]:
         """Lanes that are done without, and why."""
         return self._jobs.dead
 

@@ -42,7 +42,7 @@ class CpuOnly:
         """Empty: nothing is predicted from it here."""
         self._trace = trace
         self._now_s = 0.0
-        self._dead: dict[LaneName, Exception] = {}
+        self._dead: dict[LaneName, BaseException] = {}
         self._n_jobs = 0
         self._jobs: dict[int, tuple[LayerReady, float]] = {}  # with when they came
         self._late: dict[int, Failures] = {}  # by wave, of the latest layer's deferred loads
@@ -83,7 +83,7 @@ class CpuOnly:
         return not self._jobs
 
     @property
-    def dead(self) -> Mapping[LaneName, Exception]:
+    def dead(self) -> Mapping[LaneName, BaseException]:
         """Lanes that are done without, and why."""
         return self._dead
 

@@ -17,7 +17,7 @@ class Jobs:
     """Makes jobs, with the seconds predicted for them, and is the owner of all that were not reported yet."""
 
     def __init__(self, correction: Correction) -> None:
-        self.dead: dict[LaneName, Exception] = {}
+        self.dead: dict[LaneName, BaseException] = {}
         """Lanes that will do nothing any more, and why."""
         self._correction = correction
         self._jobs: dict[int, Job] = {}
@@ -111,7 +111,7 @@ class Jobs:
         return job
 
 
-def undone(job: Job, error: Exception) -> Failures:
+def undone(job: Job, error: BaseException) -> Failures:
     """Return the failures of a job of which nothing was done."""
     match job:
         case RunExperts():

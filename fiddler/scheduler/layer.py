@@ -24,9 +24,9 @@ class LayerRun:
     """What the cache held its experts to be worth before this visit, where that is asked for."""
     leased: list[int] = field(default_factory=list)
     """Experts whose slots stay while the layer runs."""
-    failures: dict[int, Exception] = field(default_factory=dict)
+    failures: dict[int, BaseException] = field(default_factory=dict)
     """Of immediate loads."""
-    late_failures: dict[int, Exception] = field(default_factory=dict)
+    late_failures: dict[int, BaseException] = field(default_factory=dict)
     plan: Plan | None = None
     """Of the immediate loads."""
     before: "LayerRun | None" = None
@@ -65,7 +65,7 @@ class LayerRun:
         self.pending.difference_update(loads)
         self.late.difference_update(loads)
 
-    def fail(self, load: Load, error: Exception) -> None:
+    def fail(self, load: Load, error: BaseException) -> None:
         """Take a load off the list that will never run."""
         failures = self.failures if load in self.pending else self.late_failures
         failures[load.expert] = error

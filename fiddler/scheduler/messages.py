@@ -17,7 +17,7 @@ from fiddler.scheduler.routing import LayerWork, Load
 
 Reason = Literal["demand", "ahead", "promotion"]
 """Why an expert is copied in: a layer waits for it, or a next one may want it, or it is visited often."""
-Failures = Mapping[int, Exception]
+Failures = Mapping[int, BaseException]
 """What went wrong, by expert."""
 
 
@@ -88,7 +88,7 @@ class LaneDied:
     """A lane will do nothing any more; what it had queued is not done."""
 
     lane: LaneName
-    error: Exception
+    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
