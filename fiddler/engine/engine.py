@@ -19,12 +19,12 @@ from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
 from fiddler.engine.setup import choose_kernels, choose_threads
 from fiddler.engine.stream import Item, TokenStream
-from fiddler.errors import ConfigError, EngineClosedError
+from fiddler.errors import ConfigError, EngineClosedError, PromptError
 from fiddler.lanes.channel import Channel
 from fiddler.models import dense
 from fiddler.models.loaded import ServableModel, load
+from fiddler.models.prompts import Prompt, copy_prompt
 from fiddler.models.sampling import read_options
-from fiddler.models.text import Prompt
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing, Token
 
@@ -90,14 +90,19 @@ class Engine:
     ) -> TokenStream:
         """Submit a request and return its tokens as a stream.
 
-        `prompt` is text, token ids, or chat messages. `overrides` are options of `GenerationConfig`, plus `seed`
-        and `logprobs`. Raises `GenerationError` for an option and `EngineClosedError` at once; what is wrong with
+        `prompt` is text, token ids (a 1-d array or tensor of whole numbers too), or chat messages. `overrides` are
+        options of `GenerationConfig`, plus `seed` and `logprobs`. All of it is copied now: changing it later
+        changes nothing. Raises `GenerationError` for an option and `EngineClosedError` at once; what is wrong with
         the prompt (`PromptError`) is raised when the stream is awaited or read.
         """
-        default = self._opened().model.generation_config or GenerationConfig()
-        options = read_options(default, generation, overrides)
+        loaded = self._opened()
+        options = read_options(loaded.model.generation_config or GenerationConfig(), generation, overrides)
         channel: Channel[Item] = Channel()
-        submission = Submission(prompt, options, channel)
+        try:
+            submission = Submission(copy_prompt(prompt, loaded.resolved.longest), options, channel)
+        except PromptError as error:
+            channel.push(error)
+            return TokenStream(channel, lambda: None)
         inbox = self._inbox
         inbox.push(Submit(submission))
         return TokenStream(channel, lambda: inbox.push(End(submission)))
@@ -132,7 +137,7 @@ class Engine:
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
-        return len(self._opened().text.encode(prompt))
+        return len(self._opened().text.encode(copy_prompt(prompt)))
 
     def _opened(self) -> ServableModel:
         if not self._open or self._loaded is None:

@@ -13,8 +13,9 @@ from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
 from fiddler.lanes.channel import Channel
 from fiddler.models.kv import SequenceKV
+from fiddler.models.prompts import Prompt
 from fiddler.models.sampling import Sampler, SamplingOptions
-from fiddler.models.text import Decoder, Prompt
+from fiddler.models.text import Decoder
 from fiddler.types import FinishReason, Token, Usage
 
 

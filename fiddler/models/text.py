@@ -8,10 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fiddler.errors import CheckpointError, PromptError
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or chat messages (`{"role": …, "content": …}`)."""
+from fiddler.models.prompts import Prompt
 
 
 class Text:
