@@ -9,11 +9,12 @@
     │   ├── PromptError (ValueError)       empty, too long, or of the wrong kind
     │   └── GenerationError (ValueError)   a generation option is unknown or its value impossible
     └── EngineError                        the engine cannot serve
-        ├── EngineClosedError              not opened yet, or closed with the request in flight
-        └── EngineFailedError              a step failed; `__cause__` holds the original error
+        ├── EngineClosedError              not opened yet, closed with the request in flight, or a parent process's
+        └── EngineFailedError              a step failed, or the engine; `__cause__` holds the original error
 
 Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`,
-model construction in `models.skeleton`, a request's options in `models.sampling`, a step in `engine.loop`.
+model construction in `models.skeleton`, a caller's prompt in `models.prompts`, a request's options in
+`models.sampling`, a step in `engine.loop`.
 """
 
 
@@ -54,8 +55,11 @@ class EngineError(FiddlerError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was not opened yet, or was closed while the request was in flight."""
+    """The engine was not opened yet, or it or the stream was closed while the request was in flight.
+
+    Also what a forked child gets that uses its parent's engine.
+    """
 
 
 class EngineFailedError(EngineError):
-    """A step failed; `__cause__` holds the original error."""
+    """A step failed, or the engine has ended before its time; `__cause__` holds the original error."""

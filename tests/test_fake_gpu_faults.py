@@ -55,9 +55,9 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
     config = {"device": "cuda", "kernels": "linear", "slots": 5, "kv_tokens": 256, "planner": "all-fetch"}
     with anyio.fail_after(60):
         async with Engine(model, EngineConfig(**(config | options))) as engine:
+            loop = engine._loop
             yield engine
             await conformance.settled(engine)
-        loop = engine._loop
         assert loop is not None
         crossing = loop._rig.side.crossing
         assert not crossing._layers  # type: ignore[attr-defined]

@@ -62,8 +62,8 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
     config = {"kernels": "linear", "slots": 4, "planner": "all-fetch", "chunk_tokens": 16, **options}
     with anyio.fail_after(WAIT_S):
         async with Engine(model, EngineConfig(**config)) as engine:
+            loop = engine._loop
             yield engine
-        loop = engine._loop
         assert loop is not None
         rig = loop._rig
         assert not rig.side.work._open

@@ -61,7 +61,8 @@ class Probe:
         loop._steps.run = self._forward(loop._steps.run)
         loop._step = self._step(loop._step)
         loop._apply = self._apply(loop._apply)
-        self._inbox: Any = engine._inbox
+        assert engine._thread is not None
+        self._inbox: Any = engine._thread.inbox
         self._suspend = Forward.suspend
         self._watch_head(self.loaded.model.get_output_embeddings())
         self._watch_experts()

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig
-from fiddler.engine.setup import choose_kernels, compute_lane
+from fiddler.engine.setup import checked, choose_kernels, compute_lane
 from fiddler.models import seam
 from fiddler.models.loaded import adopt, load
 
@@ -18,7 +18,7 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
     assisted and prompt-lookup decoding and every logits processor are transformers' own. Raises `ModelError`,
     `UnsupportedModelError` for a model without the experts seam among them.
     """
-    options = config if config is not None else EngineConfig()
+    options = checked(config)
     loaded = adopt(model) if isinstance(model, PreTrainedModel) else load(model, options, packed=False)
     seam.bind(loaded.experts, compute_lane(loaded, choose_kernels(loaded, options)).run)
     return loaded.model

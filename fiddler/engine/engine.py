@@ -1,35 +1,31 @@
 """The public face: an engine is opened, asked for streams, and closed."""
 
-import importlib.util
-from collections.abc import Callable
+import os
+import weakref
+from functools import partial
 from pathlib import Path
-from threading import Thread
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
-import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
-from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
+from fiddler.engine.loop import EngineLoop, Submit, ended
 from fiddler.engine.request import Submission
-from fiddler.engine.rig import assemble_rig
-from fiddler.engine.setup import choose_kernels, choose_threads
+from fiddler.engine.setup import checked
 from fiddler.engine.stream import Item, TokenStream
-from fiddler.errors import ConfigError, EngineClosedError, PromptError
+from fiddler.engine.thread import EngineThread, Loader
+from fiddler.errors import CheckpointError, ConfigError, EngineClosedError, PromptError
 from fiddler.lanes.channel import Channel
-from fiddler.models import dense
-from fiddler.models.loaded import ServableModel, load
+from fiddler.models.loaded import ServableModel
 from fiddler.models.prompts import Prompt, copy_prompt
 from fiddler.models.sampling import read_options
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing, Token
-
-Loader = Callable[[EngineConfig], ServableModel]
-"""Makes a model that is in no checkpoint, for the options of the engine that asks, in that engine's thread."""
 
 
 class Engine:
@@ -37,36 +33,36 @@ class Engine:
 
     `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
     options resolve to. The engine is an async context manager; it works under asyncio and trio, in a thread and an
-    event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`, `ConfigError`, or what a
-    loader raises. Closing ends what is in flight with `EngineClosedError`.
+    event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`, `ConfigError`,
+    `EngineFailedError` where the process lacks a thread or file descriptors, or what a loader raises.
+
+    Closing ends what is in flight with `EngineClosedError`. An engine that nobody holds any more, with no stream
+    that has not ended, is closed; so is one that is open when the program ends. One that fails ends what is in
+    flight, and what is asked of it later, with `EngineFailedError`. A forked child cannot use its parent's engine:
+    that raises `EngineClosedError`, and closing it there does nothing.
     """
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig | None = None) -> None:
-        self.config = config if config is not None else EngineConfig()
-        self._model = model
-        self._inbox: Channel[Command] = Channel()
-        self._boot: Channel[ServableModel | BaseException] = Channel()
-        self._gone: Channel[None] = Channel()
-        self._loop: EngineLoop | None = None
-        self._loaded: ServableModel | None = None
-        self._name = ""
+        self.config = checked(config)
+        self._model = _checked_model(model)
+        self._thread: EngineThread | None = None
         self._open = False
-        self._n_threads = torch.get_num_threads()  # of the caller's thread: each has its own setting
-        self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
 
     async def __aenter__(self) -> Self:
-        if self._thread.ident is not None:
+        if self._thread is not None:
             raise EngineClosedError("an engine is opened once; make a new Engine")
-        self._thread.start()
+        thread = EngineThread(self._model, self.config)
+        thread.start()
+        self._thread = thread
+        weakref.finalize(self, thread.close).atexit = False  # the thread does not know the engine
         try:
-            booted = await self._boot.receive()
+            await thread.booted.wait()
         except BaseException:
-            self._inbox.push(Close())  # opening was cancelled: the thread ends once loading is done
+            thread.close()  # opening was cancelled: the thread ends once loading is done
             raise
-        if isinstance(booted, BaseException):
-            self._thread.join()
-            raise booted
-        self._loaded = booted
+        if thread.loaded is None:
+            thread.join()
+            raise thread.failure
         self._open = True
         return self
 
@@ -77,13 +73,13 @@ class Engine:
 
     async def aclose(self) -> None:
         """Close; returns once the engine's thread has let go of everything. Nothing happens if it is closed."""
-        if self._open:
-            self._open = False
-            self._inbox.push(Close())
+        self._open = False
+        thread = self._thread
+        if thread is not None and not thread.elsewhere:
+            thread.close()
             with anyio.CancelScope(shield=True):
-                await self._gone.receive()
-            # Its last steps take no time, but a thread that frees tensors while the interpreter ends aborts it.
-            self._thread.join()
+                await thread.ended.wait()
+            thread.join()  # its last steps take no time
 
     def generate_stream(
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
@@ -92,10 +88,10 @@ class Engine:
 
         `prompt` is text, token ids (a 1-d array or tensor of whole numbers too), or chat messages. `overrides` are
         options of `GenerationConfig`, plus `seed` and `logprobs`. All of it is copied now: changing it later
-        changes nothing. Raises `GenerationError` for an option and `EngineClosedError` at once; what is wrong with
-        the prompt (`PromptError`) is raised when the stream is awaited or read.
+        changes nothing. Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at
+        once; what is wrong with the prompt (`PromptError`) is raised when the stream is awaited or read.
         """
-        loaded = self._opened()
+        thread, loaded = self._opened()
         options = read_options(loaded.model.generation_config or GenerationConfig(), generation, overrides)
         channel: Channel[Item] = Channel()
         try:
@@ -103,9 +99,8 @@ class Engine:
         except PromptError as error:
             channel.push(error)
             return TokenStream(channel, lambda: None)
-        inbox = self._inbox
-        inbox.push(Submit(submission))
-        return TokenStream(channel, lambda: inbox.push(End(submission)))
+        thread.inbox.push(Submit(submission))
+        return TokenStream(channel, partial(thread.leave, submission), self)
 
     async def generate(
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
@@ -133,16 +128,35 @@ class Engine:
     @property
     def max_context(self) -> int:
         """Tokens a prompt and its completion may have together. Raises `EngineClosedError` unopened."""
-        return self._opened().resolved.longest
+        return self._opened()[1].resolved.longest
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
-        return len(self._opened().text.encode(copy_prompt(prompt)))
+        return len(self._opened()[1].text.encode(copy_prompt(prompt)))
 
-    def _opened(self) -> ServableModel:
-        if not self._open or self._loaded is None:
-            raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
-        return self._loaded
+    def _opened(self) -> tuple[EngineThread, ServableModel]:
+        thread = self._here()
+        if thread is not None:
+            loaded = thread.loaded
+            if self._open and loaded is not None:
+                return thread, loaded
+            if thread.opened and thread.error is not None:
+                raise ended(thread.error)
+        raise EngineClosedError("the engine is not open; use `async with Engine(...) as engine:`")
+
+    def _here(self) -> EngineThread | None:
+        """Return its thread, once there is one. Raises `EngineClosedError` if that runs in another process."""
+        if self._thread is not None and self._thread.elsewhere:
+            raise EngineClosedError("the engine was opened in the process that forked this one; open another here")
+        return self._thread
+
+    @property
+    def _loop(self) -> EngineLoop | None:
+        return self._thread.loop if self._thread is not None else None
+
+    @property
+    def _loaded(self) -> ServableModel | None:
+        return self._thread.loaded if self._thread is not None else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -151,13 +165,16 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""
-        if self._loop is None:
+        thread = self._here()
+        statistics = thread.statistics if thread is not None else None
+        if statistics is None:
             raise EngineClosedError("the engine was not opened")
-        return self._loop.statistics
+        return statistics
 
     def trace(self) -> Trace:
         """Return the record of the run so far. Raises `ConfigError` unless `EngineConfig.trace` is on."""
-        recorded = self._loop.trace if self._loop is not None else None
+        thread = self._here()
+        recorded = thread.trace if thread is not None else None
         if recorded is None:
             raise ConfigError("nothing is recorded; set trace=True in EngineConfig")
         return recorded
@@ -169,46 +186,25 @@ class Engine:
         is not run. One that ended early, or has not ended, has the rows of the steps that succeeded; one without
         any is left out. Raises `ConfigError` unless `EngineConfig.record` is on.
         """
-        recorder = self._loop.recorder if self._loop is not None else None
-        if recorder is None:
+        thread = self._here()
+        if thread is None or thread.recorder is None:
             raise ConfigError("no routing is recorded; set record=True in EngineConfig and open the engine")
-        return recorder.trace(self._name)
-
-    def _run(self) -> None:
-        """Be the engine's thread."""
-        try:
-            model = self._model
-            loaded = model(self.config) if callable(model) else load(model, self.config)
-            self._name = _name(model, loaded)
-            choose_threads(loaded, self.config, self._n_threads)
-            on_gpu = loaded.resolved.device == "cuda"  # then the dense part is no business of the CPU's kernels
-            kernels = choose_kernels(loaded, self.config, with_dense=not on_gpu)
-            if not on_gpu:
-                dense.accelerate(loaded.model, kernels)
-            rig = assemble_rig(loaded, kernels, self.config)
-            self._loop = EngineLoop(
-                loaded,
-                rig,
-                self._inbox,
-                max_running=self.config.max_running,
-                chunk_tokens=self.config.chunk_tokens,
-            )
-        except BaseException as error:
-            self._boot.push(error)
-            return
-        self._boot.push(loaded)
-        uvloop = importlib.util.find_spec("uvloop") is not None
-        try:
-            anyio.run(self._loop.serve, backend_options={"use_uvloop": uvloop})
-        finally:
-            torch.set_num_threads(self._n_threads)  # threads made from now on take the latest setting
-            self._loaded = None
-            self._gone.push(None)
+        return thread.recorder.trace(thread.name)
 
 
-def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
-    """Return what a model is called: its folder's name, its hub id, or what it says of itself."""
-    if callable(model):
-        return loaded.model.name_or_path or str(loaded.model.config.model_type)
-    folder = Path(model).expanduser()
-    return folder.absolute().name if folder.is_dir() else str(model)
+def _checked_model(model: Any) -> str | Path | Loader:
+    """Return what a model may be given as. Raises `CheckpointError` for anything else."""
+    if isinstance(model, nn.Module):
+        raise CheckpointError(
+            "an engine opens a checkpoint: give the folder of the model instead of the loaded model; "
+            "fiddler.attach(model) takes loaded ones"
+        )
+    if isinstance(model, str | Path) or (callable(model) and not isinstance(model, type)):
+        return model
+    try:
+        return Path(os.fspath(model))
+    except TypeError as error:
+        raise CheckpointError(
+            f"model={model!r:.100} is neither a checkpoint folder, a hub id (owner/model) nor a function that "
+            "makes a model"
+        ) from error

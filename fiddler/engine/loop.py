@@ -1,8 +1,9 @@
 """The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fiddler.engine.kv_room import KvRoom
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
-from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
+from fiddler.errors import EngineClosedError, EngineError, EngineFailedError, FiddlerError, PromptError
 from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
@@ -84,15 +85,23 @@ class EngineLoop:
         self.statistics = self._snapshot()
         """The state after the latest step; replaced whole, so any thread may read it."""
 
-    async def serve(self) -> None:
-        """Run until a `Close`; however it ends, requests still in flight then end with `EngineClosedError`."""
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Run until a `Close`; `ready` is called once requests may come. Raises what ends it before its time.
+
+        However it ends, everybody is told: requests in flight, those that wait, and those that come too late.
+        """
+        cause: BaseException | None = None
         try:
+            ready()
             with torch.inference_mode():
                 await self._rig.runner.preload()
                 while not self._closing:
                     await self._turn()
+        except BaseException as error:
+            cause = error
+            raise
         finally:
-            self._abandon()
+            self._abandon(cause)
             self._publish()
             await self._rig.aclose()
 
@@ -238,16 +247,15 @@ class EngineLoop:
                 self._counters.n_failed += 1
                 self._outbox.append((request.submission, _failure(what, error)))
 
-    def _abandon(self) -> None:
+    def _abandon(self, cause: BaseException | None) -> None:
+        """End every request, for good; `cause` is what ended the engine, if it was not closed."""
         left = [*(r.submission for r in self._running), *self._waiting]
-        left += [c.submission for c in self._inbox.drain() if isinstance(c, Submit)]
+        left += [c.submission for c in self._inbox.seal(partial(_refuse, cause)) if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
         for request in tuple(self._running):
             self._drop(request)
         self._waiting.clear()
-        for submission in left:
-            error = EngineClosedError("the engine was closed while the request was in flight")
-            self._outbox.append((submission, error))
+        self._outbox += [(submission, ended(cause)) for submission in left]
 
     def _publish(self) -> None:
         """Make a step's outcome visible: the statistics first, so that whoever has a token finds it counted."""
@@ -283,6 +291,19 @@ class EngineLoop:
             prediction_error=decided.median_error(),
             step_s=counters.step_s,
         )
+
+
+def _refuse(cause: BaseException | None, command: Command) -> None:
+    """Answer who submits to an engine that has ended, whichever thread he is in."""
+    if isinstance(command, Submit):
+        command.submission.channel.push(ended(cause))
+
+
+def ended(cause: BaseException | None) -> EngineError:
+    """Return the error of whoever wants something of an engine that was closed, or that `cause` has ended."""
+    if cause is None:
+        return EngineClosedError("the engine was closed while the request was in flight")
+    return _failure("the engine has ended", cause)
 
 
 def _failure(what: str, error: BaseException) -> EngineFailedError:

@@ -1,14 +1,31 @@
 """What a loaded model runs with: its calibrated kernels, the threads, a lane for a forward that nobody drives."""
 
+from collections.abc import Mapping
+
 import torch
 
 from fiddler.config import EngineConfig
 from fiddler.devices.calibrate import MIN_BYTES, calibrated_kernels
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
+from fiddler.errors import ConfigError
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models import dense
 from fiddler.models.loaded import LoadedModel
+
+
+def checked(config: object) -> EngineConfig:
+    """Return the options a caller gave, or the defaults for `None`. Raises `ConfigError` for anything else."""
+    if config is None:
+        return EngineConfig()
+    if isinstance(config, EngineConfig):
+        return config
+    instead = "EngineConfig(...)"
+    if isinstance(config, str):
+        instead = f"EngineConfig(device={config!r})"
+    elif isinstance(config, Mapping):
+        instead = "EngineConfig.from_mapping(...)"
+    raise ConfigError(f"config must be an EngineConfig, not {config!r:.100}; write {instead}")
 
 
 def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:

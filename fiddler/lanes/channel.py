@@ -23,15 +23,29 @@ class Channel(Generic[T]):
         self._items: deque[T] = deque()
         self._lock = RLock()  # garbage collected while it is held may push: an abandoned stream ends its request
         self._wake: Callable[[], object] | None = None
+        self._refuse: Callable[[T], None] | None = None
         self._guard = anyio.ResourceGuard("receiving from this stream")
 
     def push(self, item: T) -> None:
         """Add an item and wake the receiver; never waits. A receiver whose loop is gone is not an error."""
         with self._lock:
-            self._items.append(item)
+            refuse = self._refuse
+            if refuse is None:
+                self._items.append(item)
             wake, self._wake = self._wake, None
-        if wake is not None:
+        if refuse is not None:
+            refuse(item)
+        elif wake is not None:
             wake()
+
+    def seal(self, refuse: Callable[[T], None]) -> list[T]:
+        """Take every item there is, and be the last to: what is pushed from now on is given to `refuse` instead.
+
+        It is called in the thread that pushes. Whoever pushes is thus answered, however late he comes.
+        """
+        with self._lock:
+            self._refuse = refuse
+            return self.drain()
 
     def drain(self) -> list[T]:
         """Take every item there is."""
@@ -45,7 +59,7 @@ class Channel(Generic[T]):
             await lowlevel.checkpoint()  # before an item is taken: a cancelled receive must lose none
             while True:
                 event = anyio.Event()
-                wake = _waker(event)
+                wake = waker(event)
                 with self._lock:
                     self._wake = wake  # before looking: what is pushed from now on wakes
                     if self._items:
@@ -54,7 +68,8 @@ class Channel(Generic[T]):
                 await event.wait()
 
 
-def _waker(event: anyio.Event) -> Callable[[], object]:
+def waker(event: anyio.Event) -> Callable[[], object]:
+    """Return what sets an event of the calling task's loop, from any thread; nothing once that loop has ended."""
     token: Any = lowlevel.current_token().native_token
     soon = getattr(token, "run_sync_soon", None) or token.call_soon_threadsafe
 

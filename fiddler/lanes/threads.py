@@ -30,7 +30,13 @@ class ThreadLanes:
         self._execute = execute
         self._trace = trace
         self._reports: Channel[Report] = Channel()
-        self._workers = {lane: Worker(lane, self._run, partial(self._bury, lane), working) for lane in LANES}
+        self._workers: dict[LaneName, Worker] = {}
+        try:
+            for lane in LANES:
+                self._workers[lane] = Worker(lane, self._run, partial(self._bury, lane), working)
+        except BaseException:
+            self._end()
+            raise
 
     def now_s(self) -> float:
         """Return the wall clock's seconds."""
@@ -50,10 +56,14 @@ class ThreadLanes:
 
     async def aclose(self) -> None:
         """End the workers, once they are through with what is queued."""
-        for worker in self._workers.values():
-            worker.end()
+        self._end()
         for worker in self._workers.values():
             await worker.join()
+        self._workers.clear()  # they know these lanes: a cycle, and with it a store, would wait for the collector
+
+    def _end(self) -> None:
+        for worker in self._workers.values():
+            worker.end()
 
     def _bury(self, lane: LaneName, error: BaseException) -> None:
         """Report what ended a worker early: the scheduler does without the lane then."""

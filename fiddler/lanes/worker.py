@@ -7,8 +7,8 @@ from itertools import count
 from queue import PriorityQueue
 from threading import Thread
 
-from anyio import to_thread
-
+from fiddler.errors import EngineFailedError
+from fiddler.lanes.latch import Latch
 from fiddler.scheduler.messages import CopyExpert, Job
 
 
@@ -25,7 +25,8 @@ _URGENT, _IDLE, _END = range(3)
 class Worker:
     """Does jobs in order; what is urgent goes before what is not and has not started.
 
-    `working` is entered in the thread, for its life. `died` is told, there, of whatever ends it early.
+    `working` is entered in the thread, for its life. `died` is told, there, of whatever ends it early. Raises
+    `EngineFailedError` where the machine has no thread left.
     """
 
     def __init__(
@@ -40,8 +41,12 @@ class Worker:
         self._working = working
         self._numbers = count()
         self._queue: PriorityQueue[_Queued] = PriorityQueue()
+        self._ended = Latch()
         self._thread = Thread(target=self._work, name=f"fiddler-{name}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise EngineFailedError(f"a thread could not be started: {error}") from error
 
     def put(self, job: Job) -> None:
         """Queue a job."""
@@ -54,7 +59,8 @@ class Worker:
 
     async def join(self) -> None:
         """Wait for its end."""
-        await to_thread.run_sync(self._thread.join)
+        await self._ended.wait()
+        self._thread.join()  # its last steps take no time
 
     def _work(self) -> None:
         try:
@@ -62,5 +68,6 @@ class Worker:
                 while (job := self._queue.get().job) is not None:
                     self._do(job)
         except BaseException as error:
-            name = self._thread.name
-            self._died(error if isinstance(error, Exception) else RuntimeError(f"{name} ended: {error!r}"))
+            self._died(error)
+        finally:
+            self._ended.set()

@@ -1,0 +1,210 @@
+"""An engine's thread: loads the model, serves requests, lets go of everything, however it is ended.
+
+It knows no `Engine`: one that nobody holds any more is collected, and that closes it.
+"""
+
+import asyncio
+import atexit
+import errno
+import importlib.util
+import os
+import traceback
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from time import monotonic
+from typing import Any, cast
+from weakref import WeakSet
+
+import anyio
+import torch
+
+from fiddler.config import EngineConfig
+from fiddler.engine.loop import Close, Command, End, EngineLoop
+from fiddler.engine.recorder import Recorder
+from fiddler.engine.request import Submission
+from fiddler.engine.rig import assemble_rig
+from fiddler.engine.setup import choose_kernels, choose_threads
+from fiddler.errors import EngineClosedError, EngineFailedError
+from fiddler.lanes.channel import Channel
+from fiddler.lanes.latch import Latch
+from fiddler.models import dense
+from fiddler.models.loaded import ServableModel, load
+from fiddler.trace import Trace
+from fiddler.types import Statistics
+
+Loader = Callable[[EngineConfig], ServableModel]
+"""Makes a model that is in no checkpoint, for the options of the engine that asks, in that engine's thread."""
+
+LEAVE_S = 30.0
+"""Seconds that the end of a program waits for its engines. A thread that is in torch by then aborts the process."""
+_DESCRIPTORS = 8
+"""What an event loop needs, and some to spare. uvloop aborts the process where it gets only a part of them."""
+
+
+class EngineThread:
+    """One engine's life, from loading to letting go. `booted` and `ended` are set however it goes."""
+
+    def __init__(self, model: str | Path | Loader, config: EngineConfig) -> None:
+        self.inbox: Channel[Command] = Channel()
+        self.booted = Latch()
+        """Set once requests may come, or none ever will."""
+        self.ended = Latch()
+        """Set once nothing is left."""
+        self.error: BaseException | None = None
+        """What ended it, if it was not closed."""
+        self.opened = False
+        """Whether it ever was."""
+        self.loaded: ServableModel | None = None
+        """Its model, as long as it is open."""
+        self.loop: EngineLoop | None = None
+        """The same."""
+        self.name = ""
+        self.trace: Trace | None = None
+        self.recorder: Recorder | None = None
+        self._model = model
+        self._config = config
+        self._latest: Statistics | None = None
+        self._closing = False
+        self._pid = os.getpid()
+        self._n_threads = torch.get_num_threads()  # of the caller's thread: each has its own setting
+        self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Raises `EngineFailedError` where the machine has no thread left."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise EngineFailedError(f"the engine's thread could not be started: {error}") from error
+        _running.add(self)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it runs in another process, which has forked this one; none of its locks may be touched here."""
+        return os.getpid() != self._pid
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The state after the latest step; `None` before the first."""
+        loop = self.loop
+        return loop.statistics if loop is not None else self._latest
+
+    def close(self) -> None:
+        """Ask it to end, from any thread, any number of times."""
+        if not self.elsewhere:
+            self._closing = True
+            self.inbox.push(Close())
+
+    def leave(self, submission: Submission) -> None:
+        """Tell it that nobody wants a request any more, from any thread."""
+        if not self.elsewhere:
+            self.inbox.push(End(submission))
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for its end. A thread that frees tensors while the interpreter ends aborts the process."""
+        if not self.elsewhere and self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    @property
+    def failure(self) -> Exception:
+        """Return why it could not be opened; what is no `Exception` would end the program of who opens it."""
+        error = self.error
+        if error is None:
+            return EngineClosedError("the engine was closed while it was opened")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            failure = EngineFailedError(f"the process has no file descriptor left ({error}); raise `ulimit -n`")
+        elif isinstance(error, Exception):
+            return error
+        else:
+            failure = EngineFailedError(f"the engine could not be opened: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+    def _run(self) -> None:
+        try:
+            self._live()
+        except BaseException as error:
+            self.error = error
+            _clear(error)
+        finally:
+            if self.loop is not None:
+                self._latest = self.loop.statistics
+            self.loaded = self.loop = None
+            torch.set_num_threads(self._n_threads)  # threads made from now on take the latest setting
+            self.booted.set()
+            self.ended.set()
+
+    def _live(self) -> None:
+        events = _event_loop()  # first: where it cannot be had nothing else is worth the time
+        try:
+            loaded, loop = self._load()
+
+            def ready() -> None:
+                self.loaded, self.loop, self.opened = loaded, loop, True
+                self.booted.set()
+
+            anyio.run(loop.serve, ready, backend_options={"loop_factory": lambda: events})
+        finally:
+            events.close()
+
+    def _load(self) -> tuple[ServableModel, EngineLoop]:
+        model, config = self._model, self._config
+        loaded = model(config) if callable(model) else load(model, config)
+        if self._closing:  # calibrating takes seconds
+            raise self.failure
+        self.name = _name(model, loaded)
+        choose_threads(loaded, config, self._n_threads)
+        on_gpu = loaded.resolved.device == "cuda"  # then the dense part is no business of the CPU's kernels
+        kernels = choose_kernels(loaded, config, with_dense=not on_gpu)
+        if not on_gpu:
+            dense.accelerate(loaded.model, kernels)
+        rig = assemble_rig(loaded, kernels, config)
+        self.trace, self.recorder = rig.trace, rig.recorder
+        loop = EngineLoop(loaded, rig, self.inbox, max_running=config.max_running, chunk_tokens=config.chunk_tokens)
+        return loaded, loop
+
+
+def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
+    """Return what a model is called: its folder's name, its hub id, or what it says of itself."""
+    if callable(model):
+        return loaded.model.name_or_path or str(loaded.model.config.model_type)
+    folder = Path(model).expanduser()
+    return folder.absolute().name if folder.is_dir() else str(model)
+
+
+def _event_loop() -> AbstractEventLoop:
+    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it."""
+    opened: list[int] = []
+    try:
+        while len(opened) < _DESCRIPTORS:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.new_event_loop()
+    uvloop: Any = importlib.import_module("uvloop")
+    return cast("AbstractEventLoop", uvloop.new_event_loop())
+
+
+def _clear(error: BaseException) -> None:
+    """Let go of what the frames of an error hold, a whole model among it; where it was raised can still be seen."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+
+
+_running: WeakSet[EngineThread] = WeakSet()
+
+
+@atexit.register
+def _leave() -> None:
+    """End the engines that a program leaves open. A forked child has none: they are its parent's."""
+    threads = [thread for thread in _running if not thread.elsewhere]
+    for thread in threads:
+        thread.close()
+    until = monotonic() + LEAVE_S
+    for thread in threads:
+        thread.join(max(0.0, until - monotonic()))
