@@ -100,15 +100,20 @@ async def test_what_one_request_raises_ends_that_request_alone(
             assert (await engine.generate([5], greedy(4))).token_ids == expected
 
 
-@pytest.mark.parametrize("error", [*ERRORS, RuntimeError("broken")], ids=repr)
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("_turn", error) for error in [*ERRORS, RuntimeError("broken")]]
+    + [("_publish", SystemExit(3)), ("_step", Panic("no"))],
+    ids=str,
+)
 async def test_what_ends_the_engine_is_told_to_everybody(
-    tiny: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with anyio.fail_after(WAIT_S):
         async with Engine(tiny, EngineConfig(max_running=1)) as engine:
             running = await engine.generate_stream([5], greedy(FOREVER))
             waiting = engine.generate_stream([6], greedy(3))
-            monkeypatch.setattr(EngineLoop, "_turn", raising(error))
+            monkeypatch.setattr(EngineLoop, where, raising(error))
             for stream in (running, waiting):
                 with pytest.raises(EngineFailedError, match=type(error).__name__) as caught:
                     _ = [token async for token in stream]
@@ -121,7 +126,7 @@ async def test_what_ends_the_engine_is_told_to_everybody(
                 with pytest.raises(EngineFailedError, match=type(error).__name__) as caught:
                     await until_told(ask)
                 assert caught.value.__cause__ is error
-            assert engine.statistics().n_running == 0
+            assert engine.statistics().n_running == 0 or where == "_publish"
             await engine.aclose()
             with pytest.raises(EngineFailedError):
                 engine.generate_stream([5])

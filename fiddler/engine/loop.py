@@ -99,10 +99,16 @@ class EngineLoop:
                     await self._turn()
         except BaseException as error:
             cause = error
-            raise
+        try:
+            await self._end(cause)
         finally:
+            if cause is not None:  # rather than what came of it
+                raise cause
+
+    async def _end(self, cause: BaseException | None) -> None:
+        try:
             self._abandon(cause)
-            self._publish()
+        finally:
             await self._rig.aclose()
 
     async def _turn(self) -> None:
@@ -252,10 +258,14 @@ class EngineLoop:
         left = [*(r.submission for r in self._running), *self._waiting]
         left += [c.submission for c in self._inbox.seal(partial(_refuse, cause)) if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
-        for request in tuple(self._running):
-            self._drop(request)
-        self._waiting.clear()
-        self._outbox += [(submission, ended(cause)) for submission in left]
+        try:
+            for request in tuple(self._running):
+                self._drop(request)
+            self._waiting.clear()
+            self._publish()  # the tokens that were made come first
+        finally:
+            for submission in left:
+                submission.channel.push(ended(cause))
 
     def _publish(self) -> None:
         """Make a step's outcome visible: the statistics first, so that whoever has a token finds it counted."""
