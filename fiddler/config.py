@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
 from fiddler.errors import ConfigError
+from fiddler.given import flag, real_number, shown, whole_number
 
 DeviceKind = Literal["cpu", "sim", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -39,6 +40,8 @@ _AT_LEAST = {
     "kv_tokens": 1,
     "defer": 0,
 }
+_MAY_BE_NONE = ("max_context", "threads", "slots", "vram_budget", "kv_tokens")
+_MOST = (1 << 63) - 1
 _FLAGS = ("promote", "graphs", "trace", "record", "trust_remote_code")
 _PATHS = ("warm_start", "calibration_dir")
 _DEVICES = "'auto', 'cpu', 'cuda', 'sim', 'sim:MACHINE'"
@@ -126,26 +129,33 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in get_args(choices):
+            if not isinstance(value, str) or value not in get_args(choices):
                 allowed = ", ".join(repr(c) for c in get_args(choices))
-                raise ConfigError(f"{name}={value!r} is not one of {allowed}")
+                raise ConfigError(f"{name}={shown(value)} is not one of {allowed}")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+            number = whole_number(value)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if number is None or not least <= number <= _MOST:
+                raise ConfigError(f"{name}={shown(value)} must be a whole number of at least {least}")
+            object.__setattr__(self, name, number)
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+            if (on := flag(getattr(self, name))) is None:
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be True or False")
+            object.__setattr__(self, name, on)
         for name in _PATHS:
             object.__setattr__(self, name, _path(name, getattr(self, name)))  # frozen, but not to its maker
-        if type(self.half_life) not in (int, float) or not 0 < self.half_life < inf:
-            raise ConfigError(f"half_life={self.half_life!r} must be a number of tokens above 0")
+        half_life = real_number(self.half_life)
+        if half_life is None or not 0 < half_life < inf:
+            raise ConfigError(f"half_life={shown(self.half_life)} must be a number of tokens above 0")
+        object.__setattr__(self, "half_life", half_life)
         self._check_device()
 
     def _check_device(self) -> None:
         kind, colon, machine = self.device.partition(":") if isinstance(self.device, str) else ("", "", "")
         if kind not in ("auto", *get_args(DeviceKind)) or (colon and not (kind == "sim" and machine)):
-            raise ConfigError(f"device={self.device!r} is not one of {_DEVICES}")
+            raise ConfigError(f"device={shown(self.device)} is not one of {_DEVICES}")
         if self.vram_budget is not None and kind not in ("auto", "cuda"):
             raise ConfigError(
                 f"vram_budget={self.vram_budget} is GPU memory, which device={self.device!r} does not use; "
@@ -161,7 +171,7 @@ class EngineConfig:
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from names and values; `ConfigError` names an unknown option and the known ones."""
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(str(name) for name in options if name not in known)
         if unknown:
             raise ConfigError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)

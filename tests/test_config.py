@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +35,7 @@ from fiddler.scheduler.planners import PLANNERS
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")
-FLAGS = ("promote", "graphs", "trace", "trust_remote_code")
+FLAGS = ("promote", "graphs", "trace", "record", "trust_remote_code")
 PATHS = ("warm_start", "calibration_dir")
 CHOICES = {
     "dtype": DtypeName,
@@ -44,6 +47,18 @@ CHOICES = {
     "waves": WaveMode,
 }
 DEVICES = ("auto", "cpu", "cuda", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")
+
+
+class Odd:
+    """An object of a caller's whose methods raise."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not to be compared")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be shown")
 
 
 class TestEngineConfig:
@@ -76,6 +91,25 @@ class TestEngineConfig:
     def test_some_counts_may_be_left_open(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: None}), name) is None  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("name", ["max_running", "chunk_tokens", "defer"])
+    def test_others_may_not(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}=None must be a whole number"):
+            EngineConfig(**{name: None})
+
+    @pytest.mark.parametrize("name", [*COUNTS, *COUNTS_FROM_ZERO])
+    @pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)], ids=repr)
+    def test_whole_numbers_of_every_make(self, name: str, value: Any) -> None:
+        assert type(getattr(EngineConfig(**{name: value}), name)) is int
+        assert EngineConfig(**{name: value}) == EngineConfig(**{name: 3})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", [f.name for f in fields(EngineConfig) if f.name not in PATHS])
+    @pytest.mark.parametrize(
+        "value", [Odd(), [], {}, object(), 10**400, np.zeros(2), np.array(["lru", "lru"]), Path("cpu")], ids=type
+    )
+    def test_nothing_that_is_no_value_raises_anything_else(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            EngineConfig(**{name: value})
+
     @pytest.mark.parametrize("name", CHOICES)
     @pytest.mark.parametrize("value", ["nonsense", "", None, 3, "AUTO"], ids=repr)
     def test_choices_are_named_with_the_option(self, name: str, value: Any) -> None:
@@ -100,8 +134,8 @@ class TestEngineConfig:
         ):
             EngineConfig(half_life=value)
 
-    @pytest.mark.parametrize("value", [0.01, 1, 1e6], ids=repr)
-    def test_a_half_life_may_be_short_or_long(self, value: float) -> None:
+    @pytest.mark.parametrize("value", [0.01, 1, 1e6, np.float32(2), Fraction(1, 2)], ids=repr)
+    def test_a_half_life_may_be_short_or_long(self, value: Any) -> None:
         assert EngineConfig(half_life=value).half_life == value
 
     @pytest.mark.parametrize("name", FLAGS)
@@ -114,6 +148,7 @@ class TestEngineConfig:
     @pytest.mark.parametrize("value", [True, False])
     def test_both_settings_of_a_flag(self, name: str, value: bool) -> None:
         assert getattr(EngineConfig(**{name: value}), name) is value  # type: ignore[arg-type]
+        assert getattr(EngineConfig(**{name: np.bool_(value)}), name) is value
 
     @pytest.mark.parametrize("name", PATHS)
     @pytest.mark.parametrize("value", [3, False, "", b"file", "a\0b", object], ids=repr)
