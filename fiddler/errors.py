@@ -14,7 +14,7 @@
 
 Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`,
 model construction in `models.skeleton`, a caller's prompt in `models.prompts`, a request's options in
-`models.sampling`, a step in `engine.loop`.
+`models.generation`, a step in `engine.loop`.
 """
 
 

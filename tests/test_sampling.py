@@ -1,9 +1,13 @@
-"""Generation options as they are merged and checked, and the token picked from logits as transformers would."""
+"""The token picked from logits, as transformers would pick it, whatever the process does meanwhile."""
 
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,151 +17,16 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.utils import GenerationMixin
 
 from fiddler.errors import GenerationError
-from fiddler.models.sampling import Sampler, SamplingOptions, read_options
+from fiddler.models.generation import Defaults, read_options
+from fiddler.models.option_values import PROCESSORS
+from fiddler.models.sampling import Sampler
 
-EMPTY = GenerationConfig()
 VOCABULARY = 40
+NONE = Defaults.of({}, VOCABULARY)
 
 
-def options(**overrides: Any) -> SamplingOptions:
-    return read_options(EMPTY, None, overrides)
-
-
-class TestMerging:
-    def test_nothing_asked_is_greedy_without_limits(self) -> None:
-        assert options() == SamplingOptions()
-        assert options().greedy
-
-    def test_models_defaults_hold_where_nothing_else_is_said(self) -> None:
-        default = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[7, 9])
-        found = read_options(default, None, {})
-        assert (found.temperature, found.top_k, found.top_p) == (0.6, 20, 0.95)
-        assert found.eos_token_ids == {7, 9}
-
-    def test_request_wins_over_the_model_and_overrides_over_both(self) -> None:
-        default = GenerationConfig(do_sample=True, temperature=0.1, top_k=1, top_p=0.1, min_p=0.1)
-        request = GenerationConfig(temperature=0.2, top_k=2, top_p=0.2)
-        found = read_options(default, request, {"temperature": 0.3, "top_k": 3})
-        assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.3, 3, 0.2, 0.1)
-
-    def test_fields_a_request_leaves_open_change_nothing(self) -> None:
-        default = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=3, repetition_penalty=1.2)
-        assert read_options(default, GenerationConfig(), {}) == read_options(default, None, {})
-
-    def test_unsupported_options_of_the_model_are_no_reason_to_refuse(self) -> None:
-        default = GenerationConfig(num_beams=4, cache_implementation="static", no_repeat_ngram_size=3)
-        assert read_options(default, None, {}) == SamplingOptions()
-
-    @pytest.mark.parametrize(
-        ("eos", "expected"), [(5, {5}), (0, {0}), ([5, 6], {5, 6}), ([], set()), (None, set())]
-    )
-    def test_one_end_token_or_several(self, eos: Any, expected: set[int]) -> None:
-        assert options(eos_token_id=eos).eos_token_ids == expected
-
-    @pytest.mark.parametrize(
-        ("stop", "expected"), [("a", ("a",)), (["a", "bc"], ("a", "bc")), ([], ()), (None, ())]
-    )
-    def test_one_stop_string_or_several(self, stop: Any, expected: tuple[str, ...]) -> None:
-        assert options(stop_strings=stop).stop_strings == expected
-
-    def test_options_most_used_as_overrides(self) -> None:
-        found = options(max_new_tokens=5, seed=11, logprobs=True)
-        assert (found.max_new_tokens, found.seed, found.logprobs) == (5, 11, True)
-
-    def test_top_k_zero_is_off(self) -> None:
-        assert options(do_sample=True, top_k=0).top_k is None
-
-
-class TestGreedyOrSampling:
-    @pytest.mark.parametrize(
-        "asked", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"seed": 1}], ids=str
-    )
-    def test_asking_for_a_sampling_option_turns_sampling_on(self, asked: dict[str, Any]) -> None:
-        assert not options(**asked).greedy
-        assert not read_options(EMPTY, None, asked).greedy
-
-    def test_in_a_request_s_config_too(self) -> None:
-        assert not read_options(EMPTY, GenerationConfig(top_p=0.9), {}).greedy
-
-    def test_sampling_options_of_the_model_alone_do_not(self) -> None:
-        assert read_options(GenerationConfig(temperature=0.7, top_p=0.9), None, {}).greedy
-
-    @pytest.mark.parametrize("asked", [{"do_sample": False}, {"do_sample": False, "temperature": 0.7, "seed": 1}])
-    def test_do_sample_false_is_greedy_whatever_else_is_said(self, asked: dict[str, Any]) -> None:
-        assert read_options(GenerationConfig(do_sample=True), None, asked).greedy
-
-    def test_do_sample_true_without_a_temperature_samples_at_one(self) -> None:
-        assert options(do_sample=True).temperature == 1.0
-
-    @pytest.mark.parametrize("do_sample", [True, None])
-    def test_temperature_zero_is_always_greedy(self, do_sample: bool | None) -> None:
-        assert options(do_sample=do_sample, temperature=0).greedy
-
-    def test_other_options_do_not_turn_sampling_on(self) -> None:
-        assert options(max_new_tokens=5, repetition_penalty=1.3, logprobs=True, stop_strings="a").greedy
-
-
-class TestRefused:
-    def test_unknown_options_are_named(self) -> None:
-        with pytest.raises(GenerationError, match="unknown generation option max_tokens, temprature"):
-            options(temprature=1.0, max_tokens=3)
-
-    @pytest.mark.parametrize(
-        "asked",
-        [
-            {"num_beams": 4},
-            {"typical_p": 0.5},
-            {"no_repeat_ngram_size": 1},
-            {"min_new_tokens": 1},
-            {"output_scores": True},
-            {"forced_eos_token_id": 0},
-            {"suppress_tokens": [3]},
-            {"guidance_scale": 1.5},
-            {"max_time": 1.0},
-        ],
-        ids=str,
-    )
-    def test_unsupported_options_are_named_with_the_way_that_takes_them(self, asked: dict[str, Any]) -> None:
-        (name,) = asked
-        with pytest.raises(GenerationError, match=rf"^{name}=.* is not supported by the engine.*fiddler\.attach"):
-            options(**asked)
-        with pytest.raises(GenerationError, match=rf"^{name}="):
-            read_options(EMPTY, GenerationConfig(**asked), {})
-
-    @pytest.mark.parametrize(
-        "asked",
-        [
-            {"num_beams": 1},
-            {"typical_p": 1.0},
-            {"length_penalty": 1.0},
-            {"no_repeat_ngram_size": 0},
-            {"min_new_tokens": None},
-            {"output_scores": False},
-            {"suppress_tokens": []},
-            {"use_cache": False},
-            {"pad_token_id": 3},
-        ],
-        ids=str,
-    )
-    def test_unsupported_options_may_say_that_they_do_nothing(self, asked: dict[str, Any]) -> None:
-        assert options(**asked) == SamplingOptions()
-
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [
-            *product(["temperature"], [-0.1, float("nan"), "warm", True, [1.0]]),
-            *product(["top_k"], [-1, 2.5, "many", True]),
-            *product(["top_p", "min_p"], [-0.1, 1.1, float("nan"), "most"]),
-            *product(["repetition_penalty"], [0, -1.0, float("nan"), float("inf"), "some"]),
-            *product(["max_new_tokens", "max_length"], [0, -1, 2.5, "few", True]),
-            *product(["seed"], [1.5, "lucky", 1 << 64, -(1 << 63) - 1]),
-            *product(["stop_strings"], [5, [""], "", ["a", 5], [None]]),
-            *product(["eos_token_id"], ["</s>", [1, "2"], 1.5, [[1]]]),
-        ],
-    )
-    def test_impossible_values_name_their_option(self, name: str, value: Any) -> None:
-        with pytest.raises(GenerationError, match=f"^{name}="):
-            options(**{name: value})
+def sampler(prompt_ids: Sequence[int] = (0,), **overrides: Any) -> Sampler:
+    return Sampler(read_options(NONE, None, overrides), prompt_ids, 100)
 
 
 @pytest.mark.parametrize(
@@ -176,18 +45,8 @@ class TestRefused:
     ids=str,
 )
 def test_every_value_that_is_admitted_can_be_sampled_with(asked: dict[str, Any]) -> None:
-    token, _ = Sampler(options(do_sample=True, **asked)).pick(torch.randn(VOCABULARY), [1, 2])
+    token, _ = sampler([1, 2], do_sample=True, **asked).pick(torch.randn(VOCABULARY), [1, 2])
     assert 0 <= token < VOCABULARY
-
-
-class Recorded(Sampler):
-    """A sampler whose final scores can be looked at."""
-
-    def scores(self, logits: Tensor, context: list[int]) -> Tensor:
-        seen: list[Tensor] = []
-        self._warpers = [*self._warpers, lambda _, scores: seen.append(scores) or scores]
-        self.pick(logits, context)
-        return seen[0][0]
 
 
 def expected_scores(logits: Tensor, context: list[int], config: GenerationConfig) -> Tensor:
@@ -213,8 +72,8 @@ class TestSampler:
             logits, context = torch.randn(VOCABULARY).mul(3).to(dtype), [3, 3, 17, 0]
             config = GenerationConfig(do_sample=True, repetition_penalty=penalty, **combination)
             expected = expected_scores(logits, context, config)
-            actual = Recorded(read_options(EMPTY, config, {})).scores(logits, context)
-            assert torch.equal(actual, expected), combination
+            picking = Sampler(read_options(NONE, config, {}), context, 100)
+            assert torch.equal(picking._processed(logits.float(), context), expected), combination
 
     def test_the_combinations_filter_something(self) -> None:
         logits = torch.randn(VOCABULARY)
@@ -223,35 +82,35 @@ class TestSampler:
 
     def test_picks_stay_within_what_was_filtered(self) -> None:
         logits = torch.randn(VOCABULARY)
-        sampler = Sampler(options(top_k=3, seed=0))
-        picked = {sampler.pick(logits, [])[0] for _ in range(200)}
+        picking = sampler(top_k=3, seed=0)
+        picked = {picking.pick(logits, [])[0] for _ in range(200)}
         assert picked == set(logits.topk(3).indices.tolist())
 
     def test_frequencies_follow_the_probabilities(self) -> None:
         logits = torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)
-        sampler = Sampler(options(do_sample=True, seed=0))
+        picking = sampler(do_sample=True, seed=0)
         counts = torch.zeros(3)
         for _ in range(4000):
-            counts[sampler.pick(logits, [])[0]] += 1
+            counts[picking.pick(logits, [])[0]] += 1
         torch.testing.assert_close(counts / 4000, logits.exp(), rtol=0, atol=0.03)
 
     @given(seed=st.integers(0, 1 << 40))
     @settings(max_examples=20, deadline=None)
     def test_a_seed_repeats_its_choices(self, seed: int) -> None:
         logits = torch.zeros(50, VOCABULARY)
-        first, second = (Sampler(options(seed=seed)) for _ in range(2))
+        first, second = (sampler(seed=seed) for _ in range(2))
         assert [first.pick(row, []) for row in logits] == [second.pick(row, []) for row in logits]
 
     def test_other_seeds_and_none_choose_otherwise(self) -> None:
         def choices(**asked: Any) -> tuple[int, ...]:
-            sampler = Sampler(options(do_sample=True, **asked))
-            return tuple(sampler.pick(torch.zeros(VOCABULARY), [])[0] for _ in range(50))
+            picking = sampler(do_sample=True, **asked)
+            return tuple(picking.pick(torch.zeros(VOCABULARY), [])[0] for _ in range(50))
 
         assert len({choices(seed=1), choices(seed=2), choices(), choices()}) == 4
 
     def test_requests_do_not_disturb_each_others_choices(self) -> None:
         logits = torch.zeros(VOCABULARY)
-        alone, beside, other = Sampler(options(seed=1)), Sampler(options(seed=1)), Sampler(options(seed=2))
+        alone, beside, other = sampler(seed=1), sampler(seed=1), sampler(seed=2)
         expected = [alone.pick(logits, [])[0] for _ in range(20)]
         actual = []
         for _ in range(20):
@@ -263,7 +122,7 @@ class TestSampler:
     def test_the_logits_are_left_as_they_were(self) -> None:
         logits = torch.randn(VOCABULARY)
         before = logits.clone()
-        Sampler(options(temperature=0.5, top_p=0.5, repetition_penalty=2.0)).pick(logits, [1])
+        sampler(temperature=0.5, top_p=0.5, repetition_penalty=2.0).pick(logits, [1])
         assert torch.equal(logits, before)
 
 
@@ -271,30 +130,30 @@ class TestGreedy:
     @given(st.lists(st.integers(-3, 3), min_size=1, max_size=20))
     @settings(deadline=None)
     def test_takes_the_lowest_id_of_the_likeliest(self, values: list[int]) -> None:
-        token, _ = Sampler(options()).pick(torch.tensor(values, dtype=torch.float32), [])
+        token, _ = sampler().pick(torch.tensor(values, dtype=torch.float32), [])
         assert token == values.index(max(values))
 
     def test_penalty_counts_in_greedy_choices_too(self) -> None:
         logits = torch.tensor([3.0, 2.0])
-        assert Sampler(options(repetition_penalty=2.0)).pick(logits, [0])[0] == 1
-        assert Sampler(options(repetition_penalty=2.0)).pick(logits, [1])[0] == 0
+        assert sampler(repetition_penalty=2.0).pick(logits, [0])[0] == 1
+        assert sampler(repetition_penalty=2.0).pick(logits, [1])[0] == 0
 
     def test_ignores_the_models_filters(self) -> None:
-        default = GenerationConfig(temperature=0.1, top_k=1)
+        default = Defaults.of({"temperature": 0.1, "top_k": 1}, VOCABULARY)
         logits = torch.tensor([0.0, 1.0, 0.5])
-        _, logprob = Sampler(read_options(default, None, {"logprobs": True})).pick(logits, [])
+        _, logprob = Sampler(read_options(default, None, {"logprobs": True}), [0], 100).pick(logits, [0])
         assert logprob == pytest.approx(float(logits.log_softmax(-1)[1]))
 
 
 class TestLogprobs:
     def test_are_left_out_unless_asked_for(self) -> None:
-        assert Sampler(options()).pick(torch.randn(VOCABULARY), [])[1] is None
+        assert sampler().pick(torch.randn(VOCABULARY), [])[1] is None
 
     @pytest.mark.parametrize("asked", [{}, {"temperature": 0.4}, {"top_k": 4, "seed": 0}, {"top_p": 0.5}], ids=str)
     def test_are_those_of_the_distribution_drawn_from(self, asked: dict[str, Any]) -> None:
         torch.manual_seed(3)
         logits = torch.randn(VOCABULARY)
-        token, logprob = Sampler(options(logprobs=True, **asked)).pick(logits, [1])
+        token, logprob = sampler(logprobs=True, **asked).pick(logits, [1])
         config = GenerationConfig(do_sample=bool(asked), **{k: v for k, v in asked.items() if k != "seed"})
         expected = (
             expected_scores(logits, [1], config).log_softmax(-1)[token] if asked else logits.log_softmax(-1)[token]
@@ -302,4 +161,162 @@ class TestLogprobs:
         assert logprob == pytest.approx(float(expected))
 
     def test_of_the_only_possible_token_is_zero(self) -> None:
-        assert Sampler(options(top_k=1, logprobs=True)).pick(torch.randn(VOCABULARY), [])[1] == 0.0
+        assert sampler(top_k=1, logprobs=True).pick(torch.randn(VOCABULARY), [])[1] == 0.0
+
+
+EVERY: list[dict[str, Any]] = [
+    {"sequence_bias": [[[3], 0.3], [[4, 5], -0.7], [[0, 6], 0.1]]},
+    {"encoder_repetition_penalty": 1.3},
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"encoder_no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[3], [0, 7]]},
+    {"min_length": 9},
+    {"min_new_tokens": 9},
+    {"forced_bos_token_id": 4},
+    {"forced_eos_token_id": 4},
+    {"remove_invalid_values": True},
+    {"exponential_decay_length_penalty": (0, 1.3)},
+    {"suppress_tokens": [3, 4]},
+    {"begin_suppress_tokens": [3, 4]},
+    {"watermarking_config": {"bias": 0.7}},
+    {"renormalize_logits": True},
+    {"temperature": 0.7},
+    {"top_h": 0.4},
+    {"top_k": 7},
+    {"top_p": 0.7},
+    {"min_p": 0.1},
+    {"typical_p": 0.7},
+    {"epsilon_cutoff": 0.01},
+    {"eta_cutoff": 0.011},
+]
+
+
+def trace(asked: dict[str, Any], n: int = 12) -> list[tuple[int, float | None]]:
+    """Return what one request draws from some logits."""
+    context = [0]
+    rows = np.random.default_rng(5).normal(size=(n, VOCABULARY)).astype(np.float32)
+    picking = sampler(context, do_sample=True, seed=3, logprobs=True, eos_token_id=[8, 9], **asked)
+    picked = []
+    for row in rows:
+        picked.append(picking.pick(torch.from_numpy(row), context))
+        context.append(picked[-1][0])
+    return picked
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Generator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TestTheProcessAround:
+    """The process's own settings, and whoever changes them meanwhile, change no token and no probability."""
+
+    def test_every_processor_is_tried(self) -> None:
+        assert sorted(name for asked in EVERY for name in asked) == sorted(PROCESSORS)
+
+    @pytest.mark.parametrize("asked", [{}, *EVERY], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    def test_the_default_dtype(self, asked: dict[str, Any], dtype: torch.dtype) -> None:
+        expected = trace(asked)
+        with default_dtype(dtype):
+            assert trace(asked) == expected
+
+    @pytest.mark.parametrize("asked", [{}, *EVERY], ids=str)
+    def test_the_default_device(self, asked: dict[str, Any]) -> None:
+        expected = trace(asked)
+        with torch.device("meta"):
+            assert trace(asked) == expected
+
+    def test_the_generator_of_the_process(self) -> None:
+        torch.manual_seed(1)
+        expected, after = trace({}), torch.rand(1)
+        torch.manual_seed(1)
+        torch.rand(7)
+        assert trace({}) == expected
+        torch.manual_seed(1)
+        trace({})
+        assert torch.rand(1) == after
+
+    def test_a_thread_that_changes_the_default_dtype_all_the_time(self) -> None:
+        expected, ending = trace({"temperature": 1.1}), threading.Event()
+
+        def change() -> None:
+            while not ending.is_set():
+                for dtype in (torch.bfloat16, torch.float64, torch.float32):
+                    torch.set_default_dtype(dtype)
+
+        before = torch.get_default_dtype()
+        changing = threading.Thread(target=change)
+        changing.start()
+        try:
+            assert all(trace({"temperature": 1.1}) == expected for _ in range(40))
+        finally:
+            ending.set()
+            changing.join()
+            torch.set_default_dtype(before)
+
+    @pytest.mark.parametrize("asked", [{}, {"top_p": 0.9}, {"min_p": 0.01}, {"top_k": 900}], ids=str)
+    def test_the_number_of_threads(self, asked: dict[str, Any]) -> None:
+        logits = torch.from_numpy(np.random.default_rng(6).normal(size=150_000).astype(np.float32))
+
+        def picked() -> list[tuple[int, float | None]]:
+            picking = sampler(do_sample=True, seed=3, logprobs=True, **asked)
+            return [picking.pick(logits, [0]) for _ in range(3)]
+
+        before = torch.get_num_threads()
+        try:
+            found = [torch.set_num_threads(n) or picked() for n in (1, 2, 5)]
+        finally:
+            torch.set_num_threads(before)
+        assert found[0] == found[1] == found[2]
+
+    def test_numbers_are_drawn_in_float32(self) -> None:
+        """512 draws from 16,384 equally likely tokens hardly meet; of bfloat16 there would be 256 numbers."""
+        picking = sampler(do_sample=True, seed=0)
+        with default_dtype(torch.bfloat16):
+            assert len({picking.pick(torch.zeros(1 << 14), [])[0] for _ in range(512)}) > 450
+
+
+class TestNothingToPick:
+    @pytest.mark.parametrize("sample", [False, True])
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"suppress_tokens": list(range(1, VOCABULARY)), "bad_words_ids": [[0]]},
+            {"suppress_tokens": list(range(1, VOCABULARY)), "min_new_tokens": 3, "eos_token_id": 0},
+            {"begin_suppress_tokens": list(range(VOCABULARY))},
+            {"sequence_bias": [[[i], -float("inf")] for i in range(VOCABULARY)], "remove_invalid_values": False},
+            {"exponential_decay_length_penalty": (-(10**6), 1.5), "eos_token_id": 3},
+        ],
+        ids=lambda asked: ",".join(asked),
+    )
+    def test_options_are_named(self, asked: dict[str, Any], sample: bool) -> None:
+        with pytest.raises(GenerationError, match=f"{next(iter(asked))}="):
+            sampler([0], do_sample=sample, **asked).pick(torch.randn(VOCABULARY), [0])
+
+    def test_a_temperature_that_these_logits_do_not_bear_is_named(self) -> None:
+        with pytest.raises(GenerationError, match="temperature=2e-38"):
+            sampler(temperature=2e-38).pick(torch.randn(VOCABULARY) * 50, [0])
+
+    @pytest.mark.parametrize(
+        "asked", [{}, {"temperature": 0.5}, {"repetition_penalty": 1.2}, {"top_k": 3}], ids=str
+    )
+    @pytest.mark.parametrize("logit", [float("nan"), -float("inf")])
+    def test_the_model_s_own_fault_is_not_called_the_options(self, asked: dict[str, Any], logit: float) -> None:
+        with pytest.raises(ValueError, match="model's logits") as caught:
+            sampler(**asked).pick(torch.full((VOCABULARY,), logit), [0])
+        assert not isinstance(caught.value, GenerationError)
+
+    def test_one_logit_that_is_no_number_is_a_fault(self) -> None:
+        logits = torch.zeros(VOCABULARY)
+        logits[7] = float("nan")
+        for asked in ({}, {"temperature": 0.5}):
+            with pytest.raises(ValueError, match="model's logits"):
+                sampler(**asked).pick(logits, [0])
+        assert sampler(remove_invalid_values=True).pick(logits, [0])[0] == 0

@@ -21,9 +21,9 @@ from fiddler.engine.stream import Item, TokenStream
 from fiddler.engine.thread import EngineThread, Loader
 from fiddler.errors import CheckpointError, ConfigError, EngineClosedError, PromptError
 from fiddler.lanes.channel import Channel
+from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
 from fiddler.models.prompts import Prompt, copy_prompt
-from fiddler.models.sampling import read_options
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing, Token
 
@@ -87,12 +87,13 @@ class Engine:
         """Submit a request and return its tokens as a stream.
 
         `prompt` is text, token ids (a 1-d array or tensor of whole numbers too), or chat messages. `overrides` are
-        options of `GenerationConfig`, plus `seed` and `logprobs`. All of it is copied now: changing it later
-        changes nothing. Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at
-        once; what is wrong with the prompt (`PromptError`) is raised when the stream is awaited or read.
+        options of `GenerationConfig`, plus `seed` and `logprobs` (`True`: each token with its own); left out is what
+        the checkpoint's `generation_config.json` says. All of it is copied now: changing it later changes nothing.
+        Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at once; what is wrong
+        with the prompt (`PromptError`), or with an option for it, is raised when the stream is awaited or read.
         """
         thread, loaded = self._opened()
-        options = read_options(loaded.model.generation_config or GenerationConfig(), generation, overrides)
+        options = read_options(thread.defaults, generation, overrides)
         channel: Channel[Item] = Channel()
         try:
             submission = Submission(copy_prompt(prompt, loaded.resolved.longest), options, channel)

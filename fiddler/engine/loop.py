@@ -14,7 +14,14 @@ from fiddler.engine.kv_room import KvRoom
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
-from fiddler.errors import EngineClosedError, EngineError, EngineFailedError, FiddlerError, PromptError
+from fiddler.errors import (
+    EngineClosedError,
+    EngineError,
+    EngineFailedError,
+    FiddlerError,
+    PromptError,
+    RequestError,
+)
 from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
@@ -163,11 +170,12 @@ class EngineLoop:
         prompt_ids = text.encode(submission.prompt)
         self._check_ids(prompt_ids)
         max_context = self._loaded.resolved.max_context
+        n_limit = token_limit(len(prompt_ids), options, max_context, self._room.n_tokens)
         return Request(
             submission=submission,
             prompt_ids=prompt_ids,
-            n_limit=token_limit(len(prompt_ids), options, max_context, self._room.n_tokens),
-            sampler=Sampler(options),
+            n_limit=n_limit,
+            sampler=Sampler(options, prompt_ids, len(prompt_ids) + n_limit),
             decoder=text.decoder(prompt_ids, options.stop_strings),
         )
 
@@ -251,7 +259,8 @@ class EngineLoop:
             if request in self._running:
                 self._drop(request)
                 self._counters.n_failed += 1
-                self._outbox.append((request.submission, _failure(what, error)))
+                own = isinstance(error, RequestError)  # such as options that leave no token to pick
+                self._outbox.append((request.submission, error if own else _failure(what, error)))
 
     def _abandon(self, cause: BaseException | None) -> None:
         """End every request, for good; `cause` is what ended the engine, if it was not closed."""

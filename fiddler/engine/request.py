@@ -10,11 +10,13 @@ from transformers import Cache
 from fiddler.engine.kv_room import Reserved
 from fiddler.engine.recorder import SequenceRecord
 from fiddler.engine.stream import Item
-from fiddler.errors import PromptError
+from fiddler.errors import GenerationError, PromptError
+from fiddler.given import shown
 from fiddler.lanes.channel import Channel
+from fiddler.models.generation import SamplingOptions
 from fiddler.models.kv import SequenceKV
 from fiddler.models.prompts import Prompt
-from fiddler.models.sampling import Sampler, SamplingOptions
+from fiddler.models.sampling import Sampler
 from fiddler.models.text import Decoder
 from fiddler.types import FinishReason, Token, Usage
 
@@ -88,32 +90,55 @@ class Request:
 
 
 def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_tokens: int | None = None) -> int:
-    """Return how many tokens a request may make: as many as there is room for, where it does not say.
+    """Return how many tokens a request may make: as many as there is room for, where nothing says less.
 
-    `kv_tokens` is the room for keys and values of all requests together, `None` without limit. Raises `PromptError`
-    where the context or that room cannot hold the request, naming the smaller.
+    A length that the checkpoint sets is no more than a limit, and none for a prompt that alone exceeds it, nor for
+    the least that a request asks for. A length that the request asks for is met or refused; where its most is less
+    than its least, the most counts, as in transformers. `kv_tokens` is the room for keys and values of all requests
+    together, `None` without limit. Raises `PromptError` where the context or that room cannot hold the prompt and
+    the most that is asked for, naming the smaller, and `GenerationError` where it cannot hold the least.
     """
     longest, name, remedy = max_context, f"the context of {max_context}", ""
     if kv_tokens is not None and kv_tokens < max_context:
         longest, name, remedy = kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher"
     room = longest - n_prompt
-    wanted = options.max_new_tokens
-    if wanted is None and options.max_length is not None:
-        wanted = options.max_length - n_prompt
     if room < 1:
         raise PromptError(
             f"the prompt is too long: {n_prompt} tokens leave no room within {name}; shorten it{remedy}"
         )
-    if wanted is not None and wanted < 1:
+    least = _asked_least(n_prompt, options, longest, name)
+    new, total = options.max_new_tokens, options.max_length
+    wanted = total - n_prompt if total is not None else new
+    if wanted is None:
+        return room
+    if options.asked.isdisjoint(("max_new_tokens", "max_length")):
+        return min(max(wanted, least), room) if wanted > 0 else room
+    if wanted < 1:
         raise PromptError(
-            f"the prompt is too long: {n_prompt} tokens leave no room within {options.max_length}; shorten it"
+            f"the prompt is too long: {n_prompt} tokens leave no room within max_length={total}; "
+            "shorten it, or set max_length higher"
         )
-    if wanted is not None and wanted > room:
+    if wanted > room and total is not None:
+        raise PromptError(f"max_length={shown(total)} exceeds {name}; set max_length to at most {longest}{remedy}")
+    if wanted > room:
         raise PromptError(
-            f"a prompt of {n_prompt} tokens and max_new_tokens={wanted} exceed {name}; "
+            f"a prompt of {n_prompt} tokens and max_new_tokens={shown(new)} exceed {name}; "
             f"set max_new_tokens to at most {room}{remedy}"
         )
-    return room if wanted is None else wanted
+    return wanted
+
+
+def _asked_least(n_prompt: int, options: SamplingOptions, longest: int, name: str) -> int:
+    """Return how many new tokens a request asks for at least; 0 where it does not say."""
+    for option, n_before in (("min_new_tokens", n_prompt), ("min_length", 0)):
+        least = options.processors.get(option, 0)
+        if option in options.asked and least + n_before > longest:
+            raise GenerationError(
+                f"{option}={shown(least)} exceeds {name}; set {option} to at most {longest - n_before}"
+            )
+        if option in options.asked and least:
+            return int(least + n_before - n_prompt)
+    return 0
 
 
 def past_bytes(past: Any) -> int:

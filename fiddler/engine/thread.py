@@ -30,6 +30,7 @@ from fiddler.errors import EngineClosedError, EngineFailedError
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.latch import Latch
 from fiddler.models import dense
+from fiddler.models.generation import Defaults
 from fiddler.models.loaded import ServableModel, load
 from fiddler.trace import Trace
 from fiddler.types import Statistics
@@ -60,6 +61,8 @@ class EngineThread:
         """Its model, as long as it is open."""
         self.loop: EngineLoop | None = None
         """The same."""
+        self.defaults = Defaults.of({}, 0)
+        """The options that its checkpoint brings."""
         self.name = ""
         self.trace: Trace | None = None
         self.recorder: Recorder | None = None
@@ -154,6 +157,7 @@ class EngineThread:
         if self._closing:  # calibrating takes seconds
             raise self.failure
         self.name = _name(model, loaded)
+        self.defaults = Defaults.of_model(loaded.model, has_tokenizer=loaded.text.tokenizer is not None)
         choose_threads(loaded, config, self._n_threads)
         on_gpu = loaded.resolved.device == "cuda"  # then the dense part is no business of the CPU's kernels
         kernels = choose_kernels(loaded, config, with_dense=not on_gpu)

@@ -14,6 +14,7 @@ from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.dry import can_pack, dry_step
+from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
 from fiddler.models.skeleton import attend_plainly, load_skeleton, read_config
@@ -61,6 +62,8 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     """
     folder = find_checkpoint(model)
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
+    if packed:
+        check_folder(folder, vocabulary(config))
     checkpoint = Checkpoint.open(folder)
     resolved = resolve(
         options,
