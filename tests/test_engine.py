@@ -646,3 +646,19 @@ async def test_closing_ends_the_lanes(tiny: Path) -> None:
     with pytest.raises(EngineClosedError, match="in flight"):
         async for _ in running:
             pass
+
+
+async def test_the_process_s_default_dtype_changes_no_token(tiny: Path) -> None:
+    async with opened(tiny, kernels="linear") as engine:
+
+        async def sampled() -> list[tuple[int, ...]]:
+            asked = {"temperature": 1.3, "sequence_bias": [[[40], 0.7]], "max_new_tokens": 12}
+            return [(await engine.generate("Hello", seed=seed, **asked)).token_ids for seed in range(3)]
+
+        expected, before = await sampled(), torch.get_default_dtype()
+        try:
+            for dtype in (torch.bfloat16, torch.float64):
+                torch.set_default_dtype(dtype)
+                assert await sampled() == expected
+        finally:
+            torch.set_default_dtype(before)

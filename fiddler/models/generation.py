@@ -127,10 +127,10 @@ class Defaults:
         return defaults
 
     @classmethod
-    def of(cls, stated: dict[str, Any], n_vocabulary: int, file: str = _FILE) -> "Defaults":
+    def of(cls, stated: Mapping[str, Any], n_vocabulary: int, file: str = _FILE) -> "Defaults":
         """Read the options that stand in a file. Raises `UnsupportedModelError` naming what cannot be honoured."""
         if whole_number(stated.get("top_k")) == -1:  # how other programs write that it is off
-            del stated["top_k"]
+            stated = {name: value for name, value in stated.items() if name != "top_k"}
         for name in sorted(_KNOWN & stated.keys() - HONOURED.keys() - _HARMLESS - _OF_OTHER_MODES):
             if not _is_off(name, stated[name]):
                 raise UnsupportedModelError(

@@ -75,5 +75,5 @@ class Sampler:
 
 
 def _likeliest(scores: Tensor) -> int | None:
-    token = int(scores.argmax())
-    return token if scores[token] > -torch.inf else None  # what is not a number counts as the likeliest
+    highest, token = scores.max(-1)  # the first of several; what is no number counts as the highest
+    return int(token) if float(highest) > -torch.inf else None
