@@ -1,6 +1,7 @@
 """The token picked from one request's logits, as transformers would pick it."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -36,13 +37,17 @@ class Sampler:
     def pick(self, logits: Tensor, context: Sequence[int]) -> tuple[int, float | None]:
         """Return a token id and, if asked for, its log-probability, from `logits` `[V]` after `context`.
 
-        Raises `GenerationError` where the options leave no token a probability, `ValueError` where the logits do.
+        Raises `GenerationError` where the options leave no token a probability, and `FloatingPointError` for logits
+        that no softmax can be taken of, unless `remove_invalid_values` mends them.
         """
         raw = logits.to(device="cpu", dtype=torch.float32)
+        if "remove_invalid_values" not in self._options.processors:
+            _check_logits(raw)
         scores = self._processed(raw, context)
         token = self._draw(scores.softmax(-1)) if self._options.sample else _likeliest(scores)
         if token is None:
-            raise self._no_token(raw)
+            said = named(self._options.processors)
+            raise GenerationError(f"the options leave no token a probability: {said}")
         return token, float(scores.log_softmax(-1)[token]) if self._options.logprobs else None
 
     def _processed(self, raw: Tensor, context: Sequence[int]) -> Tensor:
@@ -68,10 +73,15 @@ class Sampler:
         token = int(torch.searchsorted(cumulative, at, right=True))
         return min(token, int(probabilities.nonzero()[-1]))
 
-    def _no_token(self, raw: Tensor) -> Exception:
-        if not self._processors or raw.isnan().any() or raw.max() == -torch.inf:
-            return ValueError("the model's logits give no token a probability")
-        return GenerationError(f"the options leave no token a probability: {named(self._options.processors)}")
+
+def _check_logits(logits: Tensor) -> None:
+    """Raise `FloatingPointError` unless the highest is finite: it is NaN where any of them is."""
+    highest = float(logits.max())
+    if not isfinite(highest):
+        raise FloatingPointError(
+            f"the model's logits are not numbers (the highest is {highest}): its weights may be damaged, or "
+            "activations overflow, as float16's do above 65504; dtype='bfloat16' or dtype='float32' reaches further"
+        )
 
 
 def _likeliest(scores: Tensor) -> int | None:
