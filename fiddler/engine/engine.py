@@ -87,10 +87,11 @@ class Engine:
         """Submit a request and return its tokens as a stream.
 
         `prompt` is text, token ids (a 1-d array or tensor of whole numbers too), or chat messages. `overrides` are
-        options of `GenerationConfig`, plus `seed` and `logprobs` (`True`: each token with its own); left out is what
-        the checkpoint's `generation_config.json` says. All of it is copied now: changing it later changes nothing.
-        Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at once; what is wrong
-        with the prompt (`PromptError`), or with an option for it, is raised when the stream is awaited or read.
+        options of `GenerationConfig`, plus `seed` and `logprobs` (`True`: each token with its own);
+        `generation_config.json` of the checkpoint says what is left out. All of it is copied now: changing it later
+        changes nothing. Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at
+        once. What is wrong with the prompt (`PromptError`), or with an option for it, is raised when the stream is
+        awaited or read.
         """
         thread, loaded = self._opened()
         options = read_options(thread.defaults, generation, overrides)

@@ -259,8 +259,9 @@ class EngineLoop:
             if request in self._running:
                 self._drop(request)
                 self._counters.n_failed += 1
-                own = isinstance(error, RequestError)  # such as options that leave no token to pick
-                self._outbox.append((request.submission, error if own else _failure(what, error)))
+                # A request's own error is told as it is, such as options that leave no token to pick.
+                told = error if isinstance(error, RequestError) else _failure(what, error)
+                self._outbox.append((request.submission, told))
 
     def _abandon(self, cause: BaseException | None) -> None:
         """End every request, for good; `cause` is what ended the engine, if it was not closed."""
