@@ -1,10 +1,13 @@
 """Options of an engine, and the pure function that resolves every `"auto"`."""
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self, cast, get_args
 
 from fiddler.errors import ConfigError
@@ -70,8 +73,8 @@ class EngineConfig:
     max_context: int | None = None
     """Longest prompt plus completion, in tokens; `None` is the model's own limit."""
     threads: int | None = None
-    """CPU threads of the engine; `None` is what torch has in the caller's thread, or one where experts are too
-    small to be shared."""
+    """CPU threads of the engine, at most `most_threads()`; `None` is what torch has in the caller's thread, or one
+    where experts are too small to be shared."""
     kernels: KernelMode = "auto"
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""
@@ -133,6 +136,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.threads is not None and self.threads > most_threads():
+            raise ConfigError(f"threads={self.threads} must be at most {most_threads()} on this machine")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -199,9 +204,31 @@ class Resolved:
         return self.max_context if self.kv_tokens is None else min(self.max_context, self.kv_tokens)
 
 
+def most_threads() -> int:
+    """Return the most CPU threads an engine may have: OpenMP ends the process where it cannot start as many."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
 def cache_folder() -> Path:
-    """Return where what is measured or compiled for this machine is kept unless told."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    """Return where what is measured or compiled for this machine is kept unless told.
+
+    A user without a home folder has one for as long as the process runs.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "fiddler"
+    except RuntimeError:  # neither $HOME nor an entry among the system's users
+        return _passing_folder()
+
+
+@cache
+def _passing_folder() -> Path:
+    try:
+        room = TemporaryDirectory(prefix="fiddler-", ignore_cleanup_errors=True)
+    except OSError:
+        return Path(os.devnull) / "fiddler"  # where nothing can be kept
+    atexit.register(room.cleanup)
+    return Path(room.name)
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, has_cuda: bool = False) -> Resolved:
