@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self, cast, get_args
 
 from fiddler.errors import ConfigError
@@ -223,6 +222,8 @@ def cache_folder() -> Path:
 
 @cache
 def _passing_folder() -> Path:
+    from tempfile import TemporaryDirectory  # which few need, and takes a while to import
+
     try:
         room = TemporaryDirectory(prefix="fiddler-", ignore_cleanup_errors=True)
     except OSError:

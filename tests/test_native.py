@@ -4,7 +4,6 @@ import gc
 import hashlib
 import os
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from fiddler.devices.library import keep, kept, loaded, private_room
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+from tests.support.processes import wait_until_gone
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
 SWIGLU = ExpertFormula(gated=True, activation=F.silu)
@@ -542,16 +542,3 @@ class TestCompilers:
         assert "cannot compile" in given_up
         for pid in pids.read_text().split():
             wait_until_gone(int(pid))
-
-
-def wait_until_gone(pid: int) -> None:
-    """A process that was killed is gone once somebody has taken note of it."""
-    for _ in range(300):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        if state == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail(f"process {pid} was left running")

@@ -13,11 +13,11 @@ from time import monotonic
 
 from fiddler.devices.library import private_room
 
-VERSION_S = 5.0
+VERSION_S = 8.0
 """A compiler that takes longer to say what it is, is given up."""
 COMPILE_S = 20.0
 """The same for compiling, which takes one second on a machine that has nothing else to do."""
-PATIENCE_S = 2.0
+PATIENCE_S = 5.0
 """After so long the log says what is waited for."""
 MOST_BYTES = 1 << 16
 """So much of what it printed last is kept."""
