@@ -1,8 +1,10 @@
 """Options of an engine, and the pure function that resolves every `"auto"`."""
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
@@ -73,8 +75,8 @@ class EngineConfig:
     max_context: int | None = None
     """Longest prompt plus completion, in tokens; `None` is the model's own limit."""
     threads: int | None = None
-    """CPU threads of the engine; `None` is what torch has in the caller's thread, or one where experts are too
-    small to be shared."""
+    """CPU threads of the engine, at most `most_threads()`; `None` is what torch has in the caller's thread, or one
+    where experts are too small to be shared."""
     kernels: KernelMode = "auto"
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""
@@ -140,6 +142,8 @@ class EngineConfig:
             if number is None or not least <= number <= _MOST:
                 raise ConfigError(f"{name}={shown(value)} must be a whole number of at least {least}")
             object.__setattr__(self, name, number)
+        if self.threads is not None and self.threads > most_threads():
+            raise ConfigError(f"threads={self.threads} must be at most {most_threads()} on this machine")
         for name in _FLAGS:
             if (on := flag(getattr(self, name))) is None:
                 raise ConfigError(f"{name}={shown(getattr(self, name))} must be True or False")
@@ -209,9 +213,33 @@ class Resolved:
         return self.max_context if self.kv_tokens is None else min(self.max_context, self.kv_tokens)
 
 
+def most_threads() -> int:
+    """Return the most CPU threads an engine may have: OpenMP ends the process where it cannot start as many."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
 def cache_folder() -> Path:
-    """Return where what is measured or compiled for this machine is kept unless told."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    """Return where what is measured or compiled for this machine is kept unless told.
+
+    A user without a home folder has one for as long as the process runs.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "fiddler"
+    except RuntimeError:  # neither $HOME nor an entry among the system's users
+        return _passing_folder()
+
+
+@cache
+def _passing_folder() -> Path:
+    from tempfile import TemporaryDirectory  # which few need, and takes a while to import
+
+    try:
+        room = TemporaryDirectory(prefix="fiddler-", ignore_cleanup_errors=True)
+    except OSError:
+        return Path(os.devnull) / "fiddler"  # where nothing can be kept
+    atexit.register(room.cleanup)
+    return Path(room.name)
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, has_cuda: bool = False) -> Resolved:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -32,7 +34,8 @@ class Token:
     `text` is what became printable with this token: it may be empty while a multi-byte character or a possible
     stop string is incomplete, and never holds half a character. `logprob` is the natural logarithm of the
     token's probability under the distribution it was drawn from, and is set only when asked for.
-    The last token of a request, and only it, has `finish_reason` and `usage`.
+    The last token of a request, and only it, has `finish_reason` and `usage`. `made_s` is when the engine picked
+    the token, in seconds of `time.perf_counter`, however late it is read; it takes no part in comparisons.
     """
 
     id: int
@@ -40,15 +43,24 @@ class Token:
     logprob: float | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    made_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When a request's tokens came, in seconds since it was submitted."""
+    """When a request's tokens were made, in seconds since it was submitted; 0.0 where there are none."""
 
     first_token_s: float
     total_s: float
+    """Until the last."""
     n_tokens: int
+
+    @classmethod
+    def of(cls, tokens: Sequence[Token], submitted_s: float) -> Timing:
+        """Return the timing of a request's tokens; it was submitted at `submitted_s` on their clock."""
+        if not tokens:
+            return cls(0.0, 0.0, 0)
+        return cls(tokens[0].made_s - submitted_s, tokens[-1].made_s - submitted_s, len(tokens))
 
     @property
     def tokens_per_s(self) -> float:

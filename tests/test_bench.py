@@ -1,19 +1,23 @@
 """The benches run and their reports have the promised shape; no time is asserted."""
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import anyio
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
 from bench import kernels, latency
+from bench.contest import ours
 from bench.contest.workload import Run, Workload
 from bench.report import Spread, table
 from bench.schemas import problems
-from fiddler import EngineConfig
+from fiddler import EngineConfig, Token
 from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from tools import synthesize
@@ -187,6 +191,24 @@ def test_rates_count_what_they_say() -> None:
     assert run.tokens_per_s == 2.0
     assert run.decode_tokens_per_s == 2.0
     assert Run(None, 3.0, 2, 4).tokens_per_s is None
+
+
+class Starved:
+    """An engine whose tokens were made a second apart, and are read all at once."""
+
+    def __init__(self) -> None:
+        self.began_s = perf_counter()
+
+    async def generate_stream(self, prompt: list[int], max_new_tokens: int, **_: Any) -> AsyncIterator[Token]:
+        await anyio.sleep(0.0)
+        for number in range(max_new_tokens):
+            yield Token(number, "", made_s=self.began_s + 1.0 + number)
+
+
+def test_rates_are_of_when_tokens_were_made_not_of_when_they_were_read() -> None:
+    run = anyio.run(ours.run, Starved(), Workload(n_sequences=3, n_input=2, n_output=5, n_vocabulary=9), 1)
+    assert run.decode_tokens_per_s == pytest.approx(3 * 4 / 4)
+    assert run.first_token_s == pytest.approx(1.0, abs=0.1)
 
 
 def test_tables_line_up() -> None:

@@ -18,8 +18,10 @@ from typer.testing import CliRunner, Result
 
 from fiddler import DEMO
 from fiddler.cli import app
+from fiddler.cli.flags import speaking, spoken
+from fiddler.cli.generate import without_newline
 from fiddler.cli.notes import slots_used, virtual_speed, weights_read, where_experts_ran
-from fiddler.cli.options import CheckpointOptions, EngineOptions, size_bytes
+from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions, size_bytes
 from fiddler.cli.session import interruptible, virtual_json
 from fiddler.config import EngineConfig, PlannerName, PolicyName, StoreMode, WaveMode
 from fiddler.errors import ConfigError
@@ -235,7 +237,7 @@ def test_scores_are_kept_between_runs(tiny: Path, tmp_path: Path) -> None:
     assert file.exists()
     refused = run(*args, "--policy", "lru")
     assert refused.exit_code == 1
-    assert f"error: warm_start='{file}'" in refused.stderr
+    assert f"error: --warm-start {file}" in refused.stderr
 
 
 def test_text_goes_to_stdout_and_the_summary_to_stderr(tiny: Path) -> None:
@@ -268,6 +270,14 @@ def test_stop_text_ends_a_completion(tiny: Path) -> None:
 
     assert answer["finish_reason"] == "stop"
     assert answer["text"] == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("a\r", "a\r"), ("a \n", "a "), ("a\r\r\n", "a\r"), ("", "")],
+)
+def test_one_final_newline_is_the_shell_s(piped: str, prompt: str) -> None:
+    assert without_newline(piped) == prompt
 
 
 def test_a_length_nobody_gave_shrinks_to_the_context(tiny: Path) -> None:
@@ -307,12 +317,12 @@ def test_ctrl_c_wakes_a_waiting_loop() -> None:
         (["--device", "sim:"], 2, "--device"),
         (["--device", "sim:tpu"], 1, "rtx4090-desktop"),
         (["--device", "cuda:0"], 2, "--device"),
-        (["--device", "sim", "--store", "mapped"], 1, "store='mapped'"),
+        (["--device", "sim", "--store", "mapped"], 1, "--store mapped"),
         (["--vram-budget", "lots"], 2, "--vram-budget"),
         (["--vram-budget", "0"], 2, "--vram-budget"),
-        (["--device", "cpu", "--vram-budget", "1G"], 1, "vram_budget=1073741824"),
+        (["--device", "cpu", "--vram-budget", "1G"], 1, "--vram-budget 1073741824"),
         (["--kv-tokens", "0"], 2, "--kv-tokens"),
-        (["--kv-tokens", "9"], 1, "kv_tokens=9"),
+        (["--kv-tokens", "9"], 1, "--kv-tokens 9"),
         (["--dtype", "int3"], 2, "--dtype"),
         (["--store", "paged"], 2, "--store"),
         (["--policy", "fifo"], 2, "--policy"),
@@ -320,19 +330,27 @@ def test_ctrl_c_wakes_a_waiting_loop() -> None:
         (["--waves", "three"], 2, "--waves"),
         (["--slots", "-1"], 2, "--slots"),
         (["--defer", "-1"], 2, "--defer"),
-        (["--defer", "1"], 1, "defer=1"),
+        (["--defer", "1"], 1, "--defer 1"),
         (["--half-life", "-1"], 2, "--half-life"),
-        (["--half-life", "0"], 1, "half_life"),
+        (["--half-life", "0"], 1, "--half-life 0.0 must"),
+        (["--half-life", "nan"], 2, "--half-life"),
+        (["--half-life", "inf"], 1, "--half-life inf must"),
         (["--warm-start", "/"], 2, "--warm-start"),
         (["--temperature", "-1"], 2, "--temperature"),
         (["--top-p", "1.5"], 2, "--top-p"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["--max-new-tokens", "many"], 2, "--max-new-tokens"),
         (["--nonsense"], 2, "--nonsense"),
-        (["--repetition-penalty", "0"], 1, "repetition_penalty"),
-        (["--stop", ""], 1, "stop_strings"),
-        (["--max-context", "100000"], 1, "max_context"),
-        (["--max-new-tokens", "100000"], 1, "max_new_tokens"),
+        (["--repetition-penalty", "0"], 1, "--repetition-penalty 0.0 must"),
+        (["--repetition-penalty", "inf"], 1, "--repetition-penalty inf must"),
+        (["--seed", "1000000000000000000000"], 1, "--seed 1000000000000000000000 must"),
+        (["--threads", "32768"], 1, "--threads 32768 must be at most"),
+        (["--stop", ""], 1, "--stop '' must"),
+        (["--stop", "a", "--stop", ""], 1, "--stop a --stop '' must"),
+        (["--max-context", "100000"], 1, "--max-context 100000 is more"),
+        (["--max-new-tokens", "100000"], 1, "--max-new-tokens 100000 exceed"),
+        (["--max-new-tokens", "100000"], 1, "set --max-new-tokens to at most"),
+        (["--device", "sim", "--kv-tokens", "8"], 1, "set --kv-tokens higher"),
         (["--prompt", ""], 1, "prompt"),
         (["--prompt", "\udcff"], 1, "UTF-8"),
         (["--model", "/nowhere"], 1, "/nowhere"),
@@ -347,6 +365,34 @@ def test_mistakes_are_named(tiny: Path, args: list[str], code: int, message: str
     if code == 1:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
+    assert not re.search(r"\w=|\w_\w", result.stderr.replace(str(tiny), "")), "a keyword"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("store='mapped' has no blocks; leave store='auto'", "--store mapped has no blocks; leave --store auto"),
+        ("set dtype to 'float32'; promote=False, graphs=True", "set --dtype to 'float32'; --no-promote, --graphs"),
+        ("a model of that store has the device it has", "a model of that store has the device it has"),
+        ("device='a b' (threads=3) or half_life.", "--device 'a b' (--threads 3) or --half-life."),
+        ("/top_k=5/max_context: no_such_option=1", "/top_k=5/max_context: no_such_option=1"),
+        ("stop_strings=['a', ''], do_sample=False", "--stop a --stop '', --greedy"),
+        (
+            "num_beams=4 is not supported; model = fiddler.attach(path); model.generate(...) takes it",
+            "num_beams=4 is not supported",
+        ),
+        ("trust_remote_code=True lets it run", "--trust-remote-code lets it run"),
+    ],
+)
+def test_errors_speak_of_flags(message: str, said: str) -> None:
+    with speaking([CheckpointOptions, EngineOptions, SamplingOptions]):
+        assert spoken(message) == said
+
+
+def test_flags_are_those_of_the_command() -> None:
+    with speaking([CheckpointOptions]):
+        assert spoken("top_k=9 is more than n_experts=8") == "top_k=9 is more than n_experts=8"
+    assert spoken("max_context=1") == "max_context=1"
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """The command line as a process: signals, pipes, exit codes, and what it imports."""
 
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import pytest
 
 import fiddler
+from tests.support.processes import wait_until_gone
 from tests.support.tiny import save_tiny
 
 FIDDLER = (sys.executable, "-m", "fiddler")
@@ -35,9 +39,19 @@ def run(*args: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[b
 
 @contextmanager
 def started(
-    *args: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE
+    *args: str,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([*FIDDLER, *args], cwd=ROOT, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*FIDDLER, *args],
+        cwd=ROOT,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
     try:
         with process:
             yield process
@@ -74,7 +88,13 @@ def test_a_piped_prompt_is_the_same_as_a_given_one(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stdin", "message"), [(b"\xff\xfe", b"error: the prompt is not valid UTF-8"), (b"", b"empty")]
+    ("stdin", "message"),
+    [
+        (b"\xff\xfe", b"error: the prompt is not valid UTF-8"),
+        (b"", b"empty"),
+        (b"\n", b"empty"),
+        (b"\r\n", b"empty"),
+    ],
 )
 def test_a_piped_prompt_that_is_none_is_refused(tiny: str, stdin: bytes, message: bytes) -> None:
     result = run("generate", "-m", tiny, "-q", stdin=stdin)
@@ -82,6 +102,110 @@ def test_a_piped_prompt_that_is_none_is_refused(tiny: str, stdin: bytes, message
     assert result.returncode == 1
     assert message in result.stderr
     assert result.stderr.count(b"\n") == 1
+
+
+def test_a_piped_prompt_loses_its_final_newline(tiny: str) -> None:
+    piped = run("generate", "-m", tiny, "--max-new-tokens", "1", "--json", stdin=b"a\n \r\n")
+
+    assert json.loads(piped.stdout)["usage"]["prompt_tokens"] == len("a\n ")  # a token is a byte
+
+
+def test_a_terminal_without_a_language_takes_any_prompt(tiny: str) -> None:
+    options = ("generate", "-m", tiny, "--max-new-tokens", "8", "--greedy", "-q", "-p", "Où")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with started(*options, environment=plain) as process:
+        text, complaints = process.communicate(timeout=PATIENCE)
+
+    assert (process.returncode, complaints) == (0, b"")
+    assert text.isascii()
+
+
+def shell(line: str) -> tuple[int, bytes]:
+    """What becomes of `fiddler` with its streams as a shell redirects them: its exit code, and its complaints."""
+    command = f'"$@" {line}'
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *FIDDLER], cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+    return done.returncode, done.stderr
+
+
+COMMANDS = [
+    "--version",
+    "--help",
+    "simulate --list",
+    "simulate --json --new-tokens 2",
+    "replay --json --tokens 4 --policy lru",
+    "inspect --json -m $TINY",
+    "generate -q -p a --max-new-tokens 2 -m $TINY",
+    "generate -p a --json --max-new-tokens 2 -m $TINY",
+    "chat -q --max-new-tokens 2 -m $TINY <<< Hello",
+    "trace --json -p a --max-new-tokens 2 -o $TINY/routing.safetensors -m $TINY",
+    "calibrate --json -m $TINY",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda line: line.partition(" -")[0] or line)
+def test_an_output_that_cannot_be_written_is_one_line(
+    command: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY", tiny)
+    full = shell(f"{command} > /dev/full")
+    assert full == (1, b"error: cannot write to standard output: No space left on device\n")
+    if "TINY" not in command:
+        closed = shell(f"{command} >&-")
+        assert closed == (1, b"error: cannot write to standard output: Bad file descriptor\n")
+
+
+@pytest.mark.parametrize("line", ["inspect 2>&- <&-", "generate -p a --max-new-tokens 2 2> /dev/full", "chat <&-"])
+def test_notes_that_cannot_be_written_and_no_input_change_nothing(
+    line: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY", tiny)
+    assert shell(f"{line} -m $TINY")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a", "--max-new-tokens", LONG], ["chat"], ["inspect"]])
+def test_ctrl_c_at_any_moment_leaves_without_a_word(tiny: str, command: list[str]) -> None:
+    """From the program's first line on, which a Python of our own reports: before it, the interpreter answers."""
+    code = (
+        "import sys; from fiddler.cli import ending; take = ending.take_streams\n"
+        "def begun(): sys.stderr.write('begun\\n'); sys.stderr.flush(); take()\n"
+        "ending.take_streams = begun; from fiddler.cli import app; app(prog_name='fiddler')"
+    )
+    for wait_s in (0.0, 0.03, 0.2, 0.8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *command, "-m", tiny],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        with process:
+            assert pipe(process.stderr).readline() == b"begun\n"
+            time.sleep(wait_s)
+            for _ in range(2):  # twice quickly
+                process.send_signal(signal.SIGINT)
+            complaints = pipe(process.stderr).read()
+        assert b"Traceback" not in complaints
+        done = (0, 130) if command[0] != "generate" else (130,)  # a chat at its prompt, a table that is written
+        assert process.returncode in done
+
+
+def test_ctrl_c_ends_a_compiler_too(tiny: str, tmp_path: Path) -> None:
+    script, pids = tmp_path / "cc", tmp_path / "pids"
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $$ $! > {pids}.new; mv {pids}.new {pids}; wait\n")
+    script.chmod(0o755)
+    environment = {"CC": str(script), "XDG_CACHE_HOME": str(tmp_path)}
+    with started("generate", "-p", "a", environment=environment) as process:
+        while not pids.exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=PATIENCE) == 130
+    for pid in pids.read_text().split():
+        wait_until_gone(int(pid))
 
 
 def test_ctrl_c_ends_a_completion_and_keeps_its_text(tiny: str) -> None:

@@ -139,7 +139,7 @@ def test_a_picture_is_written(suffix: str, trace: Path, tmp_path: Path) -> None:
     ("args", "complaint"),
     [
         (("--policy", "best"), "unknown cache policy 'best'"),
-        (("--half-life", "0"), "half_life"),
+        (("--half-life", "0"), "--half-life is"),
         (("--names", "chat/*"), "name a trace"),
         (("--plot", "ratios.txt"), "a plot is one of"),
         (("--plot", "nowhere/ratios.png"), "there is no folder nowhere"),

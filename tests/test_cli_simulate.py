@@ -160,7 +160,7 @@ def test_experts_are_drawn_as_a_file_counts_them(tmp_path: Path) -> None:
         (("--shape", "mixtral-8x7b", "--model", DEMO), "give one"),
         (("--model", ROOT / "nowhere"), "nowhere"),
         (("--model", ROOT / "fiddler/machines/laptop-4060.json"), "lacks"),
-        (("--half-life", 0), "half_life"),
+        (("--half-life", 0), "--half-life is"),
         (("--timeline", "run.txt"), ".json"),
         (
             ("--shape", "deepseek-v2-lite", "--machine", "laptop-4060", "--prompt-tokens", 200000),

@@ -1,6 +1,8 @@
 """Options are checked where they are given, and errors are what their tree says."""
 
 import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +29,9 @@ from fiddler.config import (
     Resolved,
     StoreMode,
     WaveMode,
+    cache_folder,
     default_kv_tokens,
+    most_threads,
     resolve,
 )
 from fiddler.errors import ConfigError, FiddlerError
@@ -197,6 +201,13 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match=f"^device={re.escape(repr(value))} is not one of {known}$"):
             EngineConfig(device=value)
 
+    def test_threads_that_no_machine_could_start_are_refused(self) -> None:
+        most = most_threads()
+        assert EngineConfig(threads=most).threads == most
+        for threads in (most + 1, 32768, 2**31, 2**63, 10**30):
+            with pytest.raises(ConfigError, match=f"^threads={threads} must be at most {most}"):
+                EngineConfig(threads=threads)
+
     @pytest.mark.parametrize("device", ["auto", "cuda"])
     def test_a_budget_is_of_gpu_memory(self, device: str) -> None:
         assert EngineConfig(device=device, vram_budget=2**30).vram_budget == 2**30
@@ -259,6 +270,33 @@ class TestEngineConfig:
     def test_its_errors_are_value_errors_too(self) -> None:
         with pytest.raises(ValueError, match="max_running"):
             EngineConfig(max_running=0)
+
+
+class TestCacheFolder:
+    def test_is_where_the_user_s_caches_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+        assert cache_folder() == tmp_path / "caches" / "fiddler"
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        assert cache_folder() == tmp_path / "home" / ".cache" / "fiddler"
+
+    @pytest.mark.parametrize("room", [True, False])
+    def test_of_a_user_without_a_home_lasts_as_long_as_the_process(
+        self, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        code = (
+            "import pwd, tempfile; import fiddler.config as config\n"
+            f"pwd.getpwuid = {{}}.__getitem__; tempfile.tempdir = {str(tmp_path if room else tmp_path / 'no')!r}\n"
+            "folder = config.cache_folder(); assert config.cache_folder() == folder\n"
+            "print(folder, folder.is_dir() and oct(folder.stat().st_mode)[-3:])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        folder, mode = done.stdout.split()
+        assert mode == ("700" if room else "False")
+        assert not Path(folder).exists()
+        assert Path(folder).is_relative_to(tmp_path) == room
 
 
 class TestResolve:

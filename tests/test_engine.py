@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import anyio
@@ -23,6 +24,7 @@ from fiddler import (
     GenerationError,
     PromptError,
     Statistics,
+    Timing,
 )
 from fiddler.cost.machine import machines
 from fiddler.engine.kv_room import KvRoom, Reserved
@@ -159,6 +161,26 @@ async def test_a_slow_consumer_delays_nobody(tiny: Path) -> None:
                 await anyio.sleep(0.005)
         # Nobody has read from the slow one yet, and all of it is there.
         assert tuple([t.id async for t in slow]) == quick.token_ids
+
+
+async def test_a_token_says_when_it_was_made_whoever_reads_it_when(tiny: Path) -> None:
+    async with opened(tiny) as engine:
+        submitted_s = perf_counter()
+        stream = engine.generate_stream([1, 2], greedy(8))
+        with anyio.fail_after(30):
+            while engine.statistics().n_new_tokens < 8:
+                await anyio.sleep(0.001)
+        made_s = perf_counter()
+        tokens = [token async for token in stream]
+        result = await engine.generate([1, 2], greedy(8))
+
+    times = [submitted_s, *(token.made_s for token in tokens), made_s]
+    assert times == sorted(times)
+    assert len({*times}) == 10
+    timing = Timing.of(tokens, submitted_s)
+    assert timing.tokens_per_s == pytest.approx(7 / (times[8] - times[1]))
+    assert 0 < result.timing.first_token_s < result.timing.total_s
+    assert Timing.of([], submitted_s) == Timing(0.0, 0.0, 0)
 
 
 async def test_closing_ends_what_is_in_flight_after_the_tokens_already_made(tiny: Path) -> None:

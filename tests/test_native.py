@@ -1,9 +1,12 @@
 """Our own kernels: the numbers are torch's to rounding, and a row's are its own whatever runs beside it."""
 
 import gc
-import stat
+import hashlib
+import os
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,15 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.config import EngineConfig
-from fiddler.devices import calibrate
+from fiddler.devices import calibrate, compiler
 from fiddler.devices import native as kernels_of_ours
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels, calibration_file
+from fiddler.devices.compiler import compiled
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
-from fiddler.devices.native import MOST_ROWS, Native, Outline, _native, compiled, native
+from fiddler.devices.library import keep, kept, loaded, private_room
+from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+from tests.support.processes import wait_until_gone
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
 SWIGLU = ExpertFormula(gated=True, activation=F.silu)
@@ -31,10 +37,10 @@ ROUNDING = 2.0**-7
 
 
 @pytest.fixture(scope="module", params=["best", "portable"])
-def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Native:
+def ours(request: pytest.FixtureRequest) -> Native:
     """The kernels as this machine gets them, and as one without AVX-512's bf16 instructions does."""
     options = ["-DPORTABLE"] if request.param == "portable" else []
-    return Native(compiled(["cc"], tmp_path_factory.mktemp("native") / "kernels.so", *options))
+    return Native(compiled(["cc"], SOURCE, [*FLAGS, *options]), Path("kernels.so"))
 
 
 @pytest.fixture
@@ -277,69 +283,262 @@ class TestChoice:
         assert ["native" in names for names in tried] == [True, False]
 
 
-class TestCompiling:
-    @pytest.fixture(autouse=True)
-    def _anew(self) -> Iterator[None]:
-        _native.cache_clear()
-        yield
-        _native.cache_clear()
+EVIL = """
+#include <fcntl.h>
+__attribute__((constructor)) static void start(void) { creat("PLACE", 0600); }
+void fiddler_matmul(void) {}
+void fiddler_experts(void) {}
+"""
+"""A library that leaves a mark where it is loaded."""
 
-    @needs_compiler
-    def test_happens_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = native()
-        assert first is not None
-        _native.cache_clear()
-        monkeypatch.setattr(kernels_of_ours, "compiled", lambda *_: pytest.fail("compiled twice"))
-        again = native()
-        assert again is not None
-        assert again.library == first.library
-        assert [file.suffix for file in first.library.parent.glob("native-*")] == [".so"]
 
-    @needs_compiler
-    @pytest.mark.parametrize("mode", [0o755, 0o777], ids=oct)
-    def test_what_is_damaged_or_writable_by_others_is_made_anew(
-        self, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def damage(content: bytes, kind: str) -> bytes:
+    middle = len(content) // 2
+    return {
+        "empty": b"",
+        "no library": b"no library",
+        "short": content[:middle],
+        "one byte short": content[:-1],
+        "a page of zeros": content[:4096] + bytes(4096) + content[8192:],
+        "a flipped bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "another digest": content[:-1] + bytes([content[-1] ^ 1]),
+        "something behind": content + b"something behind",
+    }[kind]
+
+
+def compiler_script(folder: Path, *lines: str) -> str:
+    script = folder / "cc"
+    script.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, no memory of other tests' compilers, and nothing that takes long to compile."""
+    monkeypatch.setattr(kernels_of_ours, "FLAGS", ("-O0", *FLAGS[1:]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _native.cache_clear()
+    yield tmp_path / "cache" / "fiddler"
+    _native.cache_clear()
+
+
+def again() -> Native:
+    """The kernels, as another process would get them."""
+    _native.cache_clear()
+    found = native()
+    assert found is not None
+    assert_near(found.matmul(random(1, 8), random(4, 8), None), F.linear(random(1, 8), random(4, 8)))
+    return found
+
+
+def only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_of_ours, "compiled", lambda *_: pytest.fail("compiled twice"))
+
+
+@needs_compiler
+class TestKeeping:
+    @pytest.mark.parametrize("mask", [0o002, 0o022, 0o077, 0], ids=oct)
+    def test_compiles_once_and_lets_nobody_else_write(
+        self, mask: int, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        usual = native()
-        assert usual is not None
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-        spoilt = tmp_path / "other" / "fiddler" / usual.library.name
-        spoilt.parent.mkdir(parents=True)
-        spoilt.write_bytes(
-            b"no library" if mode == 0o755 else usual.library.read_bytes() + b"with something behind"
-        )
-        spoilt.chmod(mode)
-        again = native()
-        assert again is not None
-        assert again.library == spoilt
-        assert spoilt.stat().st_mode & 0o777 == 0o755
-        assert spoilt.stat().st_size == usual.library.stat().st_size
+        before = os.umask(mask)
+        try:
+            first = again()
+        finally:
+            os.umask(before)
+        assert cache.stat().st_mode & 0o777 == 0o700
+        assert first.library.stat().st_mode & 0o777 == 0o600
+        assert list(cache.iterdir()) == [first.library]
+        only_reads(monkeypatch)
+        assert again().library == first.library
 
-    @needs_compiler
-    def test_where_nothing_can_be_written_they_last_as_long_as_the_process(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_folder_of_ours_that_others_may_write_is_mended(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "file").write_text("in the way")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        found = native()
-        assert found is not None
-        assert not found.library.exists()
-        assert found.matmul(random(1, 8), random(4, 8), None).shape == (1, 4)
+        cache.mkdir(parents=True)
+        cache.chmod(0o775)
+        again()
+        assert cache.stat().st_mode & 0o777 == 0o700
+        only_reads(monkeypatch)
+        again()
+
+    def test_a_linked_folder_is_used_and_its_mode_left_alone(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache.parent.mkdir()
+        (tmp_path / "elsewhere").mkdir(mode=0o755)
+        cache.symlink_to(tmp_path / "elsewhere")
+        again()
+        only_reads(monkeypatch)
+        again()
+        (tmp_path / "elsewhere").chmod(0o775)
+        monkeypatch.setattr(kernels_of_ours, "compiled", compiled)
+        again()
+        assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o775
 
     @pytest.mark.parametrize(
-        "script",
-        [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho what\n", "#!/bin/sh\necho Free Software Foundation\n"],
-        ids=["no compiler", "broken", "another", "silent"],
+        "kind",
+        [
+            "empty",
+            "no library",
+            "short",
+            "one byte short",
+            "a page of zeros",
+            "a flipped bit",
+            "another digest",
+            "something behind",
+        ],
+    )
+    def test_a_damaged_library_is_never_loaded(self, kind: str, cache: Path) -> None:
+        library = again().library
+        sound = library.read_bytes()
+        library.write_bytes(damage(sound, kind))
+        with pytest.raises(OSError, match="damaged"):
+            kept(library)
+        assert again().library == library
+        assert kept(library) == sound[:-32]
+
+    @pytest.mark.parametrize("mode", [0o666, 0o660, 0o777], ids=oct)
+    def test_a_library_that_others_may_write_is_made_anew(self, mode: int, cache: Path) -> None:
+        library = again().library
+        library.chmod(mode)
+        with pytest.raises(PermissionError):
+            kept(library)
+        assert again().library.stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+    def test_what_is_no_file_is_not_read(self, kind: str, cache: Path, tmp_path: Path) -> None:
+        library = again().library
+        library.rename(tmp_path / "moved")
+        if kind == "link":
+            library.symlink_to(tmp_path / "moved")
+        elif kind == "pipe":
+            os.mkfifo(library)
+        else:
+            library.mkdir()
+        with pytest.raises(OSError):  # noqa: PT011  # the system says what it is
+            kept(library)
+        again()
+
+    def test_what_others_own_is_neither_read_nor_written(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        library = again().library
+        before = library.stat()
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4242)
+        for act in (lambda: kept(library), lambda: keep(library, b"")):
+            with pytest.raises(PermissionError, match="others may write"):
+                act()
+        again()
+        assert library.stat() == before
+        assert list(cache.iterdir()) == [library]
+
+    @pytest.mark.parametrize("mode", [0o700, 0o777], ids=oct)
+    def test_a_library_swapped_after_it_was_written_is_not_loaded(
+        self, mode: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, mark = tmp_path / "evil.c", tmp_path / "mark"
+        source.write_text(EVIL.replace("PLACE", str(mark)))
+        evil = compiled(["cc"], source, ["-shared", "-fPIC"])
+
+        def swap(library: Path, made: bytes) -> None:
+            keep(library, made)
+            library.unlink()
+            library.write_bytes(evil + hashlib.sha256(evil).digest())
+            library.chmod(0o666)
+            cache.chmod(mode)
+
+        monkeypatch.setattr(kernels_of_ours, "keep", swap)
+        for _ in range(2):
+            again()
+        assert not mark.exists()
+        loaded(evil)
+        assert mark.exists()
+
+    def test_many_may_start_at_once(self, cache: Path) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: _native.__wrapped__(cache, "cc"), range(8)))
+        assert all(found)
+        assert [file.suffix for file in cache.iterdir()] == [".so"]
+
+    def test_where_nothing_can_be_written_they_last_as_long_as_the_process(self, cache: Path) -> None:
+        cache.parent.write_text("in the way")
+        assert not again().library.exists()
+
+    def test_without_memory_files_they_are_loaded_from_a_private_one(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(os, "memfd_create")
+        again()
+
+    def test_a_folder_that_others_could_replace_is_no_place_to_compile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for mode, taken in ((0o777, False), (0o1777, True), (0o700, True)):
+            tmp_path.chmod(mode)
+            (tmp_path / "inside").mkdir(exist_ok=True)
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "inside"))
+            with private_room() as room:
+                assert room.is_relative_to(tmp_path) == taken
+
+
+class TestCompilers:
+    @pytest.mark.parametrize(
+        "lines",
+        [None, ["exit 1"], ["echo what"], ["echo Free Software Foundation"], ["read line && exit 0"]],
+        ids=["no compiler", "broken", "another", "silent", "waiting for input"],
     )
     def test_without_gcc_there_are_none(
-        self, script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, lines: list[str] | None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        compiler = tmp_path / "cc"
-        if script is not None:
-            compiler.write_text(script)
-            compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("CC", str(compiler))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        script = str(tmp_path / "cc") if lines is None else compiler_script(tmp_path, *lines)
+        monkeypatch.setenv("CC", script)
         assert native() is None
         assert not calibrated_kernels([random(8, 8)], EngineConfig()).choice
+
+    @pytest.mark.parametrize(
+        "named", ['gcc "', "gcc '", "gcc \\", "/", "/dev/null", "no-such-compiler -O2", "false"]
+    )
+    def test_one_that_cannot_be_used_is_named(
+        self, named: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("CC", named)
+        assert native() is None
+        (said,) = caplog.messages
+        assert said.startswith(f"CC={named} ")
+
+    @needs_compiler
+    @pytest.mark.parametrize("named", ["", "  "])
+    def test_nothing_named_is_the_machine_s_own(
+        self, named: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CC", named)
+        assert native() is not None
+
+    @pytest.mark.parametrize(
+        "doing", ["sleep 1000", "yes", "trap '' TERM INT HUP; while :; do sleep 1; done"], ids=lambda line: line[:5]
+    )
+    @pytest.mark.parametrize("when", ["asked", "compiling"])
+    def test_one_that_hangs_is_ended_with_all_it_started(
+        self,
+        when: str,
+        doing: str,
+        cache: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        answer = 'if [ "$1" = --version ]; then echo Free Software Foundation; exit; fi'
+        pids = tmp_path / "pids"
+        lines = [f"echo $$ >> {pids}", f"sleep 1000 & echo $! >> {pids}", doing]
+        monkeypatch.setenv("CC", compiler_script(tmp_path, *([answer] if when == "compiling" else []), *lines))
+        monkeypatch.setattr(kernels_of_ours, "VERSION_S", 1.0)
+        monkeypatch.setattr(compiler, "COMPILE_S", 1.0)
+        monkeypatch.setattr(compiler, "PATIENCE_S", 0.2)
+        assert native() is None
+        *waiting, given_up = caplog.messages
+        assert doing == "yes" or "waiting for the C compiler" in waiting[0]
+        assert "cannot compile" in given_up
+        for pid in pids.read_text().split():
+            wait_until_gone(int(pid))

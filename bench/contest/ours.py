@@ -154,7 +154,7 @@ class Probe:
 async def run(engine: Engine, workload: Workload, seed: int) -> Run:
     """Run a workload; sampled, so that a random model does not repeat one token and find its experts in a cache."""
     tokens: list[list[int]] = [[] for _ in range(workload.n_sequences)]
-    firsts: list[float] = []
+    times: list[list[float]] = [[] for _ in tokens]
     started = perf_counter()
 
     async def consume(number: int, prompt: list[int]) -> None:
@@ -168,17 +168,16 @@ async def run(engine: Engine, workload: Workload, seed: int) -> Run:
             "seed": seed * SEED_STEP + number,
         }
         async for token in engine.generate_stream(prompt, **options):
-            if not tokens[number]:
-                firsts.append(perf_counter() - started)
+            times[number].append(token.made_s)
             tokens[number].append(token.id)
 
     async with anyio.create_task_group() as group:
         for number, prompt in enumerate(workload.prompts(seed)):
             group.start_soon(consume, number, prompt)
-    total_s = perf_counter() - started
+    first, last = max(made[0] for made in times), max(made[-1] for made in times)
     return Run(
-        first_token_s=max(firsts),
-        decode_s=total_s - max(firsts),
+        first_token_s=first - started,
+        decode_s=last - first,
         n_sequences=workload.n_sequences,
         n_output=workload.n_output,
         tokens=tuple(tuple(made) for made in tokens),

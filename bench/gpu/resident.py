@@ -9,7 +9,6 @@ within a turn Fiddler is first, for it makes the tokens.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import anyio
@@ -85,7 +84,7 @@ async def _ours(engine: Engine, asked: Sequence[list[int]], n_new: int) -> tuple
         options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": []}
         async for token in engine.generate_stream(asked[number], **options):
             made[number].append(token.id)
-            times.append(perf_counter())
+            times.append(token.made_s)
             if len(made[number]) == 1:
                 firsts.append(times[-1])
 

@@ -50,8 +50,8 @@ async def read(engine: Engine, asked: Sequence[list[int]], n_new: int, patience_
     async def consume(number: int) -> None:
         options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": []}
         async with engine.generate_stream(asked[number], **options) as stream:
-            async for _ in stream:
-                times[number].append(perf_counter())
+            async for token in stream:
+                times[number].append(token.made_s)
                 if len(times[number]) == 1 and all(times):
                     marks.append(engine.statistics())
                 if len(times[number]) > 1 and times[number][-1] - began > patience_s:

@@ -1,45 +1,30 @@
 """The command line: `fiddler generate`, `chat`, `inspect`, `simulate`, `replay`, `trace`, `calibrate`.
 
-Nothing here imports torch or transformers before a command runs: help and usage errors come at once.
+Importing this imports next to nothing: ctrl-C has its handler before anything that takes long is imported.
 """
 
-from typing import Annotated
+from typing import Any
 
-import typer
-
-import fiddler
-from fiddler.cli.calibrate import calibrate
-from fiddler.cli.chat import chat
-from fiddler.cli.flatten import flattened
-from fiddler.cli.generate import generate
-from fiddler.cli.inspect import inspect
-from fiddler.cli.replay import replay
-from fiddler.cli.simulate import simulate
-from fiddler.cli.trace import trace
-
-app = typer.Typer(
-    name="fiddler",
-    help="Run Mixture-of-Experts models that do not fit in one GPU.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-for _command in (generate, chat, inspect, simulate, replay, trace, calibrate):
-    app.command()(flattened(_command))
+from fiddler.cli.ending import as_process
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"fiddler {fiddler.__version__}")
-        raise typer.Exit
+class CommandLine:
+    """The program. Called, it is a whole process; else it stands for the typer application."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """Run what the arguments say, and exit."""
+        with as_process():
+            self._application(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._application, name)
+
+    @property
+    def _application(self) -> Any:
+        from fiddler.cli.commands import application
+
+        return application
 
 
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Take the options that stand before the command."""
-
-
+app = CommandLine()
 __all__ = ["app"]

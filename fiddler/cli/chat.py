@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fiddler.cli.ending import complain, guarded, on_sigint
+from fiddler.cli.flags import spoken
 from fiddler.cli.notes import Notes, speed, virtual_speed
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
 from fiddler.errors import RequestError
@@ -73,7 +74,7 @@ async def _converse(
                 history.forget_question()
                 complain(error)
                 if options.as_json:
-                    _write(json.dumps({"error": str(error)}) + "\n")
+                    _write(json.dumps({"error": spoken(str(error))}) + "\n")
 
 
 async def _answer(

@@ -1,4 +1,4 @@
-"""How a command ends: errors as one line, ctrl-C, a reader that went away."""
+"""How the program ends: errors as one line, ctrl-C, an output that cannot be written."""
 
 import os
 import signal
@@ -8,14 +8,34 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any
 
-import typer
-
+from fiddler.cli.flags import spoken
+from fiddler.cli.streams import OutputError, take_streams
 from fiddler.errors import FiddlerError
 
 FAILED = 1
 INTERRUPTED = 130
-BROKEN_PIPE = 141
-"""As a shell reports a program that SIGINT or SIGPIPE ended."""
+"""As a shell reports a program that SIGINT ended."""
+
+
+@contextmanager
+def as_process() -> Generator[None]:
+    """Run a whole process inside: ctrl-C ends it at once, and so does an output that cannot be written.
+
+    Where work is done, ctrl-C is left alone: nothing takes long any more, and the exit code is the work's.
+    """
+    signal.signal(signal.SIGINT, leave_at_once)
+    take_streams()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        if not error.silent:
+            complain(error)
+        sys.exit(error.code)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -34,10 +54,9 @@ def guarded() -> Generator[None]:
             sys.stdout.flush()
         except FiddlerError as error:
             complain(error)
-            raise typer.Exit(FAILED) from error
-        except BrokenPipeError as error:
-            _silence(sys.stdout)
-            raise typer.Exit(BROKEN_PIPE) from error
+            sys.exit(FAILED)
+        except KeyboardInterrupt:  # a second one, while the first was answered
+            sys.exit(INTERRUPTED)
 
 
 @contextmanager
@@ -57,17 +76,13 @@ def leave_at_once(*_signal: object) -> None:
     with suppress(Exception):
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # a spinner hides the cursor
+    compiler = sys.modules.get("fiddler.devices.compiler")  # imported only by what may run one
+    with suppress(Exception):
+        if compiler is not None:
+            compiler.end_all()
     os._exit(INTERRUPTED)
 
 
 def complain(error: Exception) -> None:
-    """Print an error as one line on stderr, whatever line breaks its message has."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def _silence(stream: Any) -> None:
-    """Send what is left in a stream's buffer nowhere, or the interpreter complains of it as it ends."""
-    with suppress(OSError, ValueError):
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, stream.fileno())
-        os.close(devnull)
+    """Print an error as one line on stderr, in the words of a shell, whatever line breaks its message has."""
+    print(f"error: {' '.join(spoken(str(error)).split())}", file=sys.stderr)

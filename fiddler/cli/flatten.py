@@ -10,6 +10,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
+from fiddler.cli.flags import speaking
+
 
 def flattened(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command as typer is to see it; every parameter must be a dataclass whose fields have defaults."""
@@ -18,12 +20,13 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def call(**options: Any) -> None:
-        command(
-            **{
-                name: kind(**{f.name: options[f.name] for f in fields(kind)})  # type: ignore[operator]
-                for name, kind in groups.items()
-            }
-        )
+        with speaking(groups.values()):
+            command(
+                **{
+                    name: kind(**{f.name: options[f.name] for f in fields(kind)})  # type: ignore[operator]
+                    for name, kind in groups.items()
+                }
+            )
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -70,14 +70,13 @@ def _prompt(given: str | None, notes: Notes, *, demo: bool) -> str:
         notes.say(f"prompt: {DEMO_PROMPT}")
         return DEMO_PROMPT
     try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"the prompt is not valid UTF-8: {error.reason}") from error
-    return given
+        return given.encode(errors="surrogateescape").decode()  # whatever the terminal's language made of its bytes
+    except UnicodeError as error:
+        raise PromptError(f"the prompt is not valid UTF-8: {error}") from error
 
 
 def _piped(notes: Notes) -> str | None:
-    """Return what a pipe or a file holds on stdin; `None` where nothing was piped in."""
+    """Return what a pipe or a file on stdin holds, but for a final newline; `None` where nothing was piped in."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
@@ -85,7 +84,12 @@ def _piped(notes: Notes) -> str | None:
     if not (S_ISFIFO(mode) or S_ISREG(mode) or S_ISSOCK(mode)):
         return None
     notes.say("prompt: from standard input")  # should nothing ever come, this is why nothing happens
-    return sys.stdin.buffer.read().decode(errors="surrogateescape")
+    return without_newline(sys.stdin.buffer.read().decode(errors="surrogateescape"))
+
+
+def without_newline(text: str) -> str:
+    """Return a text without one final newline: `echo` and editors add it."""
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _write(text: str) -> None:

@@ -38,7 +38,7 @@ def _device(value: str) -> str:
     try:
         return EngineConfig(device=value).device
     except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(str(error).removeprefix("device=")) from error
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?B)?|B)?", re.IGNORECASE)

@@ -44,12 +44,13 @@ def _read(file: Path) -> Iterator[tuple[str | None, Any]]:
     if file.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"{file} must be a .txt file, one prompt a line, or a .jsonl file, one object a line")
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a prompt may have other separators
+        text = file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark of its encoding
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a prompt may have other separators
         if line.strip():
-            yield _parse(line, f"{file}, line {number}") if file.suffix == ".jsonl" else (None, line.rstrip("\r"))
+            prompt = line.removesuffix("\r")
+            yield _parse(line, f"{file}, line {number}") if file.suffix == ".jsonl" else (None, prompt)
 
 
 def _parse(line: str, where: str) -> tuple[str | None, Any]:

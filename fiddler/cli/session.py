@@ -96,13 +96,11 @@ async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: C
     """
     n_prompt = engine.count_tokens(prompt)
     options = _options(engine, n_prompt, overrides)
-    started = perf_counter()
-    first_s = 0.0
+    submitted_s = perf_counter()
     tokens: list[Token] = []
     with interruptible():
         async with engine.generate_stream(prompt, **options) as stream:
             async for token in stream:
-                first_s = first_s or perf_counter() - started
                 tokens.append(token)
                 emit(token.text)
     return Answer(
@@ -110,7 +108,7 @@ async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: C
         token_ids=tuple(token.id for token in tokens),
         finish_reason=(tokens[-1].finish_reason if tokens else None) or "interrupted",
         usage=Usage(n_prompt, len(tokens)),
-        timing=Timing(first_s, perf_counter() - started, len(tokens)),
+        timing=Timing.of(tokens, submitted_s),
     )
 
 

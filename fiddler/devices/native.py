@@ -5,6 +5,7 @@ They need nothing but gcc as `cc` (or what `$CC` names). Where there is none, to
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.config import cache_folder
+from fiddler.config import cache_folder, most_threads
+from fiddler.devices.compiler import VERSION_S, compiled, run
+from fiddler.devices.library import keep, kept, loaded
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+
+logger = logging.getLogger("fiddler")
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
-COMPILE_S = 60
-"""A compiler that takes longer is given up."""
+UNUSED = "cannot compile our own kernels, so experts run on torch's, which may be slower"
+DEFAULT = "cc"
+"""The compiler, where `$CC` names none."""
 
 _POINTERS = ("gate", "up", "down", "x", "y")
 _COUNTS = ("gate_stride", "up_stride", "down_stride", "n_rows")
@@ -42,15 +47,17 @@ class Native:
     """The compiled kernels; bfloat16 only.
 
     `torch.get_num_threads()` threads work: torch's own team, for gcc's OpenMP runtime is the one that torch loads.
+    `made` is the compiled library; raises `OSError` or `AttributeError` for another one.
     """
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, made: bytes, library: Path) -> None:
         self.library = library
-        loaded = ctypes.CDLL(str(library))
+        """Where they are kept, if they are."""
+        functions = loaded(made)
         pointer, integer, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._matmul = loaded.fiddler_matmul
+        self._matmul = functions.fiddler_matmul
         self._matmul.argtypes = [pointer, integer, *[pointer] * 3, *[integer] * 3, threads]
-        self._experts = loaded.fiddler_experts
+        self._experts = functions.fiddler_experts
         self._experts.argtypes = [pointer, *[integer] * 3, pointer, threads]
         self._matmul.restype = self._experts.restype = None
 
@@ -71,7 +78,7 @@ class Native:
             out,
             columns,
             x.shape[0],
-            torch.get_num_threads(),
+            _threads(),
         )
         return y
 
@@ -99,8 +106,7 @@ class Native:
             shift = load.start * row_bytes
             table[i] = (*outline.pointers, start + shift, to + shift, *outline.strides, load.n_rows)
         middle = rows.new_empty(sum(load.n_rows for load in loads), inner)
-        threads = torch.get_num_threads()
-        self._experts(table.ctypes.data, len(table), hidden, inner, middle.data_ptr(), threads)
+        self._experts(table.ctypes.data, len(table), hidden, inner, middle.data_ptr(), _threads())
 
 
 class Outline(NamedTuple):
@@ -128,6 +134,10 @@ class Outline(NamedTuple):
         return cls(pointers, (gate.stride(0), up.stride(0), down.stride(0)), hidden, inner)
 
 
+def _threads() -> int:
+    return min(torch.get_num_threads(), most_threads())
+
+
 def _learns(*tensors: Tensor) -> bool:
     """Whether somebody wants gradients, of which the kernels know nothing."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -150,30 +160,42 @@ def fits(weight: Tensor) -> bool:
 
 
 def native() -> Native | None:
-    """Return the kernels, compiled unless they were before; `None` where they cannot be had.
+    """Return the kernels, compiled unless they were before; `None` where they cannot be had, and the log says why.
 
     They are had with gcc: another compiler's OpenMP runtime would come to stand beside torch's.
     """
-    return _native(cache_folder(), os.environ.get("CC") or "cc")
+    return _native(cache_folder(), os.environ.get("CC", "").strip() or DEFAULT)
 
 
 @lru_cache
 def _native(folder: Path, command: str) -> Native | None:
-    compiler = shlex.split(command)
     try:
-        version = _run([*compiler, "--version"])
+        compiler = shlex.split(command)
+        version = run([*compiler, "--version"], VERSION_S)
         if b"Free Software Foundation" not in version:
+            logger.info("CC=%s %s: it is not gcc", command, UNUSED)
             return None
-        name = f"native-{_make(version)}.so"
-        with suppress(OSError):  # absent, damaged, or not ours
-            return Native(_trusted(folder / name))
-        try:
-            return Native(compiled(compiler, folder / name))
-        except OSError:  # nothing can be written there
-            with TemporaryDirectory(prefix="fiddler-") as room:  # what is loaded stays when its file goes
-                return Native(compiled(compiler, Path(room) / name))
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return None
+        return _made(folder / f"native-{_make(version)}.so", compiler)
+    except FileNotFoundError as error:
+        level = (
+            logging.INFO if command == DEFAULT else logging.WARNING
+        )  # a machine without a compiler is no mistake
+        logger.log(level, "CC=%s %s: %s", command, UNUSED, error)
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning("CC=%s %s: %s", command, UNUSED, error)
+    return None
+
+
+def _made(library: Path, compiler: Sequence[str]) -> Native:
+    """Return the kernels as they are kept, or else compiled, and kept where nobody else can write."""
+    with suppress(OSError):
+        return Native(kept(library), library)
+    made = compiled(compiler, SOURCE, FLAGS)
+    try:
+        keep(library, made)
+    except OSError as error:
+        logger.info("the compiled kernels are not kept, so each start compiles them: %s", error)
+    return Native(made, library)
 
 
 def _make(version: bytes) -> str:
@@ -187,32 +209,3 @@ def _make(version: bytes) -> str:
     machine = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
     make = b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, machine.encode()])
     return hashlib.sha256(make).hexdigest()[:12]
-
-
-def _trusted(library: Path) -> Path:
-    """Return a file that nobody else could have written. Raises `OSError` for any other."""
-    for path in (library, library.parent):
-        found = path.stat()
-        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-            raise PermissionError(f"others may write {path}")
-    return library
-
-
-def compiled(compiler: Sequence[str], library: Path, *options: str) -> Path:
-    """Compile into place, whole or not at all: another process may be doing the same.
-
-    Raises `OSError` where nothing can be written there and `subprocess.SubprocessError` where the compiler fails.
-    """
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=library.parent, prefix="native-") as room:
-        made = Path(room) / library.name
-        _run([*compiler, *FLAGS, *options, str(SOURCE), "-o", str(made), "-lm"])
-        made.chmod(0o755)
-        made.replace(library)
-    return library
-
-
-def _run(command: Sequence[str]) -> bytes:
-    """Return what a compiler prints, in English."""
-    environment = os.environ | {"LC_ALL": "C"}
-    return subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_S, env=environment).stdout

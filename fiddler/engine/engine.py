@@ -25,7 +25,7 @@ from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
 from fiddler.models.prompts import Prompt, copy_prompt
 from fiddler.trace import Trace
-from fiddler.types import Result, Statistics, Timing, Token
+from fiddler.types import Result, Statistics, Timing
 
 
 class Engine:
@@ -108,13 +108,9 @@ class Engine:
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
     ) -> Result:
         """Run a request to its end and return it whole. Raises what `generate_stream` and its stream raise."""
-        started = perf_counter()
-        first_s = 0.0
-        tokens: list[Token] = []
+        submitted_s = perf_counter()
         async with self.generate_stream(prompt, generation, **overrides) as stream:
-            async for token in stream:
-                first_s = first_s or perf_counter() - started
-                tokens.append(token)
+            tokens = [token async for token in stream]
         last = tokens[-1]
         assert last.finish_reason is not None
         assert last.usage is not None
@@ -123,7 +119,7 @@ class Engine:
             token_ids=tuple(token.id for token in tokens),
             finish_reason=last.finish_reason,
             usage=last.usage,
-            timing=Timing(first_s, perf_counter() - started, len(tokens)),
+            timing=Timing.of(tokens, submitted_s),
             logprobs=tuple(t.logprob for t in tokens if t.logprob is not None) or None,
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +77,7 @@ class Request:
         """Pick the next token from its logits `[V]`; the returned token is the last if it has a finish reason."""
         options = self.submission.options
         token_id, logprob = self.sampler.pick(logits, [*self.prompt_ids, *self.made])
+        made_s = perf_counter()
         self.made.append(token_id)
         text, stopped = self.decoder.push(token_id)
         reason: FinishReason | None = None
@@ -84,9 +86,9 @@ class Request:
         elif len(self.made) >= self.n_limit:
             reason = "length"
         if reason is None:
-            return Token(token_id, text, logprob)
+            return Token(token_id, text, logprob, made_s=made_s)
         usage = Usage(len(self.prompt_ids), len(self.made))
-        return Token(token_id, text + self.decoder.flush(), logprob, reason, usage)
+        return Token(token_id, text + self.decoder.flush(), logprob, reason, usage, made_s)
 
 
 def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_tokens: int | None = None) -> int:

@@ -1,0 +1,126 @@
+"""A compiled library kept on disk. Only what we wrote ourselves, whole, is ever loaded.
+
+Others may own the cache folder or one above it, and change what a path leads to between a look and a load. So
+folder and file are looked at once they are open, what was read is compared with the digest at its end, and these
+bytes are loaded, not the path.
+"""
+
+import ctypes
+import hashlib
+import os
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryDirectory, gettempdir
+
+MOST_BYTES = 1 << 26
+"""A larger file is none of ours."""
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def kept(file: Path) -> bytes:
+    """Return a library as `keep` wrote it. Raises `OSError` for one that is absent, damaged or perhaps others'."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name is not waited for
+    with _folder(file.parent, mend=False) as folder, _opened(file.name, flags, folder) as descriptor:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or not _ours_alone(found) or found.st_size > MOST_BYTES:
+            raise PermissionError(f"{file} is no file that only this user writes")
+        with os.fdopen(descriptor, "rb", closefd=False) as opened:
+            content = opened.read(MOST_BYTES)
+    made, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(made).digest() != digest:
+        raise OSError(f"{file} is damaged")
+    return made
+
+
+def keep(file: Path, made: bytes) -> None:
+    """Write a library, with its digest behind it; whole or not at all, for other processes may be doing the same.
+
+    Raises `OSError` where it cannot be written, or where others could write it too.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = f"{file.stem}-{token_hex(8)}.partial"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with _folder(file.parent, mend=True) as folder, _opened(partial, flags, folder) as descriptor:
+        try:
+            with os.fdopen(descriptor, "wb", closefd=False) as opened:
+                opened.write(made + hashlib.sha256(made).digest())
+            os.replace(partial, file.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            os.unlink(partial, dir_fd=folder)
+            raise
+
+
+def loaded(made: bytes) -> ctypes.CDLL:
+    """Load a library from its bytes. Raises `OSError` for what is none.
+
+    From memory, where the system allows that: no path leads there that others could change. The descriptor stays
+    open, for the loader knows a library by its path, and this one must not come to mean another.
+    """
+    with suppress(AttributeError, OSError):
+        descriptor = os.memfd_create("fiddler")
+        try:
+            with os.fdopen(descriptor, "wb", closefd=False) as opened:
+                opened.write(made)
+            return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            os.close(descriptor)
+            raise
+    with private_room() as room:  # what is loaded stays when its file goes
+        file = room / "made.so"
+        file.write_bytes(made)
+        return ctypes.CDLL(str(file))
+
+
+@contextmanager
+def private_room() -> Generator[Path]:
+    """Give a folder for a while that others can neither write nor replace. Raises `OSError` where there is none."""
+    for parent in (Path(place).resolve() for place in (gettempdir(), "/tmp", "/var/tmp")):
+        if parent.is_dir() and _stays(parent):
+            with TemporaryDirectory(prefix="fiddler-", dir=parent, ignore_cleanup_errors=True) as room:
+                yield Path(room)
+            return
+    raise PermissionError("there is no folder for temporary files that only this user could change")
+
+
+def _stays(folder: Path) -> bool:
+    """Whether nobody but the system can put another folder in the place of ours inside this one.
+
+    Whoever owns the root folder is the system: in a container that may be nobody we know.
+    """
+    system = {0, os.geteuid(), Path("/").stat().st_uid}
+    every = [place.lstat() for place in (folder, *folder.parents)]
+    return all(f.st_uid in system and (not f.st_mode & _OTHERS_WRITE or f.st_mode & stat.S_ISVTX) for f in every)
+
+
+@contextmanager
+def _folder(folder: Path, *, mend: bool) -> Generator[int]:
+    """Open a folder that only we can write; `mend` makes one that is ours so. Raises `OSError` for any other.
+
+    A link is followed but what it leads to is not mended: others may have placed it.
+    """
+    linked = folder.is_symlink()
+    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if linked else os.O_NOFOLLOW)) as descriptor:
+        found = os.fstat(descriptor)
+        if mend and not linked and found.st_uid == os.geteuid() and found.st_mode & _OTHERS_WRITE:
+            os.fchmod(descriptor, 0o700)
+            found = os.fstat(descriptor)
+        if not _ours_alone(found):
+            raise PermissionError(f"others may write {folder}")
+        yield descriptor
+
+
+@contextmanager
+def _opened(path: str | Path, flags: int, folder: int | None = None) -> Generator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _ours_alone(found: os.stat_result) -> bool:
+    return found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
