@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Literal, Self, cast, get_args
 
 from fiddler.errors import ConfigError
@@ -187,8 +188,15 @@ class Resolved:
 
 
 def cache_folder() -> Path:
-    """Return where what is measured or compiled for this machine is kept unless told."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    """Return where what is measured or compiled for this machine is kept unless told.
+
+    That is `$XDG_CACHE_HOME/fiddler`, or `~/.cache/fiddler`, or for a user without a home a temporary folder.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "fiddler"
+    except RuntimeError:  # a user without a home: the system's folder for what may be lost, and a name of his own
+        return Path(gettempdir()) / f"fiddler-{os.getuid()}"
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, has_cuda: bool = False) -> Resolved:

@@ -1,5 +1,6 @@
 """Options are checked where they are given, and errors are what their tree says."""
 
+import os
 import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from fiddler.config import (
     Resolved,
     StoreMode,
     WaveMode,
+    cache_folder,
     default_kv_tokens,
     resolve,
 )
@@ -357,3 +359,12 @@ class TestErrors:
     @pytest.mark.parametrize("name", real_tree())
     def test_the_root_catches_every_error(self, name: str) -> None:
         assert issubclass(getattr(errors, name), FiddlerError)
+
+
+def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder().name == f"fiddler-{os.getuid()}"
