@@ -20,7 +20,8 @@ from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from fiddler.scheduler.routing import Load
 from fiddler.store.block import ALIGNMENT, BlockLayout
-from fiddler.store.checkpoint import SINGLE, Checkpoint
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import SINGLE
 from fiddler.store.host import MappedStore
 from fiddler.store.layout import ExpertParts, Layout, View
 from fiddler.store.packed import PackedStore

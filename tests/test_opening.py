@@ -11,9 +11,19 @@ import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fiddler import CheckpointError, ConfigError, Engine, EngineClosedError, EngineConfig, UnsupportedModelError
-from fiddler.models.loaded import ServableModel, find_checkpoint, load
+from fiddler import (
+    CheckpointError,
+    ConfigError,
+    Engine,
+    EngineClosedError,
+    EngineConfig,
+    ModelError,
+    UnsupportedModelError,
+)
+from fiddler.cli.facts import read_facts
+from fiddler.models.loaded import ServableModel, load
 from fiddler.models.seam import find_experts
+from fiddler.store.source import find_checkpoint
 from tests.architectures import build
 from tests.support.tiny import save_tiny
 
@@ -174,3 +184,72 @@ def test_experts_that_no_text_visits_take_no_part(name: str, store: Any, save: A
     loaded = load(save(model), EngineConfig(store=store))
     assert len(loaded.n_experts) == len(loaded.experts) < every
     assert not any("vision" in path for path in loaded.experts)
+
+
+ENDLESS = (
+    "[" * 100_000,
+    '{"model_type": ' + "[" * 100_000,
+    '{"model_type": "qwen3_moe", "x": ' + "[" * 900 + "]" * 900 + "}",
+)
+
+
+@pytest.mark.parametrize("content", ENDLESS, ids=["list", "object", "whole"])
+def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
+    (tiny / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        opened(tiny)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": []}, "no model_type that is a name"),
+        ({"model_type": None}, "no model_type that is a name"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model"),
+        ({"text_config": {}}, "does not describe a 'qwen3_moe' model"),
+        ({"quantization_config": 5}, r"quantised \(5\)"),
+        ({"quantization_config": {}}, r"quantised \(unknown\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantised \(awq\)"),
+        ({"vocab_size": 10**9}, "describes a dense part of"),
+        ({"head_dim": 10**9}, "describes a dense part of"),
+        ({"vocab_size": -5}, "cannot"),
+        ({"num_attention_heads": 0}, "cannot"),
+        ({"hidden_act": "nonsense"}, "cannot"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_nonsense_is_a_sentence(tiny: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(tiny, **changes)
+    with pytest.raises(ModelError, match=message):
+        opened(tiny)
+    with pytest.raises(ModelError, match=message):
+        read_facts(tiny, trust_remote_code=False)
+
+
+def test_no_quantisation_may_be_written_down(tiny: Path) -> None:
+    edit_config(tiny, quantization_config=None)
+    assert opened(tiny).n_experts == (8, 8, 8)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gemma4_multimodal", "qwen3_5_moe_multimodal"])
+async def test_towers_may_be_missing_and_nothing_of_the_text(name: str, save: Any) -> None:
+    folder = save(build(name))
+    async with Engine(folder) as engine:
+        expected = await engine.generate([1, 2, 3], max_new_tokens=5, do_sample=False)
+    towers = ("visual", "vision", "audio")
+
+    def strip(tensors: dict[str, Any]) -> None:
+        for lost in [key for key in tensors if any(tower in key for tower in towers)]:
+            del tensors[lost]
+
+    edit_weights(folder, strip)
+    async with Engine(folder) as engine:
+        found = await engine.generate([1, 2, 3], max_new_tokens=5, do_sample=False)
+    assert found.token_ids == expected.token_ids
+    dense = [key for key in load_file(folder / "model.safetensors") if "norm" in key]
+    for lost in (dense[0], dense[-1]):
+        edit_weights(folder, lambda tensors, lost=lost: tensors.pop(lost))
+        with pytest.raises(CheckpointError, match="missing weights"):
+            opened(folder)

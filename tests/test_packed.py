@@ -19,7 +19,8 @@ from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models.loaded import load
 from fiddler.store.block import ALIGNMENT, BlockLayout
-from fiddler.store.checkpoint import INDEX, SINGLE, Checkpoint
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import INDEX, SINGLE
 from fiddler.store.host import MappedStore
 from fiddler.store.layout import ExpertParts, Layout, Select, View
 from fiddler.store.packed import PackedStore

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fiddler.store.block import ALIGNMENT
-from fiddler.store.checkpoint import SINGLE, Checkpoint
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import SINGLE
 from fiddler.store.layout import ExpertParts, Layout, Select, View
 from fiddler.store.packed import PackedStore
 from fiddler.store.pinned import PAGE_BYTES, PIECE_BYTES, Pinned, cut, on_pages

@@ -16,7 +16,8 @@ from fiddler.errors import CheckpointError
 from fiddler.models import seam
 from fiddler.models.loaded import load
 from fiddler.store import host
-from fiddler.store.checkpoint import INDEX, SINGLE, Checkpoint
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import INDEX, SINGLE
 from fiddler.store.host import MappedStore
 from fiddler.store.layout import Every, ExpertParts, Layout, Select, Transpose, View
 from fiddler.types import ExpertWeights
@@ -47,7 +48,7 @@ def tensors_of(weights: ExpertWeights) -> list[Tensor]:
 
 
 def is_view_of_file(tensor: Tensor, store: MappedStore) -> bool:
-    starts = {mapped.data_ptr() for mapped in store.checkpoint._mapped.values()}
+    starts = {mapping.bytes.data_ptr() for mapping in store.checkpoint._mappings.values()}
     return tensor.untyped_storage().data_ptr() in starts
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import gcd
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -137,7 +136,7 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
     config._attn_implementation = attention.NAME
     config._experts_implementation = seam.NAME
     with _default_dtype(dtype):
-        return meta_skeleton(Path(), config)
+        return meta_skeleton(None, config)
 
 
 @contextmanager

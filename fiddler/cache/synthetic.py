@@ -6,7 +6,6 @@ al., "Stochastic beams and where to find them", ICML 2019). The popularity may b
 of its visits.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.errors import ConfigError
+from fiddler.jsonfile import read_json
 
 _OTHER_TEXT, _OTHER_TOKENS = range(1000, 1006), 192
 """Sequences for a profile, so far from the first that nobody runs them by chance, and their length."""
@@ -160,7 +160,7 @@ def read_counts(file: Path) -> NDArray[np.float64]:
     Raises `ConfigError` for a file that has no such table of numbers.
     """
     try:
-        counts = np.array(json.loads(file.read_text(encoding="utf-8"))["expert_popularity"], dtype=np.float64)
+        counts = np.array(read_json(file)["expert_popularity"], dtype=np.float64)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{file}: no table of visits under 'expert_popularity': {error}") from error
     if counts.ndim != 2 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum(axis=-1).all():

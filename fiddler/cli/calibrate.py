@@ -59,6 +59,7 @@ def calibrate(checkpoint: CheckpointOptions, options: CalibrateOptions) -> None:
     with guarded():
         config = options.config(checkpoint)
         with notes.working(f"measuring the experts of {checkpoint.name}", spin=checkpoint.is_local):
+            checkpoint.find()
             from fiddler.engine.costing import calibrate as measure
             from fiddler.engine.sample import open_bench, open_experts
 

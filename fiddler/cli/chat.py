@@ -44,6 +44,7 @@ def chat(
     with guarded():
         config = engine.config(checkpoint)
         with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
+            checkpoint.find()
             import anyio
 
             from fiddler.cli.history import History

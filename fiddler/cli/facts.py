@@ -9,10 +9,11 @@ from fiddler.cli.sizes import Sizes, measure
 from fiddler.config import EngineConfig, resolve
 from fiddler.devices.base import DTYPES
 from fiddler.models import seam
-from fiddler.models.loaded import checkpoint_dtype, find_checkpoint, model_context
+from fiddler.models.loaded import checkpoint_dtype, model_context
 from fiddler.models.packed import PACKED
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.source import find_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
     checkpoint = Checkpoint.open(folder)
     context = model_context(config)
     resolved = resolve(EngineConfig(), checkpoint_dtype=checkpoint_dtype(config, checkpoint), model_context=context)
-    skeleton = meta_skeleton(folder, config, trust_remote_code=trust_remote_code)
+    skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
     sizes = measure(skeleton, checkpoint, DTYPES[resolved.dtype])
     text = config.get_text_config()
     return Facts(

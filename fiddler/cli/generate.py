@@ -44,6 +44,7 @@ def generate(
         config = engine.config(checkpoint)
         prompt = _prompt(request.prompt, notes, demo=checkpoint.model is None)
         with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
+            checkpoint.find()
             import anyio
 
             from fiddler.cli.session import ask_once, experts_json, simulated, virtual_json

@@ -31,6 +31,7 @@ def inspect(checkpoint: CheckpointOptions, output: InspectOptions) -> None:
     """
     with guarded():
         with Notes(quiet=output.as_json).working("reading headers"):
+            checkpoint.find(download=False)
             from fiddler.cli.facts import read_facts
 
             facts = read_facts(checkpoint.source, trust_remote_code=checkpoint.trust_remote_code)

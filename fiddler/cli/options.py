@@ -20,6 +20,7 @@ from fiddler.config import (
     WaveMode,
 )
 from fiddler.errors import ConfigError
+from fiddler.store.source import find_checkpoint
 
 
 def _choice(kind: Any, text: str) -> Any:
@@ -77,7 +78,9 @@ class CheckpointOptions:
 
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="DIR|HUB_ID", help="A checkpoint; the built-in demo if left out."),
+        typer.Option(
+            "--model", "-m", metavar="DIR|HUB_ID[@REVISION]", help="A checkpoint; the built-in demo if left out."
+        ),
     ] = None
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False
 
@@ -85,6 +88,10 @@ class CheckpointOptions:
     def source(self) -> str | Path:
         """What to open: the model that was named, or the demo."""
         return DEMO if self.model is None else self.model
+
+    def find(self, *, download: bool = True) -> None:
+        """Refuse what holds no checkpoint before torch and transformers are imported. Raises `ModelError`."""
+        find_checkpoint(self.source, download=download)
 
     @property
     def is_local(self) -> bool:

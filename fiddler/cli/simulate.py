@@ -12,6 +12,7 @@ from fiddler.cli.ending import guarded
 from fiddler.cli.notes import Notes
 from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
+from fiddler.jsonfile import read_json
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -184,7 +185,7 @@ def _shape(options: MachineOptions) -> "ModelShape":
         raise ConfigError("--shape and --model both name the model: give one")
     file = options.model / "config.json" if options.model.is_dir() else options.model
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{options.model} is no checkpoint's folder: {error}") from error
     if not isinstance(config, Mapping):

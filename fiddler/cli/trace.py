@@ -55,6 +55,7 @@ def trace(
         prompts = read_prompts(request.prompt, request.prompts, demo=checkpoint.model is None)
         _check_output(request.output)
         with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
+            checkpoint.find()
             import anyio
 
             from fiddler.cli.session import record

@@ -1,11 +1,11 @@
 """Profiles: machines and model shapes as JSON objects in files, shipped in a folder or the user's own."""
 
-import json
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from fiddler.errors import ConfigError
+from fiddler.jsonfile import read_json
 
 
 def names(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def find(folder: Path, name_or_path: str | Path) -> Path:
 def read(path: Path, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
     """Return the object in a file; `ConfigError` names the file and every unknown or missing key."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     return keyed(value, str(path), required, optional)

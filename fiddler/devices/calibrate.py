@@ -19,6 +19,7 @@ from torch import Tensor
 from fiddler.config import EngineConfig, cache_folder
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
 from fiddler.devices.native import MOST_ROWS, Native, native
+from fiddler.jsonfile import read_json
 
 MIN_BYTES = 1 << 20
 """Matrices below this stay in a cache, and are measured there. Dispatch decides, and of torch's kernels `linear`
@@ -126,7 +127,7 @@ def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dic
 
 def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text())["kernels"]
+        entries: list[dict[str, Any]] = read_json(file)["kernels"]
         return {
             ((e["out"], e["in"], getattr(torch, e["dtype"]), e["side_by_side"]), e["rows"]): e["kernel"]
             for e in entries

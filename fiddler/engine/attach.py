@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from fiddler.config import EngineConfig
 from fiddler.engine.setup import checked, choose_kernels, compute_lane
 from fiddler.models import seam
-from fiddler.models.loaded import adopt, load
+from fiddler.models.loaded import ServableModel, adopt, load
 
 
 def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
@@ -20,5 +20,8 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
     """
     options = checked(config)
     loaded = adopt(model) if isinstance(model, PreTrainedModel) else load(model, options, packed=False)
+    if isinstance(loaded, ServableModel):
+        store = loaded.store
+        loaded.model.register_forward_hook(lambda *_: store.check())
     seam.bind(loaded.experts, compute_lane(loaded, choose_kernels(loaded, options)).run)
     return loaded.model

@@ -17,6 +17,7 @@ from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
 from fiddler.devices.calibrate import calibration_file
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.measure import Measured, Measures
+from fiddler.jsonfile import read_json
 from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 
@@ -123,7 +124,7 @@ def _held_out(shape: int, measured: Measured) -> Iterator[HeldOut]:
 def _read(file: Path, n_layers: int) -> tuple[CostModel, tuple[HeldOut, ...]] | None:
     """Read a stored calibration; one that is missing or damaged is measured again."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
         costs = CostModel.from_json(value["costs"])
         held_out = tuple(HeldOut(**h) for h in value["held_out"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -209,6 +209,7 @@ class EngineLoop:
         spans = assemble(self._running, self._chunk_tokens, chunked=self._loaded.packed)
         try:
             outcomes = await self._relieved(spans, await self._steps.run(spans))
+            self._loaded.store.check()  # no token of weights that changed while they were read
         except Exception as error:
             self._fail([span.request for span in spans], "a step failed", error)
         else:

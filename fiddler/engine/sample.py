@@ -32,7 +32,6 @@ from fiddler.models.loaded import (
     LoadedModel,
     ServableModel,
     checkpoint_dtype,
-    find_checkpoint,
     load,
     model_context,
 )
@@ -42,6 +41,7 @@ from fiddler.store.block import BlockLayout
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
 from fiddler.store.pinned import on_pages
+from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 
 
@@ -62,7 +62,7 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
     )
     if resolved.device == "cuda":
         return _with_dense(folder, config, resolved)
-    skeleton = meta_skeleton(folder, about, trust_remote_code=config.trust_remote_code)
+    skeleton = meta_skeleton(checkpoint, about, trust_remote_code=config.trust_remote_code)
     experts = seam.find_experts(skeleton)
     layout = expert_layout(skeleton, experts, checkpoint)
     for module in experts.values():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.errors import ConfigError
+from fiddler.jsonfile import read_json
 
 logger = logging.getLogger("fiddler")
 
@@ -30,6 +31,6 @@ def restore(cache: ExpertCache, file: Path | None) -> None:
     """Read a cache's scores; nothing happens if there is no file yet. Raises `ConfigError` for another model's."""
     if file is not None and file.exists():
         try:
-            cache.restore(json.loads(file.read_text()))
+            cache.restore(read_json(file))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"warm_start={str(file)!r} cannot be used: {error}; give another file") from error

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
-from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.errors import UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.dry import can_pack, dry_step
 from fiddler.models.generation import check_folder, vocabulary
@@ -22,6 +21,7 @@ from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
 from fiddler.store.packed import PackedStore
+from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 
 
@@ -74,7 +74,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     packed = packed and config.get_text_config().model_type in PACKED
     dtype = DTYPES[resolved.dtype]
     skeleton = load_skeleton(
-        folder,
+        checkpoint,
         config,
         dtype=dtype,
         attention=attention.NAME if packed else None,
@@ -87,6 +87,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     layout = expert_layout(skeleton, experts, checkpoint)
     make_store = PackedStore if resolved.store == "packed" else MappedStore
     store = make_store(checkpoint, layout, dtype)
+    checkpoint.check()  # what was read until now is what the headers say
     return ServableModel(
         model=skeleton,
         experts=experts,
@@ -141,32 +142,6 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
         n_experts=tuple(module.down_proj.shape[0] for module in modules),
         weights=lambda layer, expert: seam.module_weights(modules[layer], expert),
     )
-
-
-def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
-    """Return the folder of a checkpoint given as a path or as a hub id.
-
-    A hub id is looked up in the local hub cache first and downloaded otherwise, if `download` allows it. Raises
-    `CheckpointError`.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model)
-    if isinstance(model, Path) or name.startswith((".", "~", "/")) or name.count("/") != 1:
-        raise CheckpointError(f"{name} is neither a checkpoint folder nor a hub id (owner/model)")
-    files = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.py"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=True))
-    except Exception as error:  # not cached, or only in part: the hub decides
-        if not download:
-            raise CheckpointError(f"{name} is neither a folder nor whole in the hub cache") from error
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} is no folder, not in the hub cache, and cannot be downloaded: {type(error).__name__}: {error}"
-        ) from error
 
 
 def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models.seam import ExpertsModule
+from fiddler.models.shapes import check_views
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.layout import Axis, Every, ExpertParts, Layout, Select, Transpose, View
 
@@ -34,8 +35,8 @@ class Source:
 def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], checkpoint: Checkpoint) -> Layout:
     """Find the parts of every expert of `experts` (by module path, in layer order).
 
-    Raises `CheckpointError` where a parameter has no tensors or the wrong number, `UnsupportedModelError` for a
-    format whose conversion no view can express.
+    Raises `CheckpointError` where a parameter has no tensors, the wrong number, or any of another shape or kind of
+    number than it has; `UnsupportedModelError` for a format whose conversion no view can express.
     """
     wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
     sources = _sources(model, wanted, checkpoint.entries)
@@ -47,6 +48,7 @@ def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], 
             if parameter not in sources:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor for {parameter}")
             views[name] = _views(parameter, module, sources[parameter], checkpoint)
+            check_views(parameter, _due(module, name), views[name], checkpoint.entries)
         layers.append(_layer(module, views))
     return Layout(tuple(layers))
 
@@ -83,6 +85,12 @@ def _targets(renamed: str, converter: loading.WeightConverter | None) -> set[str
         return {renamed}
     first = converter.target_patterns[0]
     return {renamed, *(renamed.replace(first, other) for other in converter.target_patterns[1:])}
+
+
+def _due(module: ExpertsModule, name: str) -> tuple[int, ...]:
+    """Return the shape of one expert's part of a parameter as it is computed with: `[out, in]` or `[out]`."""
+    _, *shape = module._shapes[name]
+    return tuple(reversed(shape)) if module.is_transposed and not name.endswith("_bias") else tuple(shape)
 
 
 def _views(parameter: str, module: ExpertsModule, source: Source, checkpoint: Checkpoint) -> list[tuple[View, ...]]:

@@ -1,10 +1,11 @@
 """A transformers model without its experts: dense weights loaded as usual, expert tensors never read."""
 
-import json
 import logging
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.models import seam
+from fiddler.models.towers import text_lacks
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import CONFIG, read_raw
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -24,15 +28,15 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     Raises `CheckpointError` where there is none, `UnsupportedModelError` for a model type transformers does not
     know, one that needs its own code to run, or a quantised checkpoint.
     """
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-        kind = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is missing or not JSON: this is not a transformers checkpoint") from error
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(f"{folder.name} is quantised ({method}); use a bf16, fp16 or fp32 checkpoint")
+    file = folder / CONFIG
+    raw = read_raw(folder)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(
+            f"{file} has no model_type that is a name ({kind!r}): it describes no transformers model"
+        )
+    _refuse_quantised(raw, folder)
+    _refuse_endless(raw, file)
     if kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
         code = "; it brings its own code: set trust_remote_code=True to run it" if "auto_map" in raw else ""
         raise UnsupportedModelError(f"transformers {transformers.__version__} does not know {kind!r}{code}")
@@ -40,9 +44,38 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise TypeError("its text_config is no configuration")
     except Exception as error:
         raise CheckpointError(f"{file} does not describe a {kind!r} model: {error}") from error
     return config
+
+
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""The last is mlx's. Of a multimodal model the part that makes text may have its own."""
+
+
+def _refuse_quantised(raw: Mapping[str, Any], folder: Path) -> None:
+    for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
+        for name in _QUANTISED:
+            if (found := part.get(name)) is not None:
+                method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else repr(found)
+                raise UnsupportedModelError(
+                    f"{folder.name} is quantised ({method}); use a bf16, fp16 or fp32 checkpoint"
+                )
+
+
+MOST_LAYERS = 1000
+"""A configuration that asks for more is damaged; transformers would make lists of so many entries and more."""
+
+
+def _refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
+    for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
+        for name, value in part.items():
+            if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
+                raise CheckpointError(
+                    f"{file} asks for {name}={value}, and no model has so many; download it again"
+                )
 
 
 def text_model(
@@ -95,42 +128,73 @@ def _makes_text(cls: type) -> bool:
 
 
 def load_skeleton(
-    folder: Path,
+    checkpoint: Checkpoint,
     config: PretrainedConfig,
     *,
     dtype: torch.dtype,
     attention: str | None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load everything but the experts, with the experts seam in place.
+    """Load everything but the experts into memory of its own, with the experts seam in place.
 
     `attention` is an attention implementation's name, `None` for transformers' own choice. Raises
     `UnsupportedModelError` for a model without the seam, `CheckpointError` for weights that are missing or of the
     wrong shape, `ModelError` where transformers cannot load it.
     """
+    folder = checkpoint.folder
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
-    cls: Any = _hollow(whole)
+    cls: Any = _hollow(whole, _most(checkpoint))
     config._experts_implementation = seam.NAME
     try:
         with _quiet():
             model, report = cls.from_pretrained(
-                folder,
+                None,  # one reader for all: two would answer two questions of which files are the checkpoint
+                state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
                 config=config,
                 dtype=dtype,
                 attn_implementation=_for_text(config, attention),
-                local_files_only=True,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below with their names
             )
+            _add_generation(model, folder, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"transformers cannot load {folder.name} ({config.model_type}): {error}") from error
-    _check(model, report)
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError(f"transformers cannot load {folder.name} ({config.model_type}): {why}") from error
+    missing = text_lacks(model, report["missing_keys"], packed=attention is not None)
+    _check(model, {**report, "missing_keys": missing})
     model.eval().requires_grad_(False)
     skeleton: PreTrainedModel = model
     return skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class _Lazy:
+    """A tensor that transformers reads when it wants it, as it does safetensors' slices."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, _all: Any) -> torch.Tensor:
+        return self.checkpoint.tensor(self.name).clone()  # the mapping cannot be written to, and a file may change
+
+
+def _add_generation(model: Any, folder: Path, *, trust_remote_code: bool) -> None:
+    """Do what `from_pretrained` does with a folder beside its weights."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if hasattr(model, "adjust_generation_fn") and model.can_generate():
+        hub = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": "main"}
+        model.adjust_generation_fn(
+            None,
+            False,
+            None,
+            str(folder),
+            local_files_only=True,
+            subfolder="",
+            trust_remote_code=trust_remote_code,
+            **hub,
+        )
 
 
 def _for_text(config: PretrainedConfig, attention: str | None) -> dict[str, str] | None:
@@ -146,20 +210,39 @@ def attend_plainly(model: PreTrainedModel) -> None:
     model.set_attn_implementation(dict.fromkeys(_for_text(model.config, "") or ()))
 
 
-def meta_skeleton(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_skeleton(
+    checkpoint: Checkpoint | None, config: PretrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build the model without its experts and without any weight, for its shapes and names.
 
-    Raises `UnsupportedModelError` for a model without the seam.
+    Raises `UnsupportedModelError` for a model without the seam, `CheckpointError` where it has far more weights
+    than `checkpoint`, if there is one, `ModelError` where transformers cannot build it.
     """
+    folder, most = (Path(), inf) if checkpoint is None else (checkpoint.folder, _most(checkpoint))
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
-    cls: Any = _hollow(whole)
-    with torch.device("meta"), _quiet():
-        skeleton: PreTrainedModel = cls(config)
+    cls: Any = _hollow(whole, most)
+    try:
+        with torch.device("meta"), _quiet():
+            skeleton: PreTrainedModel = cls(config)
+    except ModelError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError(f"transformers cannot build {config.model_type}: {why}") from error
     return skeleton
 
 
-def _hollow(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return a subclass that empties its experts right after it is built."""
+def _most(checkpoint: Checkpoint) -> int:
+    """Return more numbers than a dense part can have: twice those in the files, and a small tower they lack."""
+    return 2 * sum(prod(entry.shape) for entry in checkpoint.entries.values()) + 10**8
+
+
+def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
+    """Return a subclass that empties its experts right after it is built.
+
+    Its constructor raises `CheckpointError` where the dense part has more numbers than `most`: what a damaged
+    configuration asks for would be made in memory before it is found missing.
+    """
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         cls.__init__(self, config, *args, **kwargs)
@@ -171,6 +254,12 @@ def _hollow(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             )
         for module in experts.values():
             _empty(module)
+        n = sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        if n > most:
+            raise CheckpointError(
+                f"config.json describes a dense part of {n:,} numbers, and the files hold fewer; "
+                "download the checkpoint again"
+            )
 
     # transformers finds conversions by class name and capabilities by reading the class's module.
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})

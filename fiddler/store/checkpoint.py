@@ -6,24 +6,33 @@ file; the files are then mapped once each, so that neighbouring tensors can be s
 """
 
 import json
-import mmap
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fiddler.errors import CheckpointError
+from fiddler.store.folder import INDEX, weight_files
+from fiddler.store.mapping import Mapping
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+EXPERT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By their names in a header: what an expert's tensors may be."""
+EXPERT_NAMES = f"one of {', '.join(EXPERT_DTYPES)}"
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = EXPERT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "BOOL": torch.bool,
+    **{f"I{n}": getattr(torch, f"int{n}") for n in (8, 16, 32, 64)},
+    **{f"U{n}": getattr(torch, f"uint{n}") for n in (8, 16, 32, 64)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,39 +47,54 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a folder by name; opened by `Checkpoint.open`."""
+    """The tensors of a folder by name; opened by `Checkpoint.open`.
 
-    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+    What lies at a byte that its numbers cannot be read from is copied when it is asked for, a view all else.
+    """
+
+    def __init__(self, folder: Path, entries: MappingOf[str, Entry], mappings: MappingOf[Path, Mapping]) -> None:
         self.folder = folder
-        self.entries: Mapping[str, Entry] = MappingProxyType(dict(entries))
+        self.entries: MappingOf[str, Entry] = MappingProxyType(dict(entries))
         # Mapped at once: a file replaced later on is then no danger.
-        self._mappings = {file: _map(file) for file in {entry.file for entry in entries.values()}}
-        self._mapped = {file: _bytes(mapping) for file, mapping in self._mappings.items()}
+        self._mappings = dict(mappings)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Read the headers of every file of the checkpoint.
+        """Read the headers of every file of the checkpoint; `store.folder` says which these are.
 
         Raises `CheckpointError` for a missing, truncated or unsafe file and for an index that does not match.
         """
         entries: dict[str, Entry] = {}
-        for file, expected in _files(folder).items():
-            found = _read_header(file)
-            missing = sorted(set(expected) - set(found))
+        mappings: dict[Path, Mapping] = {}
+        for file, expected in weight_files(folder).items():
+            opened = _open(file)
+            missing = sorted(set(expected) - set(opened.entries))
             if missing:
                 raise CheckpointError(
                     f"{file.name} lacks {missing[0]!r} ({len(missing)} such tensors) that {INDEX} promises in it; "
                     "download the checkpoint again"
                 )
-            entries.update(found)
-        return cls(folder, entries)
+            entries.update(opened.entries)
+            mappings[file] = opened.mapping
+        return cls(folder, entries, mappings)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor as a view of its mapped file. Raises `CheckpointError` if it cannot be viewed."""
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files it is made of."""
+        return tuple(self._mappings)
+
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor, or the part of it at `index` of its first dimension.
+
+        Raises `CheckpointError` if it is not there, or of a dtype torch does not have.
+        """
         entry = self.entries.get(name)
         if entry is None:
             raise CheckpointError(f"tensor {name!r} is not in {self.folder}")
-        return self._view(name, entry, entry.shape)
+        if index is None:
+            return self._view(name, entry, entry.shape)
+        nbytes = entry.nbytes // entry.shape[0]
+        return self._view(name, replace(entry, offset=entry.offset + index * nbytes), entry.shape[1:])
 
     def joined(self, first: str, second: str) -> Tensor | None:
         """Return two matrices that lie back to back in one file as one view `[rows₁ + rows₂, columns]`.
@@ -89,94 +113,47 @@ class Checkpoint:
         Raises `KeyError` for a tensor that is not in the checkpoint.
         """
         entry = self.entries[name]
-        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: its pages go when others need the memory
-            return
-        # Outward to whole pages, into the neighbours: nothing is lost, since the mapping is read-only.
-        start = entry.offset - entry.offset % mmap.PAGESIZE
-        length = entry.offset + entry.nbytes - start
-        self._mappings[entry.file].madvise(mmap.MADV_DONTNEED, start, length)
+        self._mappings[entry.file].release(entry.offset, entry.nbytes)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if a file was changed since it was opened: `Mapping.check`, about 2 us a file."""
+        for mapping in self._mappings.values():
+            mapping.check()
 
     def _view(self, name: str, entry: Entry, shape: tuple[int, ...]) -> Tensor:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
-            raise CheckpointError(f"tensor {name!r} is {entry.dtype}; experts must be one of {', '.join(_DTYPES)}")
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, which torch does not have")
+        data = self._mappings[entry.file].bytes[entry.offset : entry.offset + prod(shape) * dtype.itemsize]
         if entry.offset % dtype.itemsize:
-            raise CheckpointError(f"tensor {name!r} starts at an odd byte of {entry.file.name}; save it again")
-        data = self._mapped[entry.file][entry.offset : entry.offset + prod(shape) * dtype.itemsize]
+            data = data.clone()
         return data.view(dtype).view(shape)
 
 
-def _map(file: Path) -> mmap.mmap:
-    """Return a read-only mapping of a file.
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A file that is mapped, and what its header says of it."""
 
-    Shared and read-only, so that a file larger than memory can be mapped: a private writable mapping, torch's and
-    safetensors' own, is refused by Linux's overcommit accounting.
-    """
-    with file.open("rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping: Mapping
+    entries: dict[str, Entry]
 
 
-def _bytes(mapping: mmap.mmap) -> Tensor:
-    """Return a mapping's bytes; the tensor keeps it open."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(mapping, dtype=torch.uint8)
-
-
-def _files(folder: Path) -> dict[Path, list[str]]:
-    """Return the checkpoint's files, each with the tensors an index promises in it."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder; give a checkpoint folder or a hub id that is in the cache"
-        )
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: []}
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise CheckpointError(
-            f"{folder} holds pickled weights, which are never opened; convert them to safetensors"
-        )
-    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-
-
-def _indexed(folder: Path) -> dict[Path, list[str]]:
-    try:
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{INDEX} is not a valid index: {error!r}; download it again") from error
-    files: dict[Path, list[str]] = {}
-    for tensor, name in pairs:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise CheckpointError(f"{INDEX} names {name!r}, which is not a safetensors file inside {folder}")
-        files.setdefault(folder / path, []).append(tensor)
-    missing = sorted(file.name for file in files if not file.is_file())
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them"
-        )
-    return files
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
+def _open(file: Path) -> _Opened:
     try:
         with safe_open(str(file), framework="np"):
             pass  # validates the header and that the data it describes is all there
         with file.open("rb") as stream:
+            mapping = Mapping(file, stream)
             n_header = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(n_header))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or not safetensors: {error}; download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be opened: {error}") from error
     header.pop("__metadata__", None)
-    return {
-        name: Entry(
-            file,
-            8 + n_header + item["data_offsets"][0],
-            item["data_offsets"][1] - item["data_offsets"][0],
-            item["dtype"],
-            tuple(item["shape"]),
-        )
-        for name, item in header.items()
-    }
+    return _Opened(mapping, {name: _entry(file, 8 + n_header, item) for name, item in header.items()})
+
+
+def _entry(file: Path, start: int, item: Any) -> Entry:
+    begin, end = item["data_offsets"]
+    return Entry(file, start + begin, end - begin, item["dtype"], tuple(item["shape"]))

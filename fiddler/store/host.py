@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.store.checkpoint import Checkpoint
+from fiddler.errors import CheckpointError
+from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint
 from fiddler.store.layout import Every, ExpertParts, Layout, Select, Step, Transpose, View
 from fiddler.types import ExpertWeights
 
@@ -19,8 +20,9 @@ BOUNDARY = 16
 class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
-    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. So is a
-    float32 matrix treated that lies off a boundary where this machine's products hang on that (`aligned`).
+    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. So are
+    matrices treated that lie at an odd byte of the file, and float32 ones that lie off a boundary where this
+    machine's products hang on that (`aligned`).
     """
 
     checkpoint: Checkpoint
@@ -62,10 +64,20 @@ class MappedStore:
         return aligned(self._view(view).to(self.dtype))
 
     def _view(self, view: View) -> Tensor:
-        tensor = self.checkpoint.tensor(view.tensor)
-        for step in view.steps:
+        match view.steps:
+            case (Select(index), *steps):  # first: what has to be copied is one expert then, not all
+                tensor = self.checkpoint.tensor(view.tensor, index)
+            case steps:
+                tensor = self.checkpoint.tensor(view.tensor)
+        if (name := self.checkpoint.entries[view.tensor].dtype) not in EXPERT_DTYPES:
+            raise CheckpointError(f"tensor {view.tensor!r} is {name}; experts must be {EXPERT_NAMES}")
+        for step in steps:
             tensor = _apply(tensor, step)
         return tensor
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if a file that experts lie in was changed: what was computed may be wrong."""
+        self.checkpoint.check()
 
 
 def aligned(tensor: Tensor) -> Tensor:

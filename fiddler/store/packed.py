@@ -109,6 +109,9 @@ class PackedStore:
         """Return how a layer's blocks are laid out."""
         return self._layers[layer].layout
 
+    def check(self) -> None:
+        """Do nothing: there is no file any more that could be changed."""
+
     def pin(self, pin: Callable[[Tensor], bool]) -> Pinned:
         """Offer the blocks to `pin`, piece by piece, until one is refused; return what is locked now.
 

@@ -1,0 +1,215 @@
+"""A checkpoint's folder: which of its files are the checkpoint, and the reason where there is none.
+
+Nothing here imports torch or transformers, so that a command can say at once what a folder lacks.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.jsonfile import read_json
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+Files = dict[Path, tuple[str, ...]]
+"""A checkpoint's files in the order they are read, each with the tensors that an index promises in it."""
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `CheckpointError` or `UnsupportedModelError` for a folder that cannot be opened, by what lies in it."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a checkpoint's folder or a hub id (owner/model)")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read: permission denied")
+    if not (folder / CONFIG).exists():
+        raise _no_checkpoint(folder)
+    read_raw(folder)
+    if (folder / ADAPTER).is_file():
+        raise _adapter(folder)
+    weight_files(folder)
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """Return a folder's `config.json` as it stands. Raises `CheckpointError`."""
+    file = folder / CONFIG
+    try:
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
+        _refuse_pointer(file)
+        raise CheckpointError(
+            f"{file} is missing or not JSON: this is not a transformers checkpoint ({error})"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} is not a JSON object: this is not a transformers checkpoint")
+    return raw
+
+
+def weight_files(folder: Path) -> Files:
+    """Return the files that transformers would read, later ones winning where a tensor is in several.
+
+    That is the file which `config.json` names as `transformers_weights`, or `SINGLE`, or what `INDEX` names: see
+    `_get_resolved_checkpoint_files` in transformers' modeling_utils.py. Raises `CheckpointError`.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a checkpoint's folder or a hub id (owner/model)")
+    files = promised_files(folder)
+    if not files:
+        raise _no_weights(folder)
+    missing = sorted(file.name for file in files if not file.is_file())
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them"
+        )
+    for file in files:
+        _refuse_pointer(file)
+    return files
+
+
+def promised_files(folder: Path) -> Files:
+    """Return the files that would be the checkpoint, whether they are there or not. Raises `CheckpointError`."""
+    name = named_weights(folder) or next((n for n in (SINGLE, INDEX) if (folder / n).is_file()), None)
+    if name is None:
+        return {}
+    return _indexed(folder, name) if name.endswith(".json") else {folder / name: ()}
+
+
+def named_weights(folder: Path) -> str | None:
+    """Return the file or the index that `config.json` names, if it does. Raises `CheckpointError`."""
+    name = read_raw(folder).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    if name is None:
+        return None
+    if not _inside(name, (".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"{CONFIG} names {name!r} as transformers_weights, which is not a safetensors file inside {folder}"
+        )
+    return str(name)
+
+
+def _indexed(folder: Path, index: str) -> Files:
+    try:
+        weight_map: dict[str, str] = read_json(folder / index)["weight_map"]
+        pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        _refuse_pointer(folder / index)
+        raise CheckpointError(f"{index} is not a valid index: {error!r}; download it again") from error
+    promised: dict[str, list[str]] = {}
+    for tensor, name in pairs:
+        promised.setdefault(name, []).append(tensor)
+    for name in promised:
+        if not _inside(name, (".safetensors",)):
+            raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file inside {folder}")
+    if not promised:
+        raise CheckpointError(f"{index} names no file; download it again")
+    return {folder / name: tuple(promised[name]) for name in sorted(promised)}  # transformers' order
+
+
+def _inside(name: object, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file's name is one of a folder's own, or of its sub folders'."""
+    path = PurePosixPath(str(name))
+    return isinstance(name, str) and not path.is_absolute() and ".." not in path.parts and name.endswith(suffixes)
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError | UnsupportedModelError:
+    """Return the reason why a folder without a configuration is no checkpoint."""
+    names = _names(folder)
+    if not names:
+        return CheckpointError(f"{folder} is empty; download the checkpoint into it, or give its hub id")
+    if ADAPTER in names:
+        return _adapter(folder)
+    if _with(names, ".gguf"):
+        return _gguf(folder)
+    if "params.json" in names:
+        return UnsupportedModelError(
+            f"{folder} holds weights in their maker's own format (params.json); give the transformers version"
+        )
+    for below in _folders(folder):
+        if (below / CONFIG).is_file():
+            return CheckpointError(f"{folder} has no {CONFIG}, but its sub folder has: give {below}")
+    return CheckpointError(f"{folder / CONFIG} is missing: this is not a transformers checkpoint")
+
+
+def _no_weights(folder: Path) -> CheckpointError | UnsupportedModelError:
+    """Return the reason why a folder has no weights that can be read."""
+    names = _names(folder)
+    if broken := {SINGLE, INDEX}.intersection(names):
+        return CheckpointError(
+            f"{folder / broken.pop()} is not a regular file, or a link to nothing; download it again"
+        )
+    if _with(names, ".gguf"):
+        return _gguf(folder)
+    if _with(names, *_PICKLED):
+        return CheckpointError(
+            f"{folder} holds pickled weights, which are never opened; convert them to safetensors"
+        )
+    if found := _with(names, ".safetensors"):
+        return CheckpointError(
+            f"{folder} holds {found[0]}, but neither {SINGLE} nor {INDEX}, which names the files; download it again"
+        )
+    for below in _folders(folder):
+        if _with(_names(below), ".safetensors"):
+            return CheckpointError(
+                f"{folder} holds no weights, but its sub folder does: give {below}, with {CONFIG} beside them"
+            )
+    return CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; download the weights as well")
+
+
+def _adapter(folder: Path) -> UnsupportedModelError:
+    try:
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    of = f" of {base}" if isinstance(base, str) else ""
+    return UnsupportedModelError(
+        f"{folder} holds an adapter (LoRA){of}, which Fiddler does not apply; merge it into its base model "
+        f"(peft: merge_and_unload) and give that folder without {ADAPTER}"
+    )
+
+
+def _gguf(folder: Path) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{folder} holds GGUF files, llama.cpp's format; Fiddler reads safetensors: give the checkpoint they were "
+        "made from"
+    )
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raise `CheckpointError` for what git leaves in a file's place where git-lfs is missing."""
+    try:
+        if file.is_file():
+            with file.open("rb") as stream:
+                found = stream.read(len(_POINTER)) == _POINTER
+        else:
+            found = False
+    except OSError:
+        return
+    if found:
+        raise CheckpointError(
+            f"{file} is a git-lfs pointer and not the file itself; run `git lfs pull` in the folder, or download it"
+        )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+
+
+def _with(names: list[str], *suffixes: str) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffixes)]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield the sub folders, and those of `snapshots`, where the hub's cache has a model's revisions."""
+    yield from (below for name in _names(folder) if (below := folder / name).is_dir() and name[0] != ".")
+    yield from (folder / "snapshots" / revision for revision in _names(folder / "snapshots"))
