@@ -37,8 +37,9 @@ class Engine:
 
     `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
     options resolve to. The engine is an async context manager; it works under asyncio and trio, in a thread and an
-    event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`, `ConfigError`, or what a
-    loader raises. Closing ends what is in flight with `EngineClosedError`.
+    event loop of its own, so torch never blocks the caller's. Once open, it neither reads nor changes what holds
+    for the whole process: default dtype, random numbers, threads, logging, warnings. Opening raises `ModelError`,
+    `ConfigError`, or what a loader raises. Closing ends what is in flight with `EngineClosedError`.
     """
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig | None = None) -> None:
@@ -196,7 +197,6 @@ class Engine:
         try:
             anyio.run(self._loop.serve, backend_options={"use_uvloop": uvloop})
         finally:
-            torch.set_num_threads(self._n_threads)  # threads made from now on take the latest setting
             self._loaded = None
             self._gone.push(None)
 

@@ -1,11 +1,10 @@
 """What a loaded model runs with: its calibrated kernels, the threads, a lane for a forward that nobody drives."""
 
-import torch
-
 from fiddler.config import EngineConfig
 from fiddler.devices.calibrate import MIN_BYTES, calibrated_kernels
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
+from fiddler.devices.threads import set_own_threads
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models import dense
 from fiddler.models.loaded import LoadedModel
@@ -27,7 +26,7 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
     """
     sample = loaded.weights(0, 0)
     tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
-    torch.set_num_threads(config.threads or (1 if tiny else default))
+    set_own_threads(config.threads or (1 if tiny else default))
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:

@@ -13,6 +13,7 @@ from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
+from fiddler.models.alone import alone
 from fiddler.models.dry import dry_step
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
@@ -81,6 +82,8 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     layout = expert_layout(skeleton, experts, checkpoint)
     make_store = PackedStore if resolved.store == "packed" else MappedStore
     store = make_store(checkpoint, layout, dtype)
+    with alone():
+        text = Text.open(folder, trust_remote_code=options.trust_remote_code)
     return ServableModel(
         model=skeleton,
         experts=experts,
@@ -89,7 +92,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         weights=store.weights,
         store=store,
         top_k=experts_per_token(config),
-        text=Text.open(folder, trust_remote_code=options.trust_remote_code),
+        text=text,
         resolved=resolved,
         packed=packed,
     )

@@ -1,10 +1,7 @@
 """A transformers model without its experts: dense weights loaded as usual, expert tensors never read."""
 
 import json
-import logging
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging as transformers_logging
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.models import seam
+from fiddler.models.alone import alone
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -37,9 +34,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         code = "; it brings its own code: set trust_remote_code=True to run it" if "auto_map" in raw else ""
         raise UnsupportedModelError(f"transformers {transformers.__version__} does not know {kind!r}{code}")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with alone():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:
         raise CheckpointError(f"{file} does not describe a {kind!r} model: {error}") from error
     return config
@@ -112,7 +110,7 @@ def load_skeleton(
     cls: Any = _hollow(whole)
     config._experts_implementation = seam.NAME
     try:
-        with _quiet():
+        with alone():
             model, report = cls.from_pretrained(
                 folder,
                 config=config,
@@ -148,7 +146,7 @@ def meta_skeleton(folder: Path, config: PretrainedConfig, *, trust_remote_code: 
     """
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
     cls: Any = _hollow(whole)
-    with torch.device("meta"), _quiet():
+    with alone(), torch.device("meta"):
         skeleton: PreTrainedModel = cls(config)
     return skeleton
 
@@ -184,7 +182,7 @@ def _empty(module: seam.ExpertsModule) -> None:
         if isinstance(parameter := getattr(module, name, None), torch.nn.Parameter):
             module._shapes[name] = tuple(parameter.shape)
             delattr(module, name)
-            placeholder: Any = torch.empty(0, device="cpu")
+            placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
             placeholder._is_hf_initialized = True
             setattr(module, name, placeholder)
 
@@ -201,20 +199,3 @@ def _check(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     for path, module in seam.find_experts(model).items():
         if module.down_proj.numel():
             raise ModelError(f"{path}: transformers replaced the experts while loading")
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence reports of the experts we keep out on purpose, and progress bars of the part that is quick."""
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -5,15 +5,17 @@ the data (https://github.com/huggingface/safetensors#format). safetensors itself
 file; the files are then mapped once each, so that neighbouring tensors can be seen as one.
 """
 
+import ctypes
 import json
 import mmap
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -117,10 +119,14 @@ def _map(file: Path) -> mmap.mmap:
 
 
 def _bytes(mapping: mmap.mmap) -> Tensor:
-    """Return a mapping's bytes; the tensor keeps it open."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(mapping, dtype=torch.uint8)
+    """Return a mapping's bytes; the tensor keeps it open.
+
+    Through its address: torch warns of a buffer that it may not write, and all threads share one list of filters.
+    """
+    array = np.frombuffer(mapping, dtype=np.uint8)
+    buffer: Any = (ctypes.c_ubyte * array.size).from_address(array.ctypes.data)
+    buffer.mapped = array
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
