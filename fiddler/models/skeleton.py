@@ -169,16 +169,13 @@ def _hollow(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
-_UP_OR_DOWN = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-
-
 def _empty(module: seam.ExpertsModule) -> None:
     """Replace the experts' parameters by zero-size tensors that are not parameters.
 
     Outside the state dict no checkpoint tensor finds them; marked as initialised, transformers leaves them alone.
     """
     module._shapes = {}
-    for name in _UP_OR_DOWN:
+    for name in seam.PARAMETERS:
         if isinstance(parameter := getattr(module, name, None), torch.nn.Parameter):
             module._shapes[name] = tuple(parameter.shape)
             delattr(module, name)
