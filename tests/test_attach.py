@@ -1,15 +1,21 @@
 """Fiddler's experts under plain transformers: every way of generating says what it says with transformers' own."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import fiddler
-from fiddler import CheckpointError, UnsupportedModelError
+from fiddler import CheckpointError, EngineConfig, ModelError, UnsupportedModelError
+from fiddler.models.seam import find_experts
 from tests.architectures import build
 
 Save = Callable[[PreTrainedModel], Path]
@@ -87,3 +93,190 @@ def test_what_is_neither_folder_nor_hub_id_is_refused() -> None:
         fiddler.attach("no such folder")
     with pytest.raises(CheckpointError, match="not in the hub cache"):
         fiddler.attach("nobody/nothing-at-all")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(PROMPT).logits
+    return found
+
+
+def visits(model: PreTrainedModel) -> torch.Tensor:
+    """What the first layer's experts, two to a row, make of rows: numbers up to 20."""
+    random, experts = torch.Generator().manual_seed(0), first_experts(model)
+    rows = torch.randn(12, model.config.hidden_size, generator=random).to(model.dtype)
+    index = torch.stack([torch.arange(12) % 4, torch.arange(12) % 3 + 4], dim=1)
+    with torch.no_grad():
+        found: torch.Tensor = experts(rows, index, torch.rand(12, 2, generator=random).to(model.dtype))
+    return found
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    found, right = logits(actual), logits(expected)
+    assert found.dtype == right.dtype
+    if found.dtype.itemsize > 2:
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    else:  # the same experts for the same rows: in 16 bits a router may choose others
+        torch.testing.assert_close(visits(actual), visits(expected), rtol=2e-2, atol=0.2)
+
+
+def first_experts(model: PreTrainedModel) -> Any:
+    return next(iter(find_experts(model).values()))
+
+
+class Half(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "there and back": lambda model: model.to(torch.bfloat16).float(),
+    "double": lambda model: model.double(),
+    "in place": lambda model: first_experts(model).down_proj.data.mul_(0.5),
+    "another parameter": lambda model: setattr(
+        first_experts(model), "down_proj", nn.Parameter(first_experts(model).down_proj.detach() / 2)
+    ),
+    "an adapter": lambda model: parametrize.register_parametrization(first_experts(model), "gate_up_proj", Half()),
+    "loaded": lambda model: model.load_state_dict(build(model.config.model_type, seed=1).state_dict()),
+    "resized": lambda model: model.resize_token_embeddings(300, mean_resizing=False),
+    "tied": lambda model: model.tie_weights(),
+    "shared memory": lambda model: model.share_memory(),
+    "transformers' own": lambda model: model.set_experts_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_loaded_model_can_still_be_changed(change: str, architecture: str) -> None:
+    reference, attached = build(architecture), fiddler.attach(build(architecture))
+    assert_same(attached, reference)
+    for model in (reference, attached):
+        torch.manual_seed(0)
+        CHANGES[change](model)
+    assert_same(attached, reference)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_a_loaded_model_is_saved_copied_and_pickled_whole(architecture: str, save: Save) -> None:
+    reference, attached = build(architecture), fiddler.attach(build(architecture))
+    assert attached.state_dict().keys() == reference.state_dict().keys()
+    saved = type(reference).from_pretrained(save(attached))
+    copies = copy.deepcopy(attached), pickle.loads(pickle.dumps(attached))
+    for other in (saved, *copies):
+        assert_same(other, reference)
+    for each in copies:
+        first_experts(each).down_proj.data.zero_()
+        assert not torch.allclose(logits(each), logits(reference), atol=1e-3)
+    assert_same(attached, reference)
+
+
+@pytest.mark.parametrize("form", ["folder", "loaded"])
+def test_gradients_are_transformers_own(form: str, save: Save) -> None:
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference) if form == "folder" else build("qwen3_moe"))
+    expected = dict(reference.named_parameters())
+    for model in (reference, attached):
+        model.requires_grad_(True).train()
+        model(PROMPT, labels=PROMPT).loss.backward()
+    found = dict(attached.named_parameters())
+    assert found
+    assert len(found) == len(expected) or form == "folder"
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loaded_model_keeps_nothing_of_the_calls() -> None:
+    attached = fiddler.attach(build("qwen3_moe").bfloat16())
+    logits(attached)
+    own = first_experts(attached)._fiddler[1]
+    n_known = [len(lane.device._outlines) for _, lane in own._lanes.values()]
+    logits(attached)
+    assert [len(lane.device._outlines) for _, lane in own._lanes.values()] == n_known
+
+
+REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "save_pretrained": ("copy that folder", lambda model: model.save_pretrained("nowhere")),
+    "push_to_hub": ("upload that folder", lambda model: model.push_to_hub("nobody/nothing")),
+    "state_dict": ("copy that folder", lambda model: model.state_dict()),
+    "state_dict of a part": ("copy that folder", lambda model: model.model.layers[0].state_dict()),
+    "load_state_dict": (
+        "load the model with transformers",
+        lambda m: m.load_state_dict(build("qwen3_moe").state_dict()),
+    ),
+    "load in part": (
+        "load the model with transformers",
+        lambda m: m.load_state_dict(build("qwen3_moe").state_dict(), strict=False),
+    ),
+    "pickle": ("attach to that folder again", pickle.dumps),
+    "pickle of a part": ("attach to that folder again", lambda model: pickle.dumps(model.model.layers)),
+    "half": (r"EngineConfig\(dtype='float16'\)", lambda model: model.half()),
+    "bfloat16": (r"EngineConfig\(dtype='bfloat16'\)", lambda model: model.bfloat16()),
+    "double": ("float64", lambda model: model.double()),
+    "to dtype": (r"EngineConfig\(dtype='bfloat16'\)", lambda model: model.to(torch.bfloat16)),
+    "a part": (r"EngineConfig\(dtype='float16'\)", lambda model: model.model.half()),
+    "meta": ("moving the model to meta", lambda model: model.to("meta")),
+    "to_empty": ("moving the model to meta", lambda model: model.to_empty(device="meta")),
+    "reading a parameter": ("is not in the model", lambda model: first_experts(model).down_proj),
+    "setting one": (
+        "would have no effect",
+        lambda m: setattr(first_experts(m), "down_proj", nn.Parameter(torch.ones(8))),
+    ),
+    "registering one": (
+        "would have no effect",
+        lambda model: first_experts(model).register_parameter("gate_up_proj", nn.Parameter(torch.ones(8))),
+    ),
+    "another implementation": ("would not find them", lambda model: model.set_experts_implementation("eager")),
+    "an adapter": (
+        "would have no effect",
+        lambda model: setattr(
+            model, "peft_config", {"default": SimpleNamespace(target_parameters=["mlp.experts.gate_up_proj"])}
+        ),
+    ),
+    "attaching again": ("attached already", fiddler.attach),
+}
+
+
+@pytest.mark.parametrize("action", REFUSED)
+def test_what_needs_experts_inside_is_refused_and_changes_nothing(action: str, save: Save, tmp_path: Path) -> None:
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference))
+    remedy, act = REFUSED[action]
+    with pytest.raises(ModelError, match=remedy):
+        act(attached)
+    assert {(p.dtype, p.device.type) for p in attached.parameters()} == {(torch.float32, "cpu")}
+    assert not Path("nowhere").exists()
+    assert_same(attached, reference)
+
+
+def test_a_model_from_a_folder_is_copied_and_its_dense_part_changed(save: Save) -> None:
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference))
+    assert attached.num_parameters() == reference.num_parameters()
+    assert not hasattr(first_experts(attached), "down_proj")
+    made = copy.deepcopy(attached)
+    for parameter in made.parameters():
+        parameter.data.zero_()
+    assert_same(attached, reference)
+    for model in (attached, reference):
+        model.to("cpu").float().share_memory()
+        model.tie_weights()
+        model.resize_token_embeddings(300, mean_resizing=False)
+        model.model.layers[0].self_attn.q_proj.weight.data.mul_(0.5)
+    assert logits(attached).shape[-1] == 300
+    torch.testing.assert_close(logits(attached)[..., :190], logits(reference)[..., :190], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_the_dense_part_are_saved(save: Save) -> None:
+    """peft, which is not here, leaves its configuration at the model and reads its adapters from the state."""
+    attached = fiddler.attach(save(build("qwen3_moe")))
+    attached.peft_config = {"default": SimpleNamespace(target_parameters=None)}
+    attached.model.layers[0].self_attn.q_proj.lora_A = nn.Linear(4, 2)
+    assert any("lora_A" in name for name in attached.state_dict())
+
+
+def test_another_dtype_is_had_by_asking_for_it(save: Save) -> None:
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference), EngineConfig(dtype="bfloat16"))
+    assert_same(attached, reference.to(torch.bfloat16))

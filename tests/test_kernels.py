@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fiddler.config import EngineConfig
 from fiddler.devices import calibrate
+from fiddler.devices.base import Matmul
 from fiddler.devices.calibrate import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
 from fiddler.devices.kernels import (
     BUCKETS,
@@ -24,6 +25,7 @@ from fiddler.devices.kernels import (
     shape_key,
 )
 from fiddler.devices.native import Native, native
+from fiddler.devices.rooms import FEW, MOST_ZEROS, ROOMS, rooms
 
 LARGE = torch.empty(1024, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
 OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
@@ -259,3 +261,22 @@ class TestCalibrationFile:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         assert calibration_file(EngineConfig()).parent == tmp_path / "home" / ".cache" / "fiddler"
+
+
+class TestRooms:
+    @given(st.integers(1, 5000))
+    def test_rows_fit_with_few_zeros_and_few_cuts(self, n_rows: int) -> None:
+        sizes = rooms(n_rows)
+        assert set(sizes) <= set(ROOMS)
+        assert sum(sizes[:-1]) < n_rows <= sum(sizes)
+        assert n_rows <= FEW or sum(sizes) <= n_rows * (1 + MOST_ZEROS)
+        assert len(sizes) <= n_rows // ROOMS[-1] + 4
+
+    @pytest.mark.parametrize("n_rows", [1, 5, 33, 130, 500, 1500])
+    @pytest.mark.parametrize("matmul", [linear, rows_last])
+    def test_the_product_is_the_same(self, matmul: Matmul, n_rows: int) -> None:
+        x, weight, bias = torch.randn(n_rows, 64), torch.randn(48, 64), torch.randn(48)
+        expected = torch.nn.functional.linear(*(t.bfloat16().double() for t in (x, weight, bias)))
+        made = matmul(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+        assert made.shape == expected.shape
+        torch.testing.assert_close(made.double(), expected, rtol=2e-2, atol=2e-1)

@@ -26,7 +26,7 @@ class ExpertFormula:
         """Whether it is `silu(gate) * up` and no more. The activation is tried: its class may be anybody's."""
         if not self.gated or self.gate is not None or self.post_norm is not None or self.activation is None:
             return False
-        sample = torch.linspace(-99.0, 99.0, 256)
+        sample = torch.linspace(-99.0, 99.0, 256, dtype=torch.float32, device="cpu")
         return torch.equal(self.activation(sample), F.silu(sample))
 
 

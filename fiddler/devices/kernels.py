@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fiddler.devices.base import Matmul
 from fiddler.devices.native import MOST_ROWS, Native
+from fiddler.devices.rooms import in_rooms
 
 KernelName = Literal["linear", "rows_last", "vector", "native"]
 
@@ -39,14 +40,21 @@ def shape_key(weight: Tensor) -> ShapeKey:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x Wᵀ + b`, `[n, out]`, rows first."""
+    return in_rooms(_linear, x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
 def rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the same, computed as `(W xᵀ)ᵀ`: a transposed view."""
-    weight = _without_gaps(weight)
+    """Return the same, computed as `(W xᵀ)ᵀ`."""
+    return in_rooms(_rows_last, x, _without_gaps(weight), bias)
+
+
+def _rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.shape[0] == 1:  # one column would take torch's matrix-vector path: two keep the AMX tiles
-        return rows_last(x.expand(2, -1), weight, bias)[:1]
+        return _rows_last(x.expand(2, -1), weight, bias)[:1]
     y = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
     return y.t()
 

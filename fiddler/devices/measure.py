@@ -21,6 +21,7 @@ from fiddler.cost.curve import Curve
 from fiddler.cost.model import Contention, CostModel, ExpertCosts
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.sim import SimDevice
+from fiddler.devices.threads import set_own_threads
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -170,7 +171,8 @@ class Bench:
 
     def _rows(self, layer: int, n_rows: int) -> Tensor:
         sample = self.host.weights(layer, 0).up[0]
-        return torch.randn(n_rows, sample.shape[1]).to(sample.dtype)
+        numbers = torch.Generator().manual_seed(0)  # nobody else's random numbers are used up
+        return torch.randn(n_rows, sample.shape[1], generator=numbers, dtype=torch.float32).to(sample.dtype)
 
 
 def curve_of(run: Callable[[int], float]) -> tuple[Curve, Points]:
@@ -198,7 +200,7 @@ def _beside(copies: Copies) -> Iterator[list[float]]:
     stop, begun, taken, n_threads = Event(), Event(), list[float](), torch.get_num_threads()
 
     def work() -> None:
-        torch.set_num_threads(n_threads)  # each thread has its own setting
+        set_own_threads(n_threads)
         try:
             for seconds in copies(None):
                 taken.append(seconds)

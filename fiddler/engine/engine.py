@@ -33,8 +33,10 @@ class Engine:
 
     `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
     options resolve to. The engine is an async context manager; it works under asyncio and trio, in a thread and an
-    event loop of its own, so torch never blocks the caller's. Opening raises `ModelError`, `ConfigError`,
-    `EngineFailedError` where the process lacks a thread or file descriptors, or what a loader raises.
+    event loop of its own, so torch never blocks the caller's. Once open, it neither reads nor changes what holds
+    for the whole process: default dtype, random numbers, threads, logging, warnings. Opening raises `ModelError`,
+    `ConfigError`, `EngineFailedError` where the process lacks a thread or file descriptors, or what a loader
+    raises.
 
     Closing ends what is in flight with `EngineClosedError`. An engine that nobody holds any more, with no stream
     that has not ended, is closed; so is one that is open when the program ends. One that fails ends what is in

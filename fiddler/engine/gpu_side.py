@@ -21,6 +21,7 @@ from fiddler.devices.cuda import CudaGpu
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
+from fiddler.devices.threads import set_own_threads
 from fiddler.engine.gpu_costing import calibrate_gpu
 from fiddler.engine.gpu_room import divided
 from fiddler.engine.graphs import Graphs
@@ -178,7 +179,7 @@ def _costs(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> CostMo
 
 @contextmanager
 def torch_worker(n_threads: int) -> Generator[None]:
-    """Be a lane's worker: modes and thread counts are each thread's own in torch."""
-    torch.set_num_threads(n_threads)
+    """Be a lane's worker, with modes and a thread count of its own."""
+    set_own_threads(n_threads)
     with torch.inference_mode():
         yield

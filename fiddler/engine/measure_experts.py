@@ -166,7 +166,9 @@ class GpuExperts:
         gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing, self.jobs.host.weights(layer, 0).up[0]
 
         def ask() -> Ask:
-            hidden = torch.randn(n_rows, weight.shape[1], device=gpu.device).to(weight.dtype)
+            numbers = torch.Generator(gpu.device).manual_seed(0)  # nobody else's random numbers are used up
+            shape = n_rows, weight.shape[1]
+            hidden = torch.randn(shape, generator=numbers, device=gpu.device, dtype=torch.float32).to(weight.dtype)
             index = torch.arange(n_experts, device=gpu.device).expand(n_rows, -1)
             return Ask(layer, hidden, index, torch.ones_like(index, dtype=torch.float32), None)
 

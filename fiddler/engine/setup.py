@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from fiddler.config import EngineConfig, most_threads
 from fiddler.devices.calibrate import MIN_BYTES, calibrated_kernels
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
+from fiddler.devices.threads import set_own_threads
 from fiddler.errors import ConfigError
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models import dense
@@ -44,7 +43,7 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
     """
     sample = loaded.weights(0, 0)
     tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
-    torch.set_num_threads(config.threads or (1 if tiny else min(default, most_threads())))
+    set_own_threads(config.threads or (1 if tiny else min(default, most_threads())))
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:

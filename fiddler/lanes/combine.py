@@ -12,7 +12,7 @@ def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
     """Return the rows `[n, H]` of `hidden` `[T, H]` in the work's order, one per visit."""
     if hidden.shape[0] == 1:
         return hidden.expand(len(work.order), -1)
-    return hidden.index_select(0, torch.tensor([p // top_k for p in work.order], dtype=torch.long))
+    return hidden.index_select(0, torch.tensor([p // top_k for p in work.order], dtype=torch.long, device="cpu"))
 
 
 def combine(outputs: Tensor, order: Sequence[int], weights: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def combine(outputs: Tensor, order: Sequence[int], weights: Tensor) -> Tensor:
         rows[position] = row
     if dropped < len(rows):
         outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
-    return summed(outputs.index_select(0, torch.tensor(rows, dtype=torch.long)), weights)
+    return summed(outputs.index_select(0, torch.tensor(rows, dtype=torch.long, device="cpu")), weights)
 
 
 def summed(visits: Tensor, weights: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
-"""The dense part on the CPU: linear layers multiply with the calibrated kernels, from aligned memory."""
+"""The dense part on the CPU: linear layers multiply with the calibrated kernels, from aligned memory.
 
-from collections.abc import Iterator
+Routers multiply by themselves, and have weights that know how.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fiddler.devices.kernels import Kernels
+from fiddler.devices.kernels import Kernels, linear
 
 ALIGNMENT = 64
 """Bytes of a cache line. Weights that transformers left in the mapped file lie wherever its header ends, and
@@ -20,15 +25,45 @@ def matrices(model: nn.Module) -> Iterator[Tensor]:
 
 
 def accelerate(model: nn.Module, kernels: Kernels) -> None:
-    """Let every linear layer use `kernels`, and move what is not aligned into memory that is."""
+    """Let every 16-bit linear layer use `kernels`, and move what is not aligned into memory that is."""
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
-    if not kernels.choice:
-        return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or weight.dtype == torch.float32:
+            continue
+        if type(module) is nn.Linear:
             module.forward = _Linear(module, kernels)  # type: ignore[method-assign, assignment]
+        elif not isinstance(module, nn.Embedding):
+            module.weight = _Weight.of(weight)
+
+
+class _Weight(Tensor):
+    """A weight that its module multiplies with by itself: `F.linear` finds its way to our own."""
+
+    @classmethod
+    def of(cls, weight: nn.Parameter) -> Any:
+        """Return a parameter with the same memory."""
+        parameter: Any = weight.detach().as_subclass(cls)
+        parameter._is_param = True  # what `nn.Parameter` goes by
+        return parameter
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            known = func is F.linear and not kwargs and args[0].dtype == args[1].dtype
+            return _linear(*args) if known else func(*args, **(kwargs or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], -1)
 
 
 class _Linear:

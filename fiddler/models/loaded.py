@@ -12,6 +12,7 @@ from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import UnsupportedModelError
 from fiddler.models import attention, seam
+from fiddler.models.alone import alone
 from fiddler.models.dry import can_pack, dry_step
 from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
@@ -88,6 +89,8 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     make_store = PackedStore if resolved.store == "packed" else MappedStore
     store = make_store(checkpoint, layout, dtype)
     checkpoint.check()  # what was read until now is what the headers say
+    with alone():
+        text = Text.open(folder, trust_remote_code=options.trust_remote_code)
     return ServableModel(
         model=skeleton,
         experts=experts,
@@ -96,7 +99,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         weights=store.weights,
         store=store,
         top_k=experts_per_token(config),
-        text=Text.open(folder, trust_remote_code=options.trust_remote_code),
+        text=text,
         resolved=resolved,
         packed=packed,
     )

@@ -19,6 +19,9 @@ from fiddler.types import ExpertWeights
 NAME = "fiddler"
 """The experts implementation's name in transformers' registry."""
 
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+"""What an experts module may hold of its experts, each stacked `[E, …]`."""
+
 ExpertsModule = Any
 """An experts module of transformers; typed `Any`, for `nn.Module` knows none of the seam's flags."""
 
@@ -122,3 +125,18 @@ def module_weights(module: ExpertsModule, expert: int) -> ExpertWeights:
         return ExpertWeights((matrices[0],), matrices[1])
     biases = [getattr(module, f"{name}_bias")[expert] for name in (up, "down_proj")]
     return ExpertWeights((matrices[0],), matrices[1], (biases[0],), biases[1])
+
+
+def own_tensors(module: ExpertsModule) -> tuple[Tensor, ...] | None:
+    """Return a loaded module's parameters; `None` where one of them is computed, by an adapter say."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    names = (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if module.has_bias else ()))
+    tensors = tuple(module._parameters.get(name) for name in names)
+    return None if any(tensor is None for tensor in tensors) else tensors
+
+
+def own_forward(module: ExpertsModule) -> Callable[..., Any]:
+    """Return the forward that a module's class had before transformers put its registry in front."""
+    found: Any = (vars(cls).get("forward") for cls in type(module).__mro__)
+    forward: Callable[..., Any] = next(each.__wrapped__ for each in found if hasattr(each, "__wrapped__"))
+    return forward

@@ -1,9 +1,6 @@
 """A transformers model without its experts: dense weights loaded as usual, expert tensors never read."""
 
-import logging
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
@@ -13,10 +10,10 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging as transformers_logging
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.models import seam
+from fiddler.models.alone import alone
 from fiddler.models.towers import text_lacks
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import CONFIG, read_raw
@@ -41,9 +38,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         code = "; it brings its own code: set trust_remote_code=True to run it" if "auto_map" in raw else ""
         raise UnsupportedModelError(f"transformers {transformers.__version__} does not know {kind!r}{code}")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with alone():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
         if not isinstance(config.get_text_config(), PretrainedConfig):
             raise TypeError("its text_config is no configuration")
     except Exception as error:
@@ -146,7 +144,7 @@ def load_skeleton(
     cls: Any = _hollow(whole, _most(checkpoint))
     config._experts_implementation = seam.NAME
     try:
-        with _quiet():
+        with alone():
             model, report = cls.from_pretrained(
                 None,  # one reader for all: two would answer two questions of which files are the checkpoint
                 state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
@@ -222,7 +220,7 @@ def meta_skeleton(
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
     cls: Any = _hollow(whole, most)
     try:
-        with torch.device("meta"), _quiet():
+        with alone(), torch.device("meta"):
             skeleton: PreTrainedModel = cls(config)
     except ModelError:
         raise
@@ -265,20 +263,17 @@ def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
-_UP_OR_DOWN = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-
-
 def _empty(module: seam.ExpertsModule) -> None:
     """Replace the experts' parameters by zero-size tensors that are not parameters.
 
     Outside the state dict no checkpoint tensor finds them; marked as initialised, transformers leaves them alone.
     """
     module._shapes = {}
-    for name in _UP_OR_DOWN:
+    for name in seam.PARAMETERS:
         if isinstance(parameter := getattr(module, name, None), torch.nn.Parameter):
             module._shapes[name] = tuple(parameter.shape)
             delattr(module, name)
-            placeholder: Any = torch.empty(0, device="cpu")
+            placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
             placeholder._is_hf_initialized = True
             setattr(module, name, placeholder)
 
@@ -295,20 +290,3 @@ def _check(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     for path, module in seam.find_experts(model).items():
         if module.down_proj.numel():
             raise ModelError(f"{path}: transformers replaced the experts while loading")
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence reports of the experts we keep out on purpose, and progress bars of the part that is quick."""
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

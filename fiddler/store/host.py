@@ -1,7 +1,7 @@
 """The experts' weights on the host, as views of the mapped checkpoint."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -96,8 +96,9 @@ def _bits_hang_on_alignment() -> bool:
     """Try it: the same product, the matrix on a boundary and one float further."""
     n = 64
     with torch.inference_mode(False):
-        weight, x = torch.linspace(-1.0, 1.0, n * n).sin().view(n, n), torch.linspace(0.0, 2.0, n).cos()[None]
-        room = torch.empty(n * n + 1)
+        line = partial(torch.linspace, dtype=torch.float32, device="cpu")
+        weight, x = line(-1.0, 1.0, n * n).sin().view(n, n), line(0.0, 2.0, n).cos()[None]
+        room = torch.empty(n * n + 1, dtype=torch.float32, device="cpu")
         off = room[1:].view(n, n).copy_(weight)
         return any(not torch.equal(F.linear(rows, weight), F.linear(rows, off)) for rows in (x, x.repeat(3, 1)))
 

@@ -7,11 +7,11 @@ safetensors' own, is refused by Linux's overcommit accounting. Python's `mmap` w
 import ctypes
 import mmap
 import os
-import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from weakref import finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +42,7 @@ class Mapping:
         self._stamp = _Stamp.of(os.fstat(stream.fileno()))
         self._change: str | None = None
         buffer = _map(stream.fileno(), self._stamp.size)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            self.bytes: Tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self.bytes: Tensor = torch.frombuffer(buffer, dtype=torch.uint8)
         """All of the file; to write to it ends the process."""
         self._guarded = Guarded(self.bytes.data_ptr(), self._stamp.size)
         if _POSIX:
@@ -89,7 +87,11 @@ _FAILED = ctypes.c_void_p(-1).value
 def _map(descriptor: int, size: int) -> Any:
     """Return a buffer over a file; the descriptor is not needed any more."""
     if not _POSIX:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        # By its address: torch warns of a buffer that it may not write, and all threads share one list of filters.
+        array = np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        buffer: Any = (ctypes.c_uint8 * size).from_address(array.ctypes.data)
+        buffer.mapped = array
+        return buffer
     address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     if address == _FAILED:
         number = ctypes.get_errno()

@@ -1,0 +1,174 @@
+"""A transformers model whose experts lie outside of it, in the checkpoint's files: what cannot hold is refused.
+
+Its experts' parameters are no attributes of its modules. Whatever would save, convert, move or replace them would
+miss them without a word. It runs, it is copied, its dense part may learn and be adapted.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fiddler.errors import ModelError
+from fiddler.models import seam
+
+WHOLE = "load the model with transformers and give it to fiddler.attach(model): it keeps its own weights then"
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
+
+def keep_outside(model: PreTrainedModel, folder: str) -> None:
+    """Refuse, from now on, what would need the experts of a model to be inside; they lie in `folder`."""
+    for experts in seam.find_experts(model).values():
+        _derive(experts, _Experts)
+        experts.__dict__["_whole"] = (model,)  # in a tuple, or it would be a child
+        experts._folder, experts._probe = folder, torch.empty(0, dtype=model.dtype, device="cpu")
+        for name in seam.PARAMETERS:
+            experts.__dict__.pop(name, None)
+    for module in list(model.modules()):
+        inside = tuple(each for each in module.modules() if isinstance(each, _Experts))
+        if inside and not isinstance(module, _Experts):
+            _derive(module, _Model if module is model else _Holder)
+            module.__dict__["_outside"] = inside
+
+
+def is_outside(model: PreTrainedModel) -> bool:
+    """Whether a model's experts lie outside of it."""
+    return isinstance(model, _Model)
+
+
+def _derive(module: Any, guard: type) -> None:
+    """Let a module be of its own class still, and of `guard`."""
+    own = type(module)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    module.__class__ = type(own.__name__, (guard, own), names)
+
+
+def _adapted(model: PreTrainedModel) -> bool:
+    """Whether peft has put adapters into a model."""
+    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+class _OutsideError(ModelError, AttributeError):
+    """So that `hasattr` says no, and a default is taken."""
+
+
+class _Copied(nn.Module):
+    """A module that is copied but not pickled; the experts, which nobody changes, are shared."""
+
+    def __copy__(self) -> Any:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update({n: v if n == "_fiddler" else deepcopy(v, memo) for n, v in vars(self).items()})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.refuse("pickling the model", "would leave them out", "attach to that folder again where it is needed")
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        raise NotImplementedError
+
+
+class _Experts(_Copied):
+    """An experts module without its experts."""
+
+    _whole: tuple[PreTrainedModel]
+    _folder: str
+    _probe: torch.Tensor
+    _shapes: Mapping[str, tuple[int, ...]]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in seam.PARAMETERS:
+            raise _OutsideError(f"{name} is not in the model but in {self._folder}; {WHOLE}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in seam.PARAMETERS:
+            self.refuse(f"setting {name}", "would have no effect")
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in seam.PARAMETERS:
+            self.refuse(f"setting {name}", "would have no effect")
+        super().register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not _adapted(*self._whole):  # of an adapted model the adapters are saved, and nothing else
+            self.refuse("state_dict()", "would leave them out", f"copy that folder, or {WHOLE}")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(name.startswith(prefix) and name.removeprefix(prefix) in seam.PARAMETERS for name in state_dict):
+            self.refuse("load_state_dict()", "would leave them as they are")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Any:
+        self.check(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def check(self, convert: Convert) -> None:
+        """Refuse a conversion to another dtype or device."""
+        probe = self._probe
+        try:
+            made = convert(probe)
+        except Exception as error:
+            raise ModelError(f"the experts lie in {self._folder} and cannot be converted: {error}") from error
+        if made.device != probe.device:
+            self.refuse(f"moving the model to {made.device}", "would leave them on the CPU")
+        if made.dtype != probe.dtype:
+            dtype = str(made.dtype).removeprefix("torch.")
+            remedy = f"open it anew with EngineConfig(dtype={dtype!r}), or {WHOLE}"
+            self.refuse(f"converting the model to {dtype}", "would leave them as they are", remedy)
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        raise ModelError(f"the experts lie in {self._folder}: {action} {why}; {remedy}")
+
+
+class _Holder(_Copied):
+    """A module that holds such modules."""
+
+    _outside: tuple[_Experts, ...]
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Any:
+        self._outside[0].check(fn)  # before anything is converted
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        self._outside[0].refuse(action, why, remedy)
+
+
+class _Model(_Holder, PreTrainedModel):
+    """A whole model that does."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # what peft leaves where it has put adapters
+            targets = [t for one in value.values() for t in getattr(one, "target_parameters", None) or ()]
+            if any(target.rpartition(".")[2] in seam.PARAMETERS for target in targets):
+                self.refuse("adapting their parameters", "would have no effect")
+        super().__setattr__(name, value)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if not _adapted(self):
+            self.refuse("save_pretrained()", "would leave them out", f"copy that folder, or {WHOLE}")
+        super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.refuse("push_to_hub()", "would leave them out", f"upload that folder, or {WHOLE}")
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        self.refuse("set_experts_implementation()", "would not find them")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the experts' parameters too, which never learn."""
+        inside = super().num_parameters(only_trainable, exclude_embeddings)
+        sizes = (torch.Size(shape).numel() for module in self._outside for shape in module._shapes.values())
+        return inside if only_trainable else inside + sum(sizes)
