@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
-from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
+from fiddler.engine.loop import Close, Command, End, EngineLoop
 from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
 from fiddler.engine.setup import choose_kernels, choose_threads
@@ -99,7 +99,8 @@ class Engine:
         channel: Channel[Item] = Channel()
         submission = Submission(prompt, options, channel)
         inbox = self._inbox
-        inbox.push(Submit(submission))
+        assert self._loop is not None
+        self._loop.submit(submission)
         return TokenStream(channel, lambda: inbox.push(End(submission)))
 
     async def generate(
@@ -131,7 +132,7 @@ class Engine:
         return self._opened().resolved.longest
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
+        """Return how many tokens a prompt takes; waits for the answer. Raises as a stream does, for the prompt."""
         return len(self._opened().text.encode(prompt))
 
     def _opened(self) -> ServableModel:
@@ -141,7 +142,10 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer; `None` where it has none, or the engine is not open."""
+        """A copy of the checkpoint's tokenizer, for the caller to use and to change: the engine does not use it.
+
+        It is made when it is first asked for; `None` where the checkpoint has none, or the engine is not open.
+        """
         return self._loaded.text.tokenizer if self._loaded is not None else None
 
     def statistics(self) -> Statistics:

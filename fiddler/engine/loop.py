@@ -1,15 +1,16 @@
 """The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import torch
 
 from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.forward import Outcome
 from fiddler.engine.kv_room import KvRoom
+from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
@@ -22,9 +23,18 @@ from fiddler.types import Statistics
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A caller wants a request run."""
+    """A caller wants a request run; its prompt may be on its way to be read already."""
 
     submission: Submission
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A prompt was read, or refused."""
+
+    submission: Submission
+    found: Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +49,16 @@ class Close:
     """The engine is to end."""
 
 
-Command = Submit | End | Close
+Command = Submit | Read | End | Close
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request that does not run yet; its prompt is being read until there is a `request`."""
+
+    submission: Submission
+    reading: Reading
+    request: Request | None = None
 
 
 @dataclass(slots=True)
@@ -75,8 +94,8 @@ class EngineLoop:
         self._room = KvRoom(loaded.resolved.kv_tokens, rig.steps.arena)
         self.trace = rig.trace
         self.recorder = rig.recorder
-        self._waiting: deque[Submission] = deque()
-        self._next: Request | None = None  # the first that waits, opened, if it waits for room
+        self._readings = Readings(loaded.text, self._longest, self._tell)
+        self._waiting: list[_Waiting] = []  # in the order they came in
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
         self._counters = _Counters()
@@ -84,23 +103,33 @@ class EngineLoop:
         self.statistics = self._snapshot()
         """The state after the latest step; replaced whole, so any thread may read it."""
 
+    def submit(self, submission: Submission) -> None:
+        """Take a request, from any thread: its prompt is read at once, whatever the engine's thread is doing."""
+        reading = Reading(submission)
+        self._inbox.push(Submit(submission, reading))
+        self._readings.put(reading)
+
     async def serve(self) -> None:
         """Run until a `Close`; however it ends, requests still in flight then end with `EngineClosedError`."""
         try:
+            self._readings.start()
             with torch.inference_mode():
                 await self._rig.runner.preload()
                 while not self._closing:
                     await self._turn()
         finally:
+            self._readings.close()
             self._abandon()
             self._publish()
             await self._rig.aclose()
 
     async def _turn(self) -> None:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
-        if not self._running and not self._waiting:
-            command = await self._inbox.receive()
-            self._apply([command])
+        if not self._running and self._first() is None:
+            # Who has been read and waits for one that has not been is let in when that proves to be slow.
+            some = any(waiting.request is not None for waiting in self._waiting)
+            with anyio.move_on_after(PATIENCE_S if some else None):
+                self._apply([await self._inbox.receive()])
         self._apply(self._inbox.drain())
         self._admit()
         self._publish()
@@ -111,49 +140,88 @@ class EngineLoop:
     def _apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
-                case Submit(submission):
-                    self._waiting.append(submission)
+                case Submit(submission, reading):
+                    self._take(submission, reading)
+                case Read(submission, found):
+                    self._found(submission, found)
                 case End(submission):
                     self._leave(submission)
                 case Close():
                     self._closing = True
 
+    def _take(self, submission: Submission, reading: Reading | None) -> None:
+        if reading is None:
+            reading = Reading(submission)
+            self._readings.put(reading)
+        self._waiting.append(_Waiting(submission, reading))
+
+    def _tell(self, reading: Reading, found: Found) -> None:
+        """Be told by a thread that reads."""
+        self._inbox.push(Read(reading.submission, found))
+
+    def _found(self, submission: Submission, found: Found) -> None:
+        """Open the request whose prompt was read, or end it with what is wrong with it."""
+        waiting = next((w for w in self._waiting if w.submission is submission), None)
+        if waiting is None:  # its caller left
+            return
+        try:
+            if isinstance(found, FiddlerError):
+                raise found
+            waiting.request = self._open(submission, found)
+        except FiddlerError as error:
+            self._outbox.append((submission, error))
+        except Exception as error:  # one request's failure is not the engine's
+            self._outbox.append((submission, _failure("the request could not be opened", error)))
+        if waiting.request is None:
+            self._waiting.remove(waiting)
+
     def _leave(self, submission: Submission) -> None:
         n_before = len(self._waiting) + len(self._running)
-        self._waiting = deque(s for s in self._waiting if s is not submission)
+        for waiting in [w for w in self._waiting if w.submission is submission]:
+            waiting.reading.asking.give_up()
+            self._waiting.remove(waiting)
         for request in [r for r in self._running if r.submission is submission]:
             self._drop(request)
         self._counters.n_cancelled += n_before - len(self._waiting) - len(self._running)
 
+    def _first(self) -> _Waiting | None:
+        """Return who is let in next: the first that came, but nobody waits for long for one that is being read."""
+        for waiting in self._waiting:
+            if waiting.request is not None:
+                return waiting
+            if not waiting.reading.slow:
+                return None
+        return None
+
     def _admit(self) -> None:
         """Let requests run in the order they came in; one that has to wait for room is not overtaken."""
-        while self._waiting and len(self._running) < self._max_running:
-            submission = self._waiting[0]
-            try:
-                if self._next is None or self._next.submission is not submission:
-                    self._next = self._open(submission)
-                if not self._enter(self._next):
-                    return
-                self._outbox.append((submission, Admitted()))
-            except FiddlerError as error:
-                self._outbox.append((submission, error))
-            except Exception as error:  # a tokenizer's own failure is one request's, not the engine's
-                self._outbox.append((submission, _failure("the request could not be opened", error)))
-            self._waiting.popleft()
-            self._next = None
+        while len(self._running) < self._max_running and (first := self._first()) is not None:
+            assert first.request is not None
+            if not self._enter(first.request):
+                return
+            self._waiting.remove(first)
+            self._outbox.append((first.submission, Admitted()))
 
-    def _open(self, submission: Submission) -> Request:
-        options = submission.options
-        text = self._loaded.text
-        prompt_ids = text.encode(submission.prompt)
+    @property
+    def _longest(self) -> int:
+        """Tokens a prompt and its completion can have at most."""
+        max_context, n_room = self._loaded.resolved.max_context, self._room.n_tokens
+        return max_context if n_room is None else min(max_context, n_room)
+
+    def _open(self, submission: Submission, found: list[int] | int) -> Request:
+        options, resolved = submission.options, self._loaded.resolved
+        prompt_ids = [] if isinstance(found, int) else found
+        n_prompt = found if isinstance(found, int) else len(found)
+        n_limit = token_limit(
+            n_prompt, options, resolved.max_context, self._room.n_tokens, counted=not isinstance(found, int)
+        )
         self._check_ids(prompt_ids)
-        max_context = self._loaded.resolved.max_context
         return Request(
             submission=submission,
             prompt_ids=prompt_ids,
-            n_limit=token_limit(len(prompt_ids), options, max_context, self._room.n_tokens),
+            n_limit=n_limit,
             sampler=Sampler(options),
-            decoder=text.decoder(prompt_ids, options.stop_strings),
+            decoder=self._loaded.text.decoder(prompt_ids, options.stop_strings),
         )
 
     def _enter(self, request: Request) -> bool:
@@ -239,7 +307,7 @@ class EngineLoop:
                 self._outbox.append((request.submission, _failure(what, error)))
 
     def _abandon(self) -> None:
-        left = [*(r.submission for r in self._running), *self._waiting]
+        left = [r.submission for r in self._running] + [w.submission for w in self._waiting]
         left += [c.submission for c in self._inbox.drain() if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
         for request in tuple(self._running):

@@ -12,9 +12,10 @@ from fiddler.engine.recorder import SequenceRecord
 from fiddler.engine.stream import Item
 from fiddler.errors import PromptError
 from fiddler.lanes.channel import Channel
+from fiddler.models.decoder import Decoder
 from fiddler.models.kv import SequenceKV
 from fiddler.models.sampling import Sampler, SamplingOptions
-from fiddler.models.text import Decoder, Prompt
+from fiddler.models.text import Prompt
 from fiddler.types import FinishReason, Token, Usage
 
 
@@ -86,26 +87,33 @@ class Request:
         return Token(token_id, text + self.decoder.flush(), logprob, reason, usage)
 
 
-def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_tokens: int | None = None) -> int:
+def token_limit(
+    n_prompt: int,
+    options: SamplingOptions,
+    max_context: int,
+    kv_tokens: int | None = None,
+    *,
+    counted: bool = True,
+) -> int:
     """Return how many tokens a request may make: as many as there is room for, where it does not say.
 
-    `kv_tokens` is the room for keys and values of all requests together, `None` without limit. Raises `PromptError`
-    where the context or that room cannot hold the request, naming the smaller.
+    `kv_tokens` is the room for keys and values of all requests together, `None` without limit. A prompt not
+    `counted` has `n_prompt` tokens or more. Raises `PromptError` where the context or that room cannot hold the
+    request, naming the smaller.
     """
     longest, name, remedy = max_context, f"the context of {max_context}", ""
     if kv_tokens is not None and kv_tokens < max_context:
         longest, name, remedy = kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher"
     room = longest - n_prompt
+    n = f"{n_prompt}" if counted else f"at least {n_prompt}"
     wanted = options.max_new_tokens
     if wanted is None and options.max_length is not None:
         wanted = options.max_length - n_prompt
     if room < 1:
-        raise PromptError(
-            f"the prompt is too long: {n_prompt} tokens leave no room within {name}; shorten it{remedy}"
-        )
+        raise PromptError(f"the prompt is too long: {n} tokens leave no room within {name}; shorten it{remedy}")
     if wanted is not None and wanted < 1:
         raise PromptError(
-            f"the prompt is too long: {n_prompt} tokens leave no room within {options.max_length}; shorten it"
+            f"the prompt is too long: {n} tokens leave no room within {options.max_length}; shorten it"
         )
     if wanted is not None and wanted > room:
         raise PromptError(
