@@ -145,9 +145,11 @@ class TestTemplates:
         thread.start()
         for _ in range(20):
             assert text.encode(MESSAGES) == text.encode("fine")
+        workers = workers_of(server_of(text))
         asking.give_up()
         thread.join(WAIT_S)
         assert len(ended) == 1
+        until(lambda: len(workers_of(server_of(text))) < len(workers))
 
 
 class TestTokenizers:

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from fiddler.errors import CheckpointError, PromptError
+from fiddler.models.reading import TooMany
 from fiddler.models.text import Text
 from tests.support.texts import bytewise, trained, wordpiece
 from tests.support.tiny import tiny_tokenizer
@@ -220,19 +221,20 @@ class TestTooLong:
     """What cannot fit is refused by its beginning."""
 
     def test_ids_by_their_number(self) -> None:
-        assert bytewise().read([3] * 513, 512) == 513
+        assert bytewise().read([3] * 513, 512) == TooMany(513, counted=True)
         assert bytewise().read([3] * 512, 512) == [3] * 512
-        assert Text(None).read([None] * 10**6, 512) == 10**6  # type: ignore[list-item]
+        assert Text(None).read([None] * 10**6, 512) == TooMany(10**6, counted=True)  # type: ignore[list-item]
 
     @pytest.mark.parametrize("text", ["a" * 4_000_000, "😀" * 1_000_000], ids=["letters", "emoji"])
     def test_text_by_a_part_of_it(self, text: str) -> None:
         found = bytewise().read(text, 512)
-        assert isinstance(found, int)
-        assert 512 < found <= 4 * 4096
+        assert isinstance(found, TooMany)
+        assert not found.counted
+        assert 512 < found.n_tokens <= 4 * 4096
 
     def test_what_a_template_makes_by_a_part_of_it(self) -> None:
         found = bytewise().read([{"role": "user", "content": "word " * 200_000}], 512)
-        assert isinstance(found, int)
+        assert isinstance(found, TooMany)
 
     @given(
         words=st.text(alphabet="ab é日\n", max_size=40), n_times=st.integers(1, 400), n_most=st.integers(1, 3000)
@@ -243,7 +245,7 @@ class TestTooLong:
         prompt = "x" + words * n_times
         n_tokens = len(text().encode(prompt))
         found = text().read(prompt, n_most)
-        if isinstance(found, int):
+        if isinstance(found, TooMany):
             assert n_tokens > n_most
         else:
             assert len(found) == n_tokens

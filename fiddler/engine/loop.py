@@ -17,6 +17,7 @@ from fiddler.engine.stream import Admitted, Item
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
 from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
+from fiddler.models.reading import TooMany
 from fiddler.models.sampling import Sampler
 from fiddler.types import Statistics
 
@@ -208,20 +209,18 @@ class EngineLoop:
         max_context, n_room = self._loaded.resolved.max_context, self._room.n_tokens
         return max_context if n_room is None else min(max_context, n_room)
 
-    def _open(self, submission: Submission, found: list[int] | int) -> Request:
+    def _open(self, submission: Submission, found: list[int] | TooMany) -> Request:
         options, resolved = submission.options, self._loaded.resolved
-        prompt_ids = [] if isinstance(found, int) else found
-        n_prompt = found if isinstance(found, int) else len(found)
-        n_limit = token_limit(
-            n_prompt, options, resolved.max_context, self._room.n_tokens, counted=not isinstance(found, int)
-        )
-        self._check_ids(prompt_ids)
+        n_prompt, counted = (found.n_tokens, found.counted) if isinstance(found, TooMany) else (len(found), True)
+        n_limit = token_limit(n_prompt, options, resolved.max_context, self._room.n_tokens, counted=counted)
+        assert not isinstance(found, TooMany)  # there is no room for it
+        self._check_ids(found)
         return Request(
             submission=submission,
-            prompt_ids=prompt_ids,
+            prompt_ids=found,
             n_limit=n_limit,
             sampler=Sampler(options),
-            decoder=self._loaded.text.decoder(prompt_ids, options.stop_strings),
+            decoder=self._loaded.text.decoder(found, options.stop_strings),
         )
 
     def _enter(self, request: Request) -> bool:

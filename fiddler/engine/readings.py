@@ -8,15 +8,15 @@ from threading import Lock, Thread
 from time import monotonic
 
 from fiddler.engine.request import Submission
-from fiddler.errors import FiddlerError, PromptError
-from fiddler.models.reading import Asking
+from fiddler.errors import EngineClosedError, FiddlerError, PromptError
+from fiddler.models.reading import Asking, TooMany
 from fiddler.models.text import Text
 
 N_THREADS = 4
 """Prompts read at once; the threads wait for the process that reads."""
-PATIENCE_S = 0.1
+PATIENCE_S = 0.5
 """How long a prompt's reading may hold up those that were read before it, once it has begun."""
-_QUEUE_PATIENCE_S = 2.0
+QUEUE_PATIENCE_S = 2.0
 """The same where it has not begun: all threads are taken, or the process is not ready."""
 _LEAVE_S = 5.0
 """Longest wait for a thread at the end: one in a tokenizer's own Python code may never return."""
@@ -35,11 +35,11 @@ class Reading:
         """Whether requests that came later need not wait for it."""
         now_s = monotonic()
         began_s = self.asking.began_s
-        return now_s > self.since_s + _QUEUE_PATIENCE_S or (began_s is not None and now_s > began_s + PATIENCE_S)
+        return now_s > self.since_s + QUEUE_PATIENCE_S or (began_s is not None and now_s > began_s + PATIENCE_S)
 
 
-Found = list[int] | int | FiddlerError
-"""A prompt's token ids, or how many there are at least where they surely are too many, or what is wrong with it."""
+Found = list[int] | TooMany | FiddlerError
+"""A prompt's token ids, or what is wrong with it."""
 
 
 class Readings:
@@ -110,7 +110,7 @@ class Readings:
 
     def _find(self, reading: Reading) -> Found:
         if reading.asking.given_up:
-            return 0
+            return EngineClosedError("the request was given up")
         try:
             return self._text.read(reading.submission.prompt, self._n_most, reading.asking)
         except FiddlerError as error:

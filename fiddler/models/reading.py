@@ -37,6 +37,15 @@ _MOST_IDLE = 4
 
 
 @dataclass(frozen=True, slots=True)
+class TooMany:
+    """A prompt has more tokens than there is room for."""
+
+    n_tokens: int
+    counted: bool
+    """Whether these are all, and not those of the text's beginning."""
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A prompt to be read."""
 
@@ -94,8 +103,8 @@ class Reader:
         """Start the process and wait until it is ready. Raises `EngineFailedError`, and `EngineClosedError`."""
         self._keep(self._worker())
 
-    def ask(self, question: Question, asking: Asking | None = None) -> list[int] | int:
-        """Return a prompt's token ids, or how many there are at least where there is no room for them.
+    def ask(self, question: Question, asking: Asking | None = None) -> list[int] | TooMany:
+        """Return a prompt's token ids, unless there is no room for them.
 
         Raises `PromptError` for what the template or the tokenizer refuse or cannot do within their bounds,
         `EngineFailedError` where no process can be had, and `EngineClosedError` when given up or closed.
@@ -204,13 +213,15 @@ class _EndedError(Exception):
 class _Worker:
     """One worker's socket; one question at a time."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, kill: Callable[[int], None]) -> None:
         self._socket = sock
+        self._kill = kill
+        self._pid: int | None = None
         weakref.finalize(self, sock.close)  # one that is not closed by name goes without a warning
         self.alive = True
         self.n_answers = 0
 
-    def ask(self, question: Question) -> list[int] | int | FiddlerError:
+    def ask(self, question: Question) -> list[int] | TooMany | FiddlerError:
         """Return the answer. Raises `_EndedError`, and `PromptError` for messages that are no plain values."""
         started_s = monotonic()
         text = question.said if isinstance(question.said, str) else ""
@@ -220,6 +231,8 @@ class _Worker:
         self._socket.settimeout(_START_S + 2 * (LIMIT_S + CHARACTER_S * len(text)))
         kind, content, rendered = b"", b"", False
         try:
+            if self._pid is None:
+                (self._pid,) = process.SIZE.unpack(_frame(self._socket)[1])
             process.send(
                 self._socket,
                 (memory, question.said, question.special, question.n_most, LIMIT_S, CHARACTER_S),
@@ -242,8 +255,10 @@ class _Worker:
         return _answer(kind, content, memory)
 
     def interrupt(self) -> None:
-        """Have whoever waits for an answer see the end."""
+        """Have whoever waits for an answer see the end, and end the worker."""
         self.alive = False
+        if self._pid is not None:
+            self._kill(self._pid)
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:  # closed, or the other side is gone
@@ -254,11 +269,11 @@ class _Worker:
         self._socket.close()
 
 
-def _answer(kind: bytes, content: bytes, memory: int) -> list[int] | int | FiddlerError:
+def _answer(kind: bytes, content: bytes, memory: int) -> list[int] | TooMany | FiddlerError:
     if kind == process.IDS:
         return array("I", content).tolist()
     if kind == process.TOO_MANY:
-        return int(content)
+        return TooMany(int(content), counted=False)
     if kind == process.NO_MEMORY:
         return PromptError(f"the chat template or the tokenizer takes more than {memory >> 20} MB for this prompt")
     refused = (
@@ -296,6 +311,7 @@ class _Server:
             self._control.close()
             raise
         self._ready = Event()
+        self._ordering = Lock()
         self._end = weakref.finalize(self, _end, self._control, self._process, self._ready, os.getpid())
 
     def prepare(self, definition: dict[str, Any]) -> None:
@@ -311,12 +327,17 @@ class _Server:
         """Have a worker forked. Raises `OSError`."""
         ours, theirs = socket.socketpair()
         try:
-            with theirs:
-                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+            with theirs, self._ordering:
+                socket.send_fds(self._control, [process.FORK], [theirs.fileno()])
         except BaseException:
             ours.close()
             raise
-        return _Worker(ours)
+        return _Worker(ours, self.kill)
+
+    def kill(self, pid: int) -> None:
+        """Have a worker killed, if it has not ended."""
+        with self._ordering, suppress(OSError):  # then it has ended, and the worker with it
+            self._control.sendall(process.KILL + process.SIZE.pack(pid))
 
     def end(self) -> None:
         """End it and its workers, and wait for that."""

@@ -27,6 +27,10 @@ from typing import Any
 
 READY, UNFIT = b"y", b"n"
 """Kinds of the process itself: it can fork workers from now on, or why it never will."""
+FORK, KILL = b"f", b"k"
+"""Orders to it: fork a worker for the socket beside the order, or kill the one whose id follows."""
+BORN = b"b"
+"""A worker's first word: its id."""
 RENDERED, IDS, TOO_MANY = b"r", b"i", b"t"
 """The template is done; the token ids (uint32); how many tokens there are at least."""
 NO_CHAT, NO_TEXT, NO_MEMORY = b"c", b"x", b"m"
@@ -71,13 +75,16 @@ def main() -> None:
     _say(control, READY)
     while True:
         order, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not order:
+        if order == FORK:
+            workers.add(_fork(descriptors[0], control, reader))
+            os.close(descriptors[0])
+            _reap(workers)  # one that ended before it was known here, and who was never born
+        elif order == KILL:
+            (pid,) = SIZE.unpack(receive(control, SIZE.size))
+            if pid in workers:
+                os.kill(pid, signal.SIGKILL)
+        else:
             break
-        pid = _fork(descriptors[0], control, reader)
-        os.close(descriptors[0])
-        if pid:
-            workers.add(pid)
-            _reap(workers)  # it may have ended before it was known here
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for pid in _reap(workers):
         os.kill(pid, signal.SIGKILL)
@@ -86,6 +93,7 @@ def main() -> None:
 
 def _reap(workers: set[int]) -> set[int]:
     """Let go of the workers that have ended; return the others."""
+    workers.discard(0)
     for pid in tuple(workers):
         try:
             ended = os.waitpid(pid, os.WNOHANG)[0]
@@ -117,6 +125,7 @@ def _work(sock: socket.socket, reader: "Reader") -> None:
     """Be a worker: answer until nobody asks. One that ran out of memory says so and ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     held = _memory()
+    _say(sock, BORN, SIZE.pack(os.getpid()))
     while True:
         memory, *question = _question(sock)
         _bound(held + memory)

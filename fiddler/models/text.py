@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fiddler.errors import CheckpointError, PromptError
 from fiddler.models.decoder import Decoder, Vocabulary
 from fiddler.models.messages import plain
-from fiddler.models.reading import Asking, Question, Reader
+from fiddler.models.reading import Asking, Question, Reader, TooMany
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -77,11 +77,11 @@ class Text:
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids, however many. Raises `PromptError` where it is empty or of another kind."""
         found = self.read(prompt, None)
-        assert not isinstance(found, int)
+        assert not isinstance(found, TooMany)
         return found
 
-    def read(self, prompt: Prompt, n_most: int | None, asking: Asking | None = None) -> list[int] | int:
-        """Return a prompt's token ids, or how many there are at least if that is surely more than `n_most`.
+    def read(self, prompt: Prompt, n_most: int | None, asking: Asking | None = None) -> list[int] | TooMany:
+        """Return a prompt's token ids, unless they are surely more than `n_most`; a few more may be returned.
 
         Time and memory are bounded by `n_most`. Raises `PromptError`, and `EngineFailedError` or
         `EngineClosedError` where there is no process to read with.
@@ -93,7 +93,7 @@ class Text:
         elif prompt and isinstance(prompt[0], Mapping):
             found = self._chat(prompt, n_most, asking)
         elif n_most is not None and len(prompt) > n_most:
-            return len(prompt)
+            return TooMany(len(prompt), counted=True)
         else:
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in prompt):
                 raise PromptError("prompt must be text, token ids (whole numbers from 0) or chat messages")
@@ -122,12 +122,12 @@ class Text:
     def _vocabulary(self) -> Vocabulary | None:
         return None if self._own is None else Vocabulary.of(self._own)
 
-    def _chat(self, messages: Sequence[Any], n_most: int | None, asking: Asking | None) -> list[int] | int:
+    def _chat(self, messages: Sequence[Any], n_most: int | None, asking: Asking | None) -> list[int] | TooMany:
         if self._template is None:
             raise PromptError("this checkpoint has no chat template; give the prompt as text")
         return self._ask(Question(plain(messages), False, n_most), asking)
 
-    def _ask(self, question: Question, asking: Asking | None) -> list[int] | int:
+    def _ask(self, question: Question, asking: Asking | None) -> list[int] | TooMany:
         if self._own is None:
             raise PromptError(
                 "this checkpoint has no fast tokenizer (tokenizer.json); give the prompt as token ids"
