@@ -10,7 +10,7 @@ from time import monotonic
 from fiddler.engine.request import Submission
 from fiddler.errors import EngineClosedError, FiddlerError, PromptError
 from fiddler.models.reading import Asking, TooMany
-from fiddler.models.text import Text
+from fiddler.models.text import Prompt, Text, is_ids
 
 N_THREADS = 4
 """Prompts read at once; the threads wait for the process that reads."""
@@ -38,6 +38,8 @@ class Reading:
         return now_s > self.since_s + QUEUE_PATIENCE_S or (began_s is not None and now_s > began_s + PATIENCE_S)
 
 
+_FEW = 8192
+"""Token ids that are checked in less time than a thread takes to be asked."""
 Found = list[int] | TooMany | FiddlerError
 """A prompt's token ids, or what is wrong with it."""
 
@@ -64,7 +66,10 @@ class Readings:
             self._hire(self._prepare)
 
     def put(self, reading: Reading) -> None:
-        """Have a prompt read. Nothing happens once closed."""
+        """Have a prompt read, a few token ids here and now. Nothing happens once closed."""
+        if self._few(reading.submission.prompt):
+            self._tell(reading, self._find(reading))
+            return
         with self._lock:
             if self._closed:
                 return
@@ -82,6 +87,12 @@ class Readings:
         self._text.close()
         for thread in self._threads:
             thread.join(_LEAVE_S)
+
+    def _few(self, prompt: Prompt) -> bool:
+        try:
+            return is_ids(prompt) and (len(prompt) <= _FEW or len(prompt) > self._n_most)
+        except Exception:  # of an object that is no list: whoever reads it says so
+            return False
 
     def _hire(self, work: Callable[[], None]) -> None:
         if len(self._threads) == N_THREADS:

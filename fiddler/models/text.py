@@ -90,7 +90,7 @@ class Text:
             found = self._ask(Question(str.__str__(prompt), True, n_most), asking)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise PromptError(f"prompt must be text, token ids or chat messages, not {type(prompt).__name__}")
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif not is_ids(prompt):
             found = self._chat(prompt, n_most, asking)
         elif n_most is not None and len(prompt) > n_most:
             return TooMany(len(prompt), counted=True)
@@ -162,6 +162,13 @@ class Text:
             "template": template,
             "special_tokens": dict(own.special_tokens_map),
         }
+
+
+def is_ids(prompt: Prompt) -> bool:
+    """Return whether a prompt is meant as token ids: neither text nor messages."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
+        return False
+    return not (len(prompt) and isinstance(prompt[0], Mapping))
 
 
 def _ask_here(tokenizer: Any, question: Question) -> list[int]:
