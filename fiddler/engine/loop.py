@@ -10,6 +10,7 @@ import torch
 from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.forward import Outcome
 from fiddler.engine.kv_room import KvRoom
+from fiddler.engine.line import Line
 from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
@@ -53,15 +54,6 @@ class Close:
 Command = Submit | Read | End | Close
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """A request that does not run yet; its prompt is being read until there is a `request`."""
-
-    submission: Submission
-    reading: Reading
-    request: Request | None = None
-
-
 @dataclass(slots=True)
 class _Counters:
     n_requests: int = 0
@@ -96,7 +88,7 @@ class EngineLoop:
         self.trace = rig.trace
         self.recorder = rig.recorder
         self._readings = Readings(loaded.text, self._longest, self._tell)
-        self._waiting: list[_Waiting] = []  # in the order they came in
+        self._line = Line()
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
         self._counters = _Counters()
@@ -126,10 +118,8 @@ class EngineLoop:
 
     async def _turn(self) -> None:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
-        if not self._running and self._first() is None:
-            # Who has been read and waits for one that has not been is let in when that proves to be slow.
-            some = any(waiting.request is not None for waiting in self._waiting)
-            with anyio.move_on_after(PATIENCE_S if some else None):
+        if not self._running and self._line.first() is None:
+            with anyio.move_on_after(PATIENCE_S if self._line.held_up else None):
                 self._apply([await self._inbox.receive()])
         self._apply(self._inbox.drain())
         self._admit()
@@ -154,7 +144,7 @@ class EngineLoop:
         if reading is None:
             reading = Reading(submission)
             self._readings.put(reading)
-        self._waiting.append(_Waiting(submission, reading))
+        self._line.join(submission, reading)
 
     def _tell(self, reading: Reading, found: Found) -> None:
         """Be told by a thread that reads."""
@@ -162,7 +152,7 @@ class EngineLoop:
 
     def _found(self, submission: Submission, found: Found) -> None:
         """Open the request whose prompt was read, or end it with what is wrong with it."""
-        waiting = next((w for w in self._waiting if w.submission is submission), None)
+        waiting = self._line.find(submission)
         if waiting is None:  # its caller left
             return
         try:
@@ -174,34 +164,27 @@ class EngineLoop:
         except Exception as error:  # one request's failure is not the engine's
             self._outbox.append((submission, _failure("the request could not be opened", error)))
         if waiting.request is None:
-            self._waiting.remove(waiting)
+            self._line.leave(submission)
 
     def _leave(self, submission: Submission) -> None:
-        n_before = len(self._waiting) + len(self._running)
-        for waiting in [w for w in self._waiting if w.submission is submission]:
-            waiting.reading.asking.give_up()
-            self._waiting.remove(waiting)
+        n_before = len(self._line) + len(self._running)
+        self._line.leave(submission)
         for request in [r for r in self._running if r.submission is submission]:
             self._drop(request)
-        self._counters.n_cancelled += n_before - len(self._waiting) - len(self._running)
-
-    def _first(self) -> _Waiting | None:
-        """Return who is let in next: the first that came, but nobody waits for long for one that is being read."""
-        for waiting in self._waiting:
-            if waiting.request is not None:
-                return waiting
-            if not waiting.reading.slow:
-                return None
-        return None
+        self._counters.n_cancelled += n_before - len(self._line) - len(self._running)
 
     def _admit(self) -> None:
         """Let requests run in the order they came in; one that has to wait for room is not overtaken."""
-        while len(self._running) < self._max_running and (first := self._first()) is not None:
-            assert first.request is not None
-            if not self._enter(first.request):
-                return
-            self._waiting.remove(first)
-            self._outbox.append((first.submission, Admitted()))
+        while len(self._running) < self._max_running and (first := self._line.first()) is not None:
+            try:
+                if not self._enter(first):
+                    return
+                self._outbox.append((first.submission, Admitted()))
+            except Exception as error:  # one request's failure is not the engine's
+                if first.room is not None:
+                    self._room.release(first.room)
+                self._outbox.append((first.submission, _failure("the request could not be opened", error)))
+            self._line.leave(first.submission)
 
     @property
     def _longest(self) -> int:
@@ -306,13 +289,13 @@ class EngineLoop:
                 self._outbox.append((request.submission, _failure(what, error)))
 
     def _abandon(self) -> None:
-        left = [r.submission for r in self._running] + [w.submission for w in self._waiting]
+        left = [r.submission for r in self._running] + [w.submission for w in self._line]
         left += [c.submission for c in self._inbox.drain() if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
         for request in tuple(self._running):
             self._drop(request)
-        self._waiting.clear()
         for submission in left:
+            self._line.leave(submission)
             error = EngineClosedError("the engine was closed while the request was in flight")
             self._outbox.append((submission, error))
 
@@ -332,7 +315,7 @@ class EngineLoop:
             n_failed=counters.n_failed,
             n_cancelled=counters.n_cancelled,
             n_running=len(self._running),
-            n_waiting=len(self._waiting),
+            n_waiting=len(self._line),
             n_steps=counters.n_steps,
             n_prompt_tokens=counters.n_prompt_tokens,
             n_new_tokens=counters.n_new_tokens,
