@@ -13,7 +13,8 @@
         └── EngineFailedError              a step failed; `__cause__` holds the original error
 
 Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`,
-model construction in `models.skeleton`, prompts in `models.text` and `models.reading`, a request's options in `models.sampling`, a step in `engine.loop`.
+model construction in `models.skeleton`, prompts in `models.text` and `models.reading`, a request's options in
+`models.sampling`, a step in `engine.loop`.
 """
 
 
