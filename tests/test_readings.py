@@ -11,7 +11,15 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from fiddler import Engine, EngineClosedError, EngineConfig, GenerationConfig, PromptError, Statistics
+from fiddler import (
+    Engine,
+    EngineClosedError,
+    EngineConfig,
+    EngineFailedError,
+    GenerationConfig,
+    PromptError,
+    Statistics,
+)
 from fiddler.engine import readings
 from fiddler.models import reading
 from tests.support.tiny import CONTEXT, TEMPLATE, save_tiny
@@ -199,3 +207,19 @@ async def test_a_tokenizer_that_panics_ends_one_request(tiny: Path, tmp_path: Pa
         with pytest.raises(PromptError, match="the tokenizer refused the text"):
             engine.count_tokens("a" * 40 + "!")
         assert len([token async for token in running]) == 40
+
+
+async def test_without_threads_the_error_is_typed_and_the_next_prompt_is_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "Thread", NoThread)
+        async with Engine(tiny) as engine:
+            with anyio.fail_after(30), pytest.raises(EngineFailedError, match="no thread can be started"):
+                await engine.generate("Hello", greedy(2))
+            patch.undo()
+            assert (await engine.generate("Hello", greedy(2))).usage.completion_tokens == 2

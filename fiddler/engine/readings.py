@@ -8,7 +8,7 @@ from threading import Lock, Thread
 from time import monotonic
 
 from fiddler.engine.request import Submission
-from fiddler.errors import EngineClosedError, FiddlerError, PromptError
+from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
 from fiddler.models.reading import Asking, TooMany
 from fiddler.models.text import Prompt, Text, is_ids
 
@@ -76,6 +76,10 @@ class Readings:
             self._n_left += 1
             if self._n_left > len(self._threads):
                 self._hire(self._serve)
+            if not self._threads:
+                self._n_left -= 1
+                self._tell(reading, EngineFailedError("no thread can be started to read prompts"))
+                return
         self._queue.put(reading)
 
     def close(self) -> None:
@@ -98,16 +102,12 @@ class Readings:
         if len(self._threads) == N_THREADS:
             return
         thread = Thread(target=work, name="fiddler-reader", daemon=True)
-        try:
+        with suppress(RuntimeError):  # no more threads are to be had
             thread.start()
-        except RuntimeError:  # no more threads are to be had
-            if not self._threads:
-                raise
-            return
-        self._threads.append(thread)
+            self._threads.append(thread)
 
     def _prepare(self) -> None:
-        with suppress(FiddlerError):  # the first prompt that needs the process tries again, and is told
+        with suppress(BaseException):  # the first prompt that needs it tries again, and is told
             self._text.start()
         self._serve()
 
