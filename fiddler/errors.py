@@ -13,8 +13,8 @@
         └── EngineFailedError              a step failed, or the engine; `__cause__` holds the original error
 
 Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`,
-model construction in `models.skeleton`, a caller's prompt in `models.prompts`, a request's options in
-`models.generation`, a step in `engine.loop`.
+model construction in `models.skeleton`, a caller's prompt in `models.prompts`, its reading in `models.text` and
+`models.reading`, a request's options in `models.generation`, a step in `engine.loop`.
 """
 
 

@@ -1,6 +1,8 @@
-"""Prompts into token ids, and token ids into text as they come: whole characters, cut before a stop string."""
+"""Prompts into token ids: text, ids, or chat messages; what is refused, and with which sentence."""
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,196 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
-from fiddler.errors import PromptError
+from fiddler.errors import CheckpointError, PromptError
+from fiddler.models.reading import TooMany
 from fiddler.models.text import Text
-
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog, the end of the story",
-    "naïve café, déjà vu — 日本語の文章, 中文句子, 😀😃😄 and 👩‍👩‍👧 families",
-    "def stop(self): return self.stopped  # STOP the stopping",
-]
-ALPHABET = "abst é\u0301日本😀👩\u200d\ufe0f\n<|>STOP"
-# Without U+FFFD, which is what a decoder says for half a character.
-characters = st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")
-texts = st.one_of(st.text(alphabet=ALPHABET, max_size=30), st.text(alphabet=characters, max_size=12))
-
-
-@cache
-def trained() -> Text:
-    """A byte-level BPE whose tokens are pieces of words, and parts of characters that are rare."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS * 3, trainer)
-    return Text(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>"))
-
-
-@cache
-def bytewise() -> Text:
-    """A token a byte, with a chat template."""
-    return Text(tiny_tokenizer())
-
-
-@cache
-def spaced() -> Text:
-    """A tokenizer as Llama's: words carry their leading space, and the first space of a text is dropped."""
-    vocabulary = ["<unk>", "▁one", "▁two", ",", *(f"<0x{i:02X}>" for i in range(256))]
-    tokenizer = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-
-
-def ids_of(text: Text, words: str) -> list[int]:
-    assert text.tokenizer is not None
-    return list(text.tokenizer(words, add_special_tokens=False)["input_ids"])
-
-
-def whole(text: Text, ids: Sequence[int]) -> str:
-    """Decode at once what a decoder is given piece by piece."""
-    assert text.tokenizer is not None
-    return text.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def stream(text: Text, ids: Sequence[int], prompt: Sequence[int] = (), stops: Sequence[str] = ()) -> list[str]:
-    """Return what came out with each token, and what was held back at the end; ends at a stop string."""
-    decoder = text.decoder(prompt, stops)
-    pieces = []
-    for token in ids:
-        piece, stopped = decoder.push(token)
-        pieces.append(piece)
-        if stopped:
-            break
-    return [*pieces, decoder.flush()]
-
-
-class TestDecoder:
-    @given(words=texts, prompt=texts)
-    @settings(deadline=None)
-    @pytest.mark.parametrize("text", [trained, bytewise], ids=["trained", "bytewise"])
-    def test_pieces_add_up_to_the_text(self, text: Any, words: str, prompt: str) -> None:
-        pieces = stream(text(), ids_of(text(), words), ids_of(text(), prompt))
-        assert "".join(pieces) == words
-
-    @given(words=texts, n_bytes=st.integers(0, 30))
-    @settings(deadline=None)
-    def test_no_character_is_ever_half_there(self, words: str, n_bytes: int) -> None:
-        ids = ids_of(bytewise(), words)[:n_bytes]
-        complete = words.encode()[: len(ids)].decode(errors="ignore")
-        assert "".join(stream(bytewise(), ids)) == complete
-
-    def test_a_character_comes_with_its_last_token(self) -> None:
-        assert stream(bytewise(), ids_of(bytewise(), "é😀a")) == ["", "é", "", "", "", "😀", "a", ""]
-
-    @given(ids=st.lists(st.integers(0, 258), max_size=20), prompt=texts)
-    @settings(deadline=None)
-    def test_any_tokens_in_any_order_decode_as_at_once(self, ids: list[int], prompt: str) -> None:
-        prompt_ids = ids_of(bytewise(), prompt)
-        at_once = whole(bytewise(), prompt_ids + ids).removeprefix(prompt)
-        pieces = "".join(stream(bytewise(), ids, prompt_ids))
-        assert at_once.startswith(pieces)
-        assert set(at_once.removeprefix(pieces)) <= {"\ufffd"}, "an incomplete end waits for its rest"
-
-    @given(words=st.text(alphabet="é日😀a", min_size=1, max_size=8), cut=st.integers(1, 30))
-    @settings(deadline=None)
-    def test_a_prompt_that_ends_inside_a_character_is_not_repeated(self, words: str, cut: int) -> None:
-        ids = ids_of(bytewise(), "prompt " + words)
-        cut = min(7 + cut, len(ids))
-        begun = whole(bytewise(), ids[:cut]).rstrip("\ufffd")
-        assert begun + "".join(stream(bytewise(), ids[cut:], ids[:cut])) == "prompt " + words
-
-    def test_special_tokens_make_no_text(self) -> None:
-        end = trained().tokenizer.eos_token_id  # type: ignore[union-attr]
-        assert stream(trained(), [*ids_of(trained(), "dog"), end])[-2:] == ["", ""]
-
-    def test_first_word_keeps_its_space_after_a_prompt(self) -> None:
-        one, two = 1, 2
-        assert stream(spaced(), [two, one], prompt=[one]) == [" two", " one", ""]
-        assert stream(spaced(), [two, one]) == ["two", " one", ""]
-
-    def test_without_a_tokenizer_there_is_no_text(self) -> None:
-        assert stream(Text(None), [1, 2, 3]) == ["", "", "", ""]
-
-
-class TestStopStrings:
-    @staticmethod
-    def expected(text: Text, ids: Sequence[int], stops: Sequence[str]) -> str:
-        """Return the text before the earliest stop string, after the first token that completes one."""
-        for n in range(1, len(ids) + 1):
-            so_far = whole(text, ids[:n])
-            found = [at for stop in stops if (at := so_far.find(stop)) >= 0]
-            if found:
-                return so_far[: min(found)]
-        return whole(text, ids)
-
-    @given(
-        words=st.text(alphabet="abSTOP é", max_size=40),
-        stops=st.lists(st.text(alphabet="abSTOP é", min_size=1, max_size=4), min_size=1, max_size=3),
-    )
-    @settings(deadline=None, max_examples=200)
-    @pytest.mark.parametrize("text", [trained, bytewise], ids=["trained", "bytewise"])
-    def test_text_ends_before_the_earliest(self, text: Any, words: str, stops: list[str]) -> None:
-        ids = ids_of(text(), words)
-        assert "".join(stream(text(), ids, stops=stops)) == self.expected(text(), ids, stops)
-
-    @given(words=st.text(alphabet="ab", max_size=30), stop=st.text(alphabet="ab", min_size=1, max_size=5))
-    @settings(deadline=None)
-    def test_one_stop_string_cuts_where_find_finds_it(self, words: str, stop: str) -> None:
-        at = words.find(stop)
-        expected = words if at < 0 else words[:at]
-        assert "".join(stream(bytewise(), ids_of(bytewise(), words), stops=[stop])) == expected
-
-    @given(words=st.text(alphabet="abSTOP", max_size=30), stops=st.lists(st.sampled_from(["STOP", "ab", "aab"])))
-    @settings(deadline=None)
-    def test_only_a_possible_beginning_is_held_back(self, words: str, stops: list[str]) -> None:
-        sent, decoder = "", bytewise().decoder([], stops)
-        for n, token in enumerate(ids_of(bytewise(), words), start=1):
-            piece, stopped = decoder.push(token)
-            sent += piece
-            if stopped:
-                return
-            held = words[len(sent) : n]
-            assert not held or any(stop.startswith(held) for stop in stops)
-
-    def test_one_that_spans_tokens_never_shows(self) -> None:
-        decoder = bytewise().decoder([], ["STOP"])
-        pushed = [decoder.push(token) for token in ids_of(bytewise(), "xSTOP")]
-        assert pushed == [("x", False), ("", False), ("", False), ("", False), ("", True)]
-        assert decoder.flush() == ""
-
-    def test_what_was_held_back_in_vain_is_released(self) -> None:
-        assert stream(bytewise(), ids_of(bytewise(), "STO!"), stops=["STOP"]) == ["", "", "", "STO!", ""]
-
-    def test_what_is_held_back_at_the_end_is_flushed_once(self) -> None:
-        decoder = bytewise().decoder([], ["STOP"])
-        for token in ids_of(bytewise(), "ST"):
-            assert decoder.push(token) == ("", False)
-        assert decoder.flush() == "ST"
-        assert decoder.flush() == ""
-
-    def test_a_beginning_inside_a_failed_beginning_is_kept(self) -> None:
-        assert stream(bytewise(), ids_of(bytewise(), "aab!"), stops=["ab!"]) == ["", "a", "", "", ""]
-
-    def test_the_prompt_is_not_searched(self) -> None:
-        prompt = ids_of(bytewise(), "ST")
-        assert "".join(stream(bytewise(), ids_of(bytewise(), "OP"), prompt, ["STOP"])) == "OP"
-
-    def test_need_a_tokenizer(self) -> None:
-        with pytest.raises(PromptError, match="stop_strings need a tokenizer"):
-            Text(None).decoder([1], ["a"])
+from tests.support.texts import bytewise, trained, wordpiece
+from tests.support.tiny import tiny_tokenizer
 
 
 class TestEncode:
@@ -263,27 +83,205 @@ class TestChat:
         with pytest.raises(PromptError, match="no chat template"):
             text.encode(self.MESSAGES)
 
+    def test_content_that_is_none_beside_tool_calls_is_no_content(self) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{{ messages[0] | tojson }}"
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        text = Text(tokenizer)
+        expected = text.encode(json.dumps({"role": "assistant", "tool_calls": calls}))
+        assert text.encode([message]) == expected
+
     @pytest.mark.parametrize(
-        "messages",
-        [[{"role": "user"}], [{"role": "user", "content": "hi"}, 5], [{"role": "user", "content": 5}]],
-        ids=["no content", "no message", "content of another kind"],
+        ("messages", "sentence"),
+        [
+            ([{"role": "user"}], "message 1 has no content"),
+            ([{"role": "user", "content": None}], "message 1 has no content"),
+            ([{"content": "hi"}], "message 1 has no role"),
+            ([{"role": 5, "content": "hi"}], "message 1 has no role"),
+            ([{"role": "user", "content": "hi"}, 5], "message 2 is of type int"),
+            ([{"role": "user", "content": "hi"}, [1]], "message 2 is of type list"),
+            ([{"role": "user", "content": 5}], "content of message 1 is of type int"),
+            ([{"role": "user", "content": {"text": "hi"}}], "content of message 1 is of type dict"),
+            ([{"role": "user", "content": [5]}], "part 1 of message 1 is of type int"),
+            ([{"role": "user", "content": [{"type": "text"}]}], "part 1 of message 1 has no text"),
+            ([{"role": "user", "content": [{"type": []}]}], "part 1 of message 1 has a type that is no text"),
+            ([{"role": "user", "content": "hi", "extra": object()}], "message 1 holds a object"),
+        ],
     )
-    def test_what_the_template_cannot_take_is_refused(self, messages: Any) -> None:
-        with pytest.raises(PromptError, match="the chat template refused the messages"):
+    def test_what_is_no_message_is_refused(self, messages: Any, sentence: str) -> None:
+        with pytest.raises(PromptError, match=sentence):
             bytewise().encode(messages)
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image", "image": "x.png"},
+            {"type": "image"},
+            {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}},
+            {"type": "input_image", "image_url": "x"},
+            {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}},
+            {"type": "audio", "audio_url": "x"},
+            {"type": "video", "video": "x"},
+            {"type": "file", "file": {"file_id": "x"}},
+            {"type": "something_new", "data": "x"},
+            {"image": "x.png"},
+            {"type": "text", "text": "hi", "image_url": "x"},
+        ],
+        ids=str,
+    )
+    def test_parts_that_are_no_text_are_refused_by_name(self, part: dict[str, Any]) -> None:
+        name = part.get("type", "image") if part.get("type") != "text" else "text"
+        with pytest.raises(PromptError, match=f"part 2 of message 1 is .*{name}.*takes text alone"):
+            parts().encode([{"role": "user", "content": [{"type": "text", "text": "Look:"}, part]}])
+
+    @pytest.mark.parametrize("key", ["images", "image", "audio", "videos", "files", "attachments"])
+    def test_so_are_keys_of_messages(self, key: str) -> None:
+        with pytest.raises(PromptError, match=f"message 1 has '{key}', but this model takes text alone"):
+            parts().encode([{"role": "user", "content": "Look:", key: ["x"]}])
+        assert parts().encode([{"role": "user", "content": "Look:", key: []}])
+
+    def test_parts_of_text_are_the_templates(self) -> None:
+        messages: Any = [
+            {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": " two"}]}
+        ]
+        tokenizer: Any = parts().tokenizer
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert parts().encode(messages) == expected
+
+    @pytest.mark.parametrize("content", ["sunny", {"degrees": 3}, [1, 2], [{"type": "text", "text": "x"}], 5])
+    def test_a_tool_returns_any_value(self, content: Any) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{{ messages[0].content | tojson }}"
+        text = Text(tokenizer)
+        assert text.encode([{"role": "tool", "content": content}]) == text.encode(json.dumps(content))
 
     def test_what_a_template_raises_is_passed_on(self) -> None:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(PromptError, match="roles must alternate") as caught:
+        with pytest.raises(PromptError, match="the chat template refused the messages: roles must alternate"):
             Text(tokenizer).encode(self.MESSAGES)
-        assert caught.value.__cause__ is not None
 
     def test_a_template_that_says_nothing_makes_an_empty_prompt(self) -> None:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = "{# nothing #}"
         with pytest.raises(PromptError, match="the prompt is empty"):
             Text(tokenizer).encode(self.MESSAGES)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}",
+            "{% for m in messages %}{{ m.content | trim }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+            "{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}",
+            "{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}",
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[1]['content']) }}",
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "{% for m in messages %}\n    {{ m.role }}\n{% endfor %}\n",
+            "{{ messages[0].missing is defined }}{{ messages[-1].content.split('y') }}{{ add_generation_prompt }}",
+        ],
+    )
+    def test_a_template_says_what_it_says_in_transformers(self, template: str) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        expected: Any = tokenizer.apply_chat_template(
+            list(self.MESSAGES), add_generation_prompt=True, return_dict=False
+        )
+        with closing(Text(tokenizer)) as text:
+            assert text.encode(self.MESSAGES) == expected
+
+    def test_of_several_templates_the_default_is_taken(self) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = {"default": "plain", "tool_use": "tools", "rag": "documents"}
+        with closing(Text(tokenizer)) as text:
+            assert text.encode(self.MESSAGES) == text.encode("plain")
+
+    def test_several_without_a_default_are_refused_by_name(self) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = {"rag": "documents", "other": "x"}
+        with closing(Text(tokenizer)) as text:
+            with pytest.raises(PromptError, match=r"no default chat template.*rag"):
+                text.encode(self.MESSAGES)
+            assert text.encode("x")
+
+
+@cache
+def parts() -> Text:
+    """A tokenizer whose template drops what it does not know, as most do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+        "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    return Text(tokenizer)
+
+
+class TestTooLong:
+    """What cannot fit is refused by its beginning."""
+
+    def test_ids_by_their_number(self) -> None:
+        assert bytewise().read([3] * 513, 512) == TooMany(513, counted=True)
+        assert bytewise().read([3] * 512, 512) == [3] * 512
+        assert Text(None).read([None] * 10**6, 512) == TooMany(10**6, counted=True)  # type: ignore[list-item]
+
+    @pytest.mark.parametrize("text", ["a" * 4_000_000, "😀" * 1_000_000], ids=["letters", "emoji"])
+    def test_text_by_a_part_of_it(self, text: str) -> None:
+        found = bytewise().read(text, 512)
+        assert isinstance(found, TooMany)
+        assert not found.counted
+        assert 512 < found.n_tokens <= 4 * 4096
+
+    def test_what_a_template_makes_by_a_part_of_it(self) -> None:
+        found = bytewise().read([{"role": "user", "content": "word " * 200_000}], 512)
+        assert isinstance(found, TooMany)
+
+    @given(
+        words=st.text(alphabet="ab é日\n", max_size=40), n_times=st.integers(1, 400), n_most=st.integers(1, 3000)
+    )
+    @settings(deadline=None, max_examples=40)
+    @pytest.mark.parametrize("text", [trained, bytewise])
+    def test_nothing_that_fits_is_refused(self, text: Any, words: str, n_times: int, n_most: int) -> None:
+        prompt = "x" + words * n_times
+        n_tokens = len(text().encode(prompt))
+        found = text().read(prompt, n_most)
+        if isinstance(found, TooMany):
+            assert n_tokens > n_most
+        else:
+            assert len(found) == n_tokens
+
+    def test_spaces_that_make_no_token_are_no_tokens(self) -> None:
+        with closing(wordpiece_reader()) as text:
+            assert text.read("do" + " " * 200_000 + "do", 16) == text.encode("do do")
+
+
+def wordpiece_reader() -> Text:
+    tokenizer: Any = wordpiece().tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return Text(tokenizer)
+
+
+class TestOwnCopy:
+    """The tokenizer that is given out is the caller's: nothing done to it changes how prompts are read."""
+
+    def test_settings_of_the_given_tokenizer_change_nothing(self) -> None:
+        with closing(Text(tiny_tokenizer())) as text:
+            before = text.encode("Hello, world")
+            tokenizer: Any = text.tokenizer
+            tokenizer("Hello, world", truncation=True, max_length=2, padding="max_length")
+            tokenizer.add_tokens(["Hello"])
+            tokenizer.chat_template = "changed"
+            assert text.encode("Hello, world") == before
+            assert text.encode(TestChat.MESSAGES) == bytewise().encode(TestChat.MESSAGES)
+            assert text.tokenizer is tokenizer, "one copy, so that changes last"
+
+    def test_truncation_and_padding_saved_in_the_file_are_off(self, tmp_path: Path) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=20)
+        tokenizer.save_pretrained(tmp_path)
+        with closing(Text.open(tmp_path)) as text:
+            assert len(text.encode("Hello")) == 5
 
 
 class TestOpen:
@@ -295,3 +293,42 @@ class TestOpen:
 
     def test_a_folder_without_one_understands_token_ids(self, tmp_path: Path) -> None:
         assert Text.open(tmp_path).tokenizer is None
+
+    @pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe"])
+    def test_a_vocabulary_and_merges_are_a_tokenizer(self, model_type: str, tmp_path: Path) -> None:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "he"])}))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
+        expected = AutoTokenizer.from_pretrained(tmp_path)("hehe")["input_ids"]
+        with closing(Text.open(tmp_path)) as text:
+            assert text.encode("hehe") == expected
+
+    @pytest.mark.parametrize("name", ["chat_template.json", "chat_template.jinja"])
+    def test_a_template_in_a_file_of_its_own_is_taken(self, name: str, tmp_path: Path) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(tmp_path)
+        template = "{{ messages[0].content }}!"
+        (tmp_path / name).write_text(json.dumps({"chat_template": template}) if name.endswith("json") else template)
+        with closing(Text.open(tmp_path)) as text:
+            assert text.encode([{"role": "user", "content": "Hi"}]) == text.encode("Hi!")
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0", "model": 5}', ""])
+    def test_a_broken_file_is_refused(self, content: str, tmp_path: Path) -> None:
+        tiny_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be read"):
+            Text.open(tmp_path)
+
+    def test_one_that_panics_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class PanicError(BaseException):
+            """As `PanicException` of a tokenizer written in Rust."""
+
+        def panic(*_: object, **__: object) -> None:
+            raise PanicError("called `Option::unwrap()` on a `None` value")
+
+        tiny_tokenizer().save_pretrained(tmp_path)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+        with pytest.raises(CheckpointError, match="cannot be read: called"):
+            Text.open(tmp_path)

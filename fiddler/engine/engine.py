@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
-from fiddler.engine.loop import EngineLoop, Submit, ended
+from fiddler.engine.loop import EngineLoop, ended
 from fiddler.engine.request import Submission
 from fiddler.engine.setup import checked
 from fiddler.engine.stream import Item, TokenStream
@@ -103,7 +103,7 @@ class Engine:
         except PromptError as error:
             channel.push(error)
             return TokenStream(channel, lambda: None)
-        thread.inbox.push(Submit(submission))
+        thread.submit(submission)
         return TokenStream(channel, partial(thread.leave, submission), self)
 
     async def generate(
@@ -131,7 +131,10 @@ class Engine:
         return self._opened()[1].resolved.longest
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Return how many tokens a prompt takes. Raises `PromptError`, and `EngineClosedError` unopened."""
+        """Return how many tokens a prompt takes; waits for the answer.
+
+        Raises as a stream does, for the prompt, and `EngineClosedError` unopened.
+        """
         return len(self._opened()[1].text.encode(copy_prompt(prompt)))
 
     def _opened(self) -> tuple[EngineThread, ServableModel]:
@@ -160,7 +163,10 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The checkpoint's tokenizer; `None` where it has none, or the engine is not open."""
+        """A copy of the checkpoint's tokenizer, for the caller to use and to change: the engine does not use it.
+
+        It is made when it is first asked for; `None` where the checkpoint has none, or the engine is not open.
+        """
         return self._loaded.text.tokenizer if self._loaded is not None else None
 
     def statistics(self) -> Statistics:

@@ -1,16 +1,18 @@
 """The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
 import torch
 
 from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.forward import Outcome
 from fiddler.engine.kv_room import KvRoom
+from fiddler.engine.line import Line
+from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
 from fiddler.engine.request import Request, Submission, past_bytes, token_limit
 from fiddler.engine.rig import Rig
 from fiddler.engine.stream import Admitted, Item
@@ -24,15 +26,25 @@ from fiddler.errors import (
 )
 from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
+from fiddler.models.reading import TooMany
 from fiddler.models.sampling import Sampler
 from fiddler.types import Statistics
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A caller wants a request run."""
+    """A caller wants a request run; its prompt may be on its way to be read already."""
 
     submission: Submission
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A prompt was read, or refused."""
+
+    submission: Submission
+    found: Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +59,7 @@ class Close:
     """The engine is to end."""
 
 
-Command = Submit | End | Close
+Command = Submit | Read | End | Close
 
 
 @dataclass(slots=True)
@@ -83,14 +95,20 @@ class EngineLoop:
         self._room = KvRoom(loaded.resolved.kv_tokens, rig.steps.arena)
         self.trace = rig.trace
         self.recorder = rig.recorder
-        self._waiting: deque[Submission] = deque()
-        self._next: Request | None = None  # the first that waits, opened, if it waits for room
+        self._readings = Readings(loaded.text, self._longest, self._tell)
+        self._line = Line()
         self._running: list[Request] = []
         self._outbox: list[tuple[Submission, Item]] = []
         self._counters = _Counters()
         self._closing = False
         self.statistics = self._snapshot()
         """The state after the latest step; replaced whole, so any thread may read it."""
+
+    def submit(self, submission: Submission) -> None:
+        """Take a request, from any thread: its prompt is read at once, whatever the engine's thread is doing."""
+        reading = Reading(submission)
+        self._inbox.push(Submit(submission, reading))
+        self._readings.put(reading)
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Run until a `Close`; `ready` is called once requests may come. Raises what ends it before its time.
@@ -99,6 +117,7 @@ class EngineLoop:
         """
         cause: BaseException | None = None
         try:
+            self._readings.start()
             ready()
             with torch.inference_mode():
                 await self._rig.runner.preload()
@@ -116,13 +135,14 @@ class EngineLoop:
         try:
             self._abandon(cause)
         finally:
+            self._readings.close()
             await self._rig.aclose()
 
     async def _turn(self) -> None:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
-        if not self._running and not self._waiting:
-            command = await self._inbox.receive()
-            self._apply([command])
+        if not self._running and self._line.first() is None:
+            with anyio.move_on_after(PATIENCE_S if self._line.held_up else None):
+                self._apply([await self._inbox.receive()])
         self._apply(self._inbox.drain())
         self._admit()
         self._publish()
@@ -133,50 +153,79 @@ class EngineLoop:
     def _apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
-                case Submit(submission):
-                    self._waiting.append(submission)
+                case Submit(submission, reading):
+                    self._take(submission, reading)
+                case Read(submission, found):
+                    self._found(submission, found)
                 case End(submission):
                     self._leave(submission)
                 case Close():
                     self._closing = True
 
+    def _take(self, submission: Submission, reading: Reading | None) -> None:
+        if reading is None:
+            reading = Reading(submission)
+            self._readings.put(reading)
+        self._line.join(submission, reading)
+
+    def _tell(self, reading: Reading, found: Found) -> None:
+        """Be told by a thread that reads."""
+        self._inbox.push(Read(reading.submission, found))
+
+    def _found(self, submission: Submission, found: Found) -> None:
+        """Open the request whose prompt was read, or end it with what is wrong with it."""
+        waiting = self._line.find(submission)
+        if waiting is None:  # its caller left
+            return
+        try:
+            if isinstance(found, FiddlerError):
+                raise found
+            waiting.request = self._open(submission, found)
+        except FiddlerError as error:
+            self._outbox.append((submission, error))
+        except BaseException as error:  # one request's failure, a panic too, is not the engine's
+            self._outbox.append((submission, _failure("the request could not be opened", error)))
+        if waiting.request is None:
+            self._line.leave(submission)
+
     def _leave(self, submission: Submission) -> None:
-        n_before = len(self._waiting) + len(self._running)
-        self._waiting = deque(s for s in self._waiting if s is not submission)
+        n_before = len(self._line) + len(self._running)
+        self._line.leave(submission)
         for request in [r for r in self._running if r.submission is submission]:
             self._drop(request)
-        self._counters.n_cancelled += n_before - len(self._waiting) - len(self._running)
+        self._counters.n_cancelled += n_before - len(self._line) - len(self._running)
 
     def _admit(self) -> None:
         """Let requests run in the order they came in; one that has to wait for room is not overtaken."""
-        while self._waiting and len(self._running) < self._max_running:
-            submission = self._waiting[0]
+        while len(self._running) < self._max_running and (first := self._line.first()) is not None:
             try:
-                if self._next is None or self._next.submission is not submission:
-                    self._next = self._open(submission)
-                if not self._enter(self._next):
+                if not self._enter(first):
                     return
-                self._outbox.append((submission, Admitted()))
-            except FiddlerError as error:
-                self._outbox.append((submission, error))
-            except BaseException as error:  # a tokenizer's own failure, a panic too, is one request's
-                self._outbox.append((submission, _failure("the request could not be opened", error)))
-            self._waiting.popleft()
-            self._next = None
+                self._outbox.append((first.submission, Admitted()))
+            except BaseException as error:  # one request's failure is not the engine's
+                if first.room is not None:
+                    self._room.release(first.room)
+                self._outbox.append((first.submission, _failure("the request could not be opened", error)))
+            self._line.leave(first.submission)
 
-    def _open(self, submission: Submission) -> Request:
-        options = submission.options
-        text = self._loaded.text
-        prompt_ids = text.encode(submission.prompt)
-        self._check_ids(prompt_ids)
-        max_context = self._loaded.resolved.max_context
-        n_limit = token_limit(len(prompt_ids), options, max_context, self._room.n_tokens)
+    @property
+    def _longest(self) -> int:
+        """Tokens a prompt and its completion can have at most."""
+        max_context, n_room = self._loaded.resolved.max_context, self._room.n_tokens
+        return max_context if n_room is None else min(max_context, n_room)
+
+    def _open(self, submission: Submission, found: list[int] | TooMany) -> Request:
+        options, resolved = submission.options, self._loaded.resolved
+        n_prompt, counted = (found.n_tokens, found.counted) if isinstance(found, TooMany) else (len(found), True)
+        n_limit = token_limit(n_prompt, options, resolved.max_context, self._room.n_tokens, counted=counted)
+        assert not isinstance(found, TooMany)  # there is no room for it
+        self._check_ids(found)
         return Request(
             submission=submission,
-            prompt_ids=prompt_ids,
+            prompt_ids=found,
             n_limit=n_limit,
-            sampler=Sampler(options, prompt_ids, len(prompt_ids) + n_limit),
-            decoder=text.decoder(prompt_ids, options.stop_strings),
+            sampler=Sampler(options, found, n_prompt + n_limit),
+            decoder=self._loaded.text.decoder(found, options.stop_strings),
         )
 
     def _enter(self, request: Request) -> bool:
@@ -266,13 +315,14 @@ class EngineLoop:
 
     def _abandon(self, cause: BaseException | None) -> None:
         """End every request, for good; `cause` is what ended the engine, if it was not closed."""
-        left = [*(r.submission for r in self._running), *self._waiting]
+        left = [r.submission for r in self._running] + [w.submission for w in self._line]
         left += [c.submission for c in self._inbox.seal(partial(_refuse, cause)) if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
         try:
             for request in tuple(self._running):
                 self._drop(request)
-            self._waiting.clear()
+            for waiting in self._line:
+                self._line.leave(waiting.submission)
             self._publish()  # the tokens that were made come first
         finally:
             for submission in left:
@@ -294,7 +344,7 @@ class EngineLoop:
             n_failed=counters.n_failed,
             n_cancelled=counters.n_cancelled,
             n_running=len(self._running),
-            n_waiting=len(self._waiting),
+            n_waiting=len(self._line),
             n_steps=counters.n_steps,
             n_prompt_tokens=counters.n_prompt_tokens,
             n_new_tokens=counters.n_new_tokens,

@@ -14,11 +14,11 @@ from fiddler.engine.stream import Item
 from fiddler.errors import GenerationError, PromptError
 from fiddler.given import shown
 from fiddler.lanes.channel import Channel
+from fiddler.models.decoder import Decoder
 from fiddler.models.generation import SamplingOptions
 from fiddler.models.kv import SequenceKV
 from fiddler.models.prompts import Prompt
 from fiddler.models.sampling import Sampler
-from fiddler.models.text import Decoder
 from fiddler.types import FinishReason, Token, Usage
 
 
@@ -91,23 +91,30 @@ class Request:
         return Token(token_id, text + self.decoder.flush(), logprob, reason, usage, made_s)
 
 
-def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_tokens: int | None = None) -> int:
+def token_limit(
+    n_prompt: int,
+    options: SamplingOptions,
+    max_context: int,
+    kv_tokens: int | None = None,
+    *,
+    counted: bool = True,
+) -> int:
     """Return how many tokens a request may make: as many as there is room for, where nothing says less.
 
     A length that the checkpoint sets is no more than a limit, and none for a prompt that alone exceeds it, nor for
     the least that a request asks for. A length that the request asks for is met or refused; where its most is less
     than its least, the most counts, as in transformers. `kv_tokens` is the room for keys and values of all requests
-    together, `None` without limit. Raises `PromptError` where the context or that room cannot hold the prompt and
-    the most that is asked for, naming the smaller, and `GenerationError` where it cannot hold the least.
+    together, `None` without limit. A prompt not `counted` has `n_prompt` tokens or more. Raises `PromptError` where
+    the context or that room cannot hold the prompt and the most that is asked for, naming the smaller, and
+    `GenerationError` where it cannot hold the least.
     """
     longest, name, remedy = max_context, f"the context of {max_context}", ""
     if kv_tokens is not None and kv_tokens < max_context:
         longest, name, remedy = kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher"
     room = longest - n_prompt
+    n = f"{n_prompt}" if counted else f"at least {n_prompt}"
     if room < 1:
-        raise PromptError(
-            f"the prompt is too long: {n_prompt} tokens leave no room within {name}; shorten it{remedy}"
-        )
+        raise PromptError(f"the prompt is too long: {n} tokens leave no room within {name}; shorten it{remedy}")
     least = _asked_least(n_prompt, options, longest, name)
     new, total = options.max_new_tokens, options.max_length
     wanted = total - n_prompt if total is not None else new
@@ -117,7 +124,7 @@ def token_limit(n_prompt: int, options: SamplingOptions, max_context: int, kv_to
         return min(max(wanted, least), room) if wanted > 0 else room
     if wanted < 1:
         raise PromptError(
-            f"the prompt is too long: {n_prompt} tokens leave no room within max_length={total}; "
+            f"the prompt is too long: {n} tokens leave no room within max_length={total}; "
             "shorten it, or set max_length higher"
         )
     if wanted > room and total is not None:

@@ -21,7 +21,7 @@ import anyio
 import torch
 
 from fiddler.config import EngineConfig
-from fiddler.engine.loop import Close, Command, End, EngineLoop
+from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.recorder import Recorder
 from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
@@ -98,6 +98,14 @@ class EngineThread:
         if not self.elsewhere:
             self._closing = True
             self.inbox.push(Close())
+
+    def submit(self, submission: Submission) -> None:
+        """Have a request run, from any thread; one that comes too late is told so."""
+        loop = self.loop
+        if loop is not None:
+            loop.submit(submission)
+        else:
+            self.inbox.push(Submit(submission))
 
     def leave(self, submission: Submission) -> None:
         """Tell it that nobody wants a request any more, from any thread."""

@@ -1,0 +1,133 @@
+"""Prompts between submission and admission: read by a few threads, so that none delays another's tokens."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Lock, Thread
+from time import monotonic
+
+from fiddler.engine.request import Submission
+from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
+from fiddler.models.prompts import Prompt
+from fiddler.models.reading import Asking, TooMany
+from fiddler.models.text import Text, is_ids
+
+N_THREADS = 4
+"""Prompts read at once; the threads wait for the process that reads."""
+PATIENCE_S = 0.5
+"""How long a prompt's reading may hold up those that were read before it, once it has begun."""
+QUEUE_PATIENCE_S = 2.0
+"""The same where it has not begun: all threads are taken, or the process is not ready."""
+_LEAVE_S = 5.0
+"""Longest wait for a thread at the end: one in a tokenizer's own Python code may never return."""
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """One prompt that is being read."""
+
+    submission: Submission
+    asking: Asking = field(default_factory=Asking)
+    since_s: float = field(default_factory=monotonic)
+
+    @property
+    def slow(self) -> bool:
+        """Whether requests that came later need not wait for it."""
+        now_s = monotonic()
+        began_s = self.asking.began_s
+        return now_s > self.since_s + QUEUE_PATIENCE_S or (began_s is not None and now_s > began_s + PATIENCE_S)
+
+
+_FEW = 8192
+"""Token ids that are checked in less time than a thread takes to be asked."""
+Found = list[int] | TooMany | FiddlerError
+"""A prompt's token ids, or what is wrong with it."""
+
+
+class Readings:
+    """The threads that read; `tell` hears from them what was found.
+
+    Any thread may `put`. Threads are started as they are needed, and end with `close`.
+    """
+
+    def __init__(self, text: Text, n_most: int, tell: Callable[[Reading, Found], object]) -> None:
+        self._text = text
+        self._n_most = n_most
+        self._tell = tell
+        self._queue: SimpleQueue[Reading | None] = SimpleQueue()
+        self._lock = Lock()
+        self._threads: list[Thread] = []
+        self._n_left = 0  # prompts put and not yet found
+        self._closed = False
+
+    def start(self) -> None:
+        """Have a thread get the reading process ready, before the first prompt needs it."""
+        with self._lock:
+            self._hire(self._prepare)
+
+    def put(self, reading: Reading) -> None:
+        """Have a prompt read, a few token ids here and now. Nothing happens once closed."""
+        if self._few(reading.submission.prompt):
+            self._tell(reading, self._find(reading))
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._n_left += 1
+            if self._n_left > len(self._threads):
+                self._hire(self._serve)
+            if not self._threads:
+                self._n_left -= 1
+                self._tell(reading, EngineFailedError("no thread can be started to read prompts"))
+                return
+        self._queue.put(reading)
+
+    def close(self) -> None:
+        """End the threads and the reading process; what was not found is not told."""
+        with self._lock:
+            self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        self._text.close()
+        for thread in self._threads:
+            thread.join(_LEAVE_S)
+
+    def _few(self, prompt: Prompt) -> bool:
+        try:
+            return is_ids(prompt) and (len(prompt) <= _FEW or len(prompt) > self._n_most)
+        except Exception:  # of an object that is no list: whoever reads it says so
+            return False
+
+    def _hire(self, work: Callable[[], None]) -> None:
+        if len(self._threads) == N_THREADS:
+            return
+        thread = Thread(target=work, name="fiddler-reader", daemon=True)
+        with suppress(RuntimeError):  # no more threads are to be had
+            thread.start()
+            self._threads.append(thread)
+
+    def _prepare(self) -> None:
+        with suppress(BaseException):  # the first prompt that needs it tries again, and is told
+            self._text.start()
+        self._serve()
+
+    def _serve(self) -> None:
+        while (reading := self._queue.get()) is not None and not self._closed:
+            found = self._find(reading)
+            with self._lock:
+                self._n_left -= 1
+            if not reading.asking.given_up:
+                self._tell(reading, found)
+
+    def _find(self, reading: Reading) -> Found:
+        if reading.asking.given_up:
+            return EngineClosedError("the request was given up")
+        try:
+            return self._text.read(reading.submission.prompt, self._n_most, reading.asking)
+        except FiddlerError as error:
+            return error
+        except BaseException as error:  # a prompt may be any object, and raise what it likes
+            refused = PromptError(f"the prompt could not be read: {type(error).__name__}: {error}")
+            refused.__cause__ = error
+            return refused
