@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fiddler import (
     CheckpointError,
@@ -366,6 +367,24 @@ async def test_a_token_that_cannot_be_picked_fails_its_request_only(tiny: Path) 
         with pytest.raises(EngineFailedError, match="no token could be picked"):
             await engine.generate("Hello", temperature=1e-40)  # overflows float32
         assert len([t async for t in good]) == 6
+
+
+@pytest.mark.parametrize("asked", [{}, {"seed": 1}, {"repetition_penalty": 1.1, "logprobs": True}], ids=str)
+async def test_logits_that_are_no_numbers_fail_their_request_only(tmp_path: Path, asked: dict[str, Any]) -> None:
+    folder = save_tiny(tmp_path, "mixtral")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][7] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    async with opened(folder) as engine:
+        expected = await engine.generate([20, 21, 22], greedy(12))
+        beside = engine.generate_stream([20, 21, 22], greedy(12))
+        await anext(beside)
+        with pytest.raises(EngineFailedError, match=r"logits are not numbers.* damaged.* dtype=") as caught:
+            await engine.generate([30, 7, 31], max_new_tokens=5, **asked)
+        assert isinstance(caught.value.__cause__, FloatingPointError)
+        assert [token.id async for token in beside] == list(expected.token_ids[1:])
+        assert (await engine.generate([20, 21, 22], greedy(12))).token_ids == expected.token_ids
 
 
 async def test_eos_and_stop_strings_stop(tiny: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -173,8 +173,12 @@ class Sampler:
             self._random.manual_seed(options.seed)
 
     def pick(self, logits: Tensor, context: Sequence[int]) -> tuple[int, float | None]:
-        """Return a token id and, if asked for, its log-probability, from `logits` `[V]` after `context`."""
+        """Return a token id and, if asked for, its log-probability, from `logits` `[V]` after `context`.
+
+        Raises `FloatingPointError` for logits that no softmax can be taken of.
+        """
         scores = logits.float()[None]  # [1, V]
+        _check_logits(scores)
         if self._penalty is not None:
             scores = self._penalty(torch.tensor([context]), scores)
         for warper in self._warpers:
@@ -191,6 +195,16 @@ class Sampler:
         # Right of equal values, so that a token of probability zero is never drawn.
         token = int(torch.searchsorted(cumulative, at, right=True))
         return min(token, int(probabilities.nonzero()[-1]))
+
+
+def _check_logits(logits: Tensor) -> None:
+    """Raise `FloatingPointError` unless the highest is finite: it is NaN where any of them is."""
+    highest = float(logits.max())
+    if not isfinite(highest):
+        raise FloatingPointError(
+            f"the model's logits are not numbers (the highest is {highest}): its weights may be damaged, or "
+            "activations overflow, as float16's do above 65504; dtype='bfloat16' or dtype='float32' reaches further"
+        )
 
 
 def _penalty(options: SamplingOptions) -> transformers.LogitsProcessor | None:
