@@ -7,7 +7,7 @@ are rotated differently, travel apart. No kind of embedding is known here: a reg
 """
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from copy import copy
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -126,11 +126,10 @@ def _told(module: nn.Module) -> Any:
 
 
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a copy of `module`, for it may keep what it has seen."""
-    config: Any = module.config
-    copy = deepcopy(module, {id(config): config})
-    with torch.no_grad():
-        return type(module).forward(copy, *args, **kwargs)
+    """Run a copy of `module`, for it may keep what it has seen: as attributes, or in its buffers."""
+    fresh = copy(module)
+    fresh._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    return type(module).forward(fresh, *args, **kwargs)
 
 
 def _parts(made: Any) -> Iterator[Tensor]:
