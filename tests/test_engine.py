@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fiddler import (
     CheckpointError,
@@ -381,6 +382,24 @@ async def test_a_failing_step_ends_its_requests_only(tiny: Path, monkeypatch: py
         assert (await engine.generate("Hello", greedy(4))).token_ids == before.token_ids
         now = await settled(engine)
     assert (now.n_requests, now.n_finished, now.n_failed) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("asked", [{}, {"seed": 1}, {"repetition_penalty": 1.1, "logprobs": True}], ids=str)
+async def test_logits_that_are_no_numbers_fail_their_request_only(tmp_path: Path, asked: dict[str, Any]) -> None:
+    folder = save_tiny(tmp_path, "mixtral")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][7] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    async with opened(folder) as engine:
+        expected = await engine.generate([20, 21, 22], greedy(12))
+        beside = engine.generate_stream([20, 21, 22], greedy(12))
+        await anext(beside)
+        with pytest.raises(EngineFailedError, match=r"logits are not numbers.* damaged.* dtype=") as caught:
+            await engine.generate([30, 7, 31], max_new_tokens=5, **asked)
+        assert isinstance(caught.value.__cause__, FloatingPointError)
+        assert [token.id async for token in beside] == list(expected.token_ids[1:])
+        assert (await engine.generate([20, 21, 22], greedy(12))).token_ids == expected.token_ids
 
 
 async def test_eos_and_stop_strings_stop(tiny: Path) -> None:

@@ -4,6 +4,7 @@ All of the real path runs, but for CUDA itself and Triton: what is only ordered 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -160,6 +161,31 @@ def test_a_prompt_of_one_token_is_no_recorded_step(
     script = Script((*visits[:1], late), chunk_tokens=16)
     plain = run(model, script, Placement(EngineConfig(waves="one")))
     assert close(run(model, script, on_gpu(FakeGpu(2), 7, graphs=True, waves="one")), plain)
+
+
+def test_a_past_without_numbers_stays_its_sequence_s_own(
+    subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LEAST_TOKENS", 4)
+    model, damaged = subject("mixtral"), 190
+    first, second, *others = LONG.visits
+    assert not any(damaged in visit.ids for visit in LONG.visits)
+    second = replace(second, ids=(damaged, *second.ids[1:]))
+    script = replace(LONG, visits=(first, second, *others))
+    plain = run(model, script, Placement(EngineConfig(waves="one")))
+    embeddings: Any = model.packed.model.get_input_embeddings()
+    row = embeddings.weight[damaged].clone()
+    with torch.no_grad():
+        try:
+            embeddings.weight[damaged] = torch.nan
+            played = run(model, script, on_gpu(FakeGpu(7), 7, graphs=True, waves="one"))
+        finally:
+            embeddings.weight[damaged] = row
+    for (step, visit), logits in played.logits.items():
+        if visit == 1:
+            assert logits.isnan().all()
+        else:
+            assert torch.allclose(logits, plain.logits[step, visit], atol=1e-4)
 
 
 def test_no_model_code_runs_in_a_recorded_step(subject: Callable[[str], Subject]) -> None:

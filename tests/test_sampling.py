@@ -4,6 +4,7 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import product
+from math import inf, nan
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,24 @@ class TestSampler:
         before = logits.clone()
         sampler(temperature=0.5, top_p=0.5, repetition_penalty=2.0).pick(logits, [1])
         assert torch.equal(logits, before)
+
+
+class TestDamage:
+    ASKED = ({}, {"logprobs": True}, {"repetition_penalty": 1.3}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.5})
+    DAMAGED = ([nan, 0, 9, 1], [0, 9, 1, nan], [nan] * 4, [0, inf, 1, 2], [inf, nan, 0, -inf], [-inf] * 4)
+
+    @pytest.mark.parametrize("asked", ASKED, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("damaged", DAMAGED, ids=str)
+    def test_logits_that_are_no_numbers_pick_nothing(
+        self, damaged: list[float], dtype: torch.dtype, asked: dict[str, Any]
+    ) -> None:
+        with pytest.raises(FloatingPointError, match=r"logits are not numbers.* weights may be damaged.* dtype="):
+            Sampler(options(**asked)).pick(torch.tensor(damaged, dtype=dtype), [2])
+
+    @pytest.mark.parametrize("asked", ASKED, ids=str)
+    def test_tokens_that_a_model_rules_out_are_no_damage(self, asked: dict[str, Any]) -> None:
+        assert Sampler(options(**asked)).pick(torch.tensor([-inf, 2.0, -inf]), [2])[0] == 1
 
 
 class TestGreedy:

@@ -190,7 +190,8 @@ class Engine:
 
         A request that ran to its end has as many rows as its prompt and its tokens have, less one: the last token
         is not run. One that ended early, or has not ended, has the rows of the steps that succeeded; one without
-        any is left out. Raises `ConfigError` unless `EngineConfig.record` is on.
+        any is left out. Tokens that are run again, as Phi-MoE's are where its scale for long texts begins, are
+        recorded as they ran last. Raises `ConfigError` unless `EngineConfig.record` is on.
         """
         thread = self._here()
         if thread is None or thread.recorder is None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from fiddler.models.captured import Row
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.models.kv_arena import Run
 from fiddler.models.loaded import ServableModel
+from fiddler.models.rotary import starts_over
 from fiddler.models.seam import Forward
 from fiddler.scheduler.waves import Waves
 
@@ -48,6 +49,7 @@ class StepRunner:
         self._model = loaded.model
         self._device = next(loaded.model.parameters()).device
         self._packed = loaded.packed
+        self._rotary = loaded.rotary
         self._runner = runner
         self._experts = experts
         self._waves = waves
@@ -66,9 +68,17 @@ class StepRunner:
         """
         return SequenceKV(run) if self._packed else None
 
+    def starts_over(self, request: Request) -> bool:
+        """Whether a sequence's next token is rotated in another way than its past, and the past has to be too."""
+        n_past = request.n_past
+        if self._rotary is None or request.prefilling:
+            return False
+        return self._rotary.regime(n_past) != self._rotary.regime(n_past + 1) and starts_over(self._model, n_past)
+
     async def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
         """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
-        waves = await run_step(self._runner, self._waves, spans, self._wave, cut=self._packed)
+        ordered = sorted(spans, key=self._regime) if self._packed and self._rotary is not None else spans
+        waves = await run_step(self._runner, self._waves, ordered, self._wave, cut=self._packed)
         outcomes: dict[int, Outcome] = {}
         for part, wave in waves:
             for span, outcome in zip(part, self._outcomes(part, wave), strict=True):
@@ -86,19 +96,26 @@ class StepRunner:
         return await self.run(spans)
 
     def _wave(self, spans: Sequence[Span[Request]], number: int) -> ModelWave:
+        groups = self._groups(spans)
         forwards: list[Forward | Replay]
         if self._packed:
-            forwards = [self._replay(spans, number) or self._packed_forward(spans)]
+            forwards = [self._replay(group, number) or self._packed_forward(group) for group in groups]
         else:
             forwards = [self._single(span) for span in spans]
-        n_rows, n_context = sum(s.n_rows for s in spans), sum(s.stop for s in spans)
-        record = self._recorder.wave(self._lengths(spans)) if self._recorder is not None else None
-        return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
+        lengths = [sum(span.n_rows for span in group) for group in groups]
+        record = self._recorder.wave(lengths) if self._recorder is not None else None
+        n_context = sum(s.stop for s in spans)
+        return ModelWave(forwards, self._experts, n_rows=sum(lengths), n_context=n_context, record=record)
 
-    def _lengths(self, spans: Sequence[Span[Request]]) -> list[int]:
-        """Return the rows of each forward."""
-        lengths = [span.n_rows for span in spans]
-        return [sum(lengths)] if self._packed else lengths
+    def _groups(self, spans: Sequence[Span[Request]]) -> list[Sequence[Span[Request]]]:
+        """Return the spans of each forward of a wave, in their order."""
+        if not self._packed:
+            return [[span] for span in spans]
+        return [spans] if self._rotary is None else [list(group) for _, group in groupby(spans, self._regime)]
+
+    def _regime(self, span: Span[Request]) -> bytes:
+        assert self._rotary is not None
+        return self._rotary.regime(_length(span))
 
     def _keep(self, record: WaveRecord | None, spans: Sequence[tuple[Span[Request], bool]]) -> None:
         """Give each span that succeeded its recorded rows; they lie in the spans' order, however they travelled."""
@@ -133,7 +150,7 @@ class StepRunner:
         cache = WaveCache(pasts, [span.n_rows for span in spans], self._directness, n_seen)
         call = self._call(spans, cache)
         forward = Forward(lambda: call()[0])
-        forward.wave = cache
+        forward.wave, forward.length = cache, max(map(_length, spans))
         return forward
 
     def _single(self, span: Span[Request]) -> Forward:
@@ -186,10 +203,15 @@ class StepRunner:
         return outcomes
 
     def _span_of(self, spans: Sequence[Span[Request]], forward: int, row: int) -> int:
-        if not self._packed:
-            return forward
-        for i, span in enumerate(spans):
+        groups = self._groups(spans)
+        n_before = sum(len(group) for group in groups[:forward])
+        for i, span in enumerate(groups[forward], n_before):
             if row < span.n_rows:
                 return i
             row -= span.n_rows
         raise IndexError(f"the wave has no row {row}")
+
+
+def _length(span: Span[Request]) -> int:
+    """Return the tokens of the forward that `generate` would run a span's rows in: a prompt counts whole."""
+    return max(span.stop, span.request.n_prompt)

@@ -162,6 +162,8 @@ def _graphs(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Graphs | N
     why_not = "" if config.graphs else "graphs=False"
     if config.defer:
         why_not = f"defer={config.defer}: a layer's results come in two parts"
+    if loaded.rotary is not None:
+        why_not = "how tokens are rotated depends on the lengths of their sequences"
     assert loaded.resolved.kv_tokens is not None
     arena = KvArena(loaded.resolved.kv_tokens)
     return Graphs(loaded.model, gpu, arena, loaded.top_k * len(loaded.n_experts), why_not)

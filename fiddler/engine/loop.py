@@ -145,6 +145,7 @@ class EngineLoop:
                 self._apply([await self._inbox.receive()])
         self._apply(self._inbox.drain())
         self._admit()
+        self._start_over()
         self._publish()
         if self._running and not self._closing:
             await self._step()
@@ -240,6 +241,15 @@ class EngineLoop:
         self._counters.n_requests += 1
         return True
 
+    def _start_over(self) -> None:
+        """Let requests forget their past where `generate` would, and run all their tokens again."""
+        for request in tuple(self._running):
+            try:
+                if self._steps.starts_over(request):
+                    request.start_over(self._steps.new_past(request.room.run if request.room is not None else None))
+            except Exception as error:  # of the model's own hook
+                self._fail([request], "a step failed", error)
+
     def _drop(self, request: Request) -> None:
         """Let a request go, however it ended, and its room with it."""
         self._running.remove(request)
@@ -287,7 +297,7 @@ class EngineLoop:
         if outcome.error is not None:
             self._fail([request], "a step failed", outcome.error)
             return
-        if request.prefilling:
+        if not request.made:
             self._counters.n_prompt_tokens += span.n_rows
         request.n_past = span.stop
         if outcome.logits is None:

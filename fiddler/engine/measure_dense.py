@@ -62,6 +62,8 @@ class _Sequence:
 
     past: Any
     record: None = None
+    n_prompt: int = 0
+    """It is as long as its rows say."""
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Return numbers that are in every vocabulary."""
@@ -107,7 +109,7 @@ class Extent:
             chunks=tuple(n for n in ROWS if config.max_running < n <= min(config.chunk_tokens, longest)),
             tokens=min(room, LONG),
             longest=longest,
-            recorded=loaded.packed and config.graphs and not config.defer,
+            recorded=loaded.packed and config.graphs and not config.defer and loaded.rotary is None,
             ahead=config.asks_routers,
         )
 

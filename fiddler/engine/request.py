@@ -50,11 +50,13 @@ class Request:
     """Tokens whose keys and values are in `past`."""
     made: list[int] = field(default_factory=list)
     """Token ids made so far."""
+    n_again: int = 0
+    """Tokens that are run a second time, as one prompt."""
 
     @property
     def n_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt_ids)
+        """Tokens that are run as a prompt: the prompt's own, or all there were when it started over."""
+        return max(len(self.prompt_ids), self.n_again)
 
     @property
     def n_most(self) -> int:
@@ -71,7 +73,16 @@ class Request:
         n_prompt = len(self.prompt_ids)
         if start >= n_prompt:
             return self.made[start - n_prompt : stop - n_prompt]
-        return self.prompt_ids[start:stop]
+        if stop <= n_prompt:
+            return self.prompt_ids[start:stop]
+        return [*self.prompt_ids[start:], *self.made[: stop - n_prompt]]
+
+    def start_over(self, past: SequenceKV | None) -> None:
+        """Run all tokens again, as one prompt, into an empty `past`; what was recorded of them is recorded anew."""
+        self.past, self.n_past = past, 0
+        self.n_again = len(self.prompt_ids) + len(self.made)
+        if self.record is not None:
+            self.record.parts = []
 
     def accept(self, logits: Tensor) -> Token:
         """Pick the next token from its logits `[V]`; the returned token is the last if it has a finish reason."""

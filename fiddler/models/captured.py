@@ -114,7 +114,9 @@ class CapturedCache(Cache):
         """Return a layer's keys and values, `[n, bucket, heads, dim]`."""
         if self._past is None:
             ahead = torch.arange(self._n_tokens, device=self._inputs.numbers.device)
-            self._past = (self._inputs.starts[:, None] + ahead).clamp(max=self._arena.spare)  # [n, bucket]
+            # Beyond a sequence's end its last token again: a NaN among a neighbour's would come through the mask.
+            last = self._inputs.lengths[:, None] - 1
+            self._past = self._inputs.starts[:, None] + torch.minimum(ahead, last)  # [n, bucket]
         keys, values = self._arena.layer(layer)
         return keys[self._past], values[self._past]
 

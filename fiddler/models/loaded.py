@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -17,6 +18,7 @@ from fiddler.models.dry import can_pack, dry_step
 from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
+from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import attend_plainly, load_skeleton, read_config
 from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
@@ -52,6 +54,8 @@ class ServableModel(LoadedModel):
     resolved: Resolved
     packed: bool
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
+    rotary: Rotary | None = None
+    """Embeddings that depend on the length of a sequence, if there are any."""
 
 
 def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
@@ -72,7 +76,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         model_context=model_context(config),
         has_cuda=torch.cuda.is_available() and (packed or options.device == "cuda"),
     )
-    packed = packed and config.get_text_config().model_type in PACKED
+    served, packed = packed, packed and config.get_text_config().model_type in PACKED
     dtype = DTYPES[resolved.dtype]
     skeleton = load_skeleton(
         checkpoint,
@@ -102,6 +106,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         text=text,
         resolved=resolved,
         packed=packed,
+        rotary=find_rotary(skeleton, resolved.longest) if served else None,
     )
 
 
@@ -168,5 +173,17 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 
 def model_context(config: PretrainedConfig) -> int:
-    """Return the longest context a model was made for, in tokens; about a million where it does not say."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+    """Return the longest context a model was made for, in tokens; about a million where it does not say.
+
+    Dynamic NTK begins where `max_position_embeddings` ends, and reaches `factor` times as far.
+    """
+    text = config.get_text_config()
+    n_tokens = getattr(text, "max_position_embeddings", None) or 1 << 20
+    return int(n_tokens * min(_stretches(getattr(text, "rope_parameters", None) or {}), default=1))
+
+
+def _stretches(parameters: Mapping[str, Any]) -> list[float]:
+    """Return by how much dynamic NTK stretches a context; several where layer types have their own parameters."""
+    kinds: list[Mapping[str, Any]] = [kind for kind in parameters.values() if isinstance(kind, dict)]
+    kinds = kinds or [parameters]
+    return [float(kind.get("factor") or 1) for kind in kinds if kind.get("rope_type") == "dynamic"]

@@ -59,6 +59,9 @@ class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
     mode held across a switch would leak into other forwards.
     """
 
+    length: int | None = None
+    """Tokens of its longest sequence, prompts counted whole, for embeddings that depend on it: models/rotary.py."""
+
     def __init__(self, run: Callable[[], Any]) -> None:
         super().__init__(run)
 
