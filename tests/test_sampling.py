@@ -138,11 +138,11 @@ class TestDamage:
         self, damaged: list[float], dtype: torch.dtype, asked: dict[str, Any]
     ) -> None:
         with pytest.raises(FloatingPointError, match=r"logits are not numbers.* weights may be damaged.* dtype="):
-            Sampler(options(**asked)).pick(torch.tensor(damaged, dtype=dtype), [2])
+            sampler(**asked).pick(torch.tensor(damaged, dtype=dtype), [2])
 
     @pytest.mark.parametrize("asked", ASKED, ids=str)
     def test_tokens_that_a_model_rules_out_are_no_damage(self, asked: dict[str, Any]) -> None:
-        assert Sampler(options(**asked)).pick(torch.tensor([-inf, 2.0, -inf]), [2])[0] == 1
+        assert sampler(**asked).pick(torch.tensor([-inf, 2.0, -inf]), [2])[0] == 1
 
 
 class TestGreedy:
