@@ -139,11 +139,12 @@ class EngineConfig:
             number = whole_number(value)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if number is None or not least <= number <= _MOST:
+            if number is None or number < least:
                 raise ConfigError(f"{name}={shown(value)} must be a whole number of at least {least}")
+            most, where = (most_threads(), " on this machine") if name == "threads" else (_MOST, "")
+            if number > most:
+                raise ConfigError(f"{name}={shown(value)} must be at most {most}{where}")
             object.__setattr__(self, name, number)
-        if self.threads is not None and self.threads > most_threads():
-            raise ConfigError(f"threads={self.threads} must be at most {most_threads()} on this machine")
         for name in _FLAGS:
             if (on := flag(getattr(self, name))) is None:
                 raise ConfigError(f"{name}={shown(getattr(self, name))} must be True or False")
@@ -174,6 +175,8 @@ class EngineConfig:
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Build from names and values; `ConfigError` names an unknown option and the known ones."""
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"options={shown(options)} must be a mapping of names to values")
         known = [f.name for f in fields(cls)]
         unknown = sorted(str(name) for name in options if name not in known)
         if unknown:
@@ -188,9 +191,9 @@ def _path(name: str, value: Any) -> Path | None:
     try:
         path = os.fspath(value)
     except Exception as error:  # no path, or one of a class of the caller's that raises
-        raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None") from error
+        raise ConfigError(f"{name}={shown(value)} must be a path (str or pathlib.Path) or None") from error
     if not isinstance(path, str) or not path or "\0" in path:
-        raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None")
+        raise ConfigError(f"{name}={shown(value)} must be a path (str or pathlib.Path) or None")
     return Path(path)
 
 

@@ -161,6 +161,12 @@ class TestEngineConfig:
             EngineConfig(**{name: value})
 
     @pytest.mark.parametrize("name", PATHS)
+    @pytest.mark.parametrize("value", [Odd(), {"a": Odd()}, 10**5000, 10**400], ids=type)
+    def test_what_is_no_path_is_shown_in_short(self, name: str, value: Any) -> None:
+        with pytest.raises(ConfigError, match=rf"^{name}=.{{,90}} must be a path"):
+            EngineConfig(**{name: value})
+
+    @pytest.mark.parametrize("name", PATHS)
     def test_a_path_may_be_spelled_in_any_way(self, name: str) -> None:
         class Elsewhere:
             def __fspath__(self) -> str:
@@ -222,6 +228,11 @@ class TestEngineConfig:
             ConfigError, match=r"unknown option cache_size, max_runing; known: device, .*max_running"
         ):
             EngineConfig.from_mapping({"max_runing": 3, "cache_size": 2, "threads": 1})
+
+    @pytest.mark.parametrize("options", [None, 5, "cpu", [("threads", 1)], Odd()], ids=type)
+    def test_from_mapping_takes_nothing_but_mappings(self, options: Any) -> None:
+        with pytest.raises(ConfigError, match=r"^options=.* must be a mapping"):
+            EngineConfig.from_mapping(options)
 
     def test_from_mapping_takes_every_field(self) -> None:
         config = EngineConfig(

@@ -1,11 +1,12 @@
 """Token ids into text as they come: whole characters, no special tokens, cut before a stop string."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import StopStringCriteria
 
@@ -153,6 +154,10 @@ class TestSpecialStopStrings:
             (["▁two", "<0x0A>", "▁one"], "\n", "two", 2),
             (["▁two", "<0xC3>", "<0xA9>", "▁one"], "é", "two", 3),
             (["▁two", "</s>", "▁one"], "/", "two", 2),
+            (["▁two", "<0x0A>", "</s>", "▁one"], "\n</s>", "two", 3),
+            (["▁two", "<0x0A>", "</s>", "<0x0A>", "▁one"], "</s>\n", "two\n", 4),
+            (["▁two", "<0x0A>", "</s>", "<0x0A>", "▁one"], "\n\n", "two\n\n one", None),
+            (["▁two", "<0xC3>", "</s>", "<0xA9>", "▁one"], "é</s>", "two", 4),
         ],
     )
     def test_text_before_one_is_handed_out(self, pieces: list[str], stop: str, made: str, n: int | None) -> None:
@@ -173,6 +178,27 @@ class TestSpecialStopStrings:
         made, n = self.pushed(text(), ids, stops, prompt)
         assert n == stopped_at(text(), ids, stops, prompt)
         assert whole(text(), ids[:n]).startswith(made)
+
+    @given(data=st.data())
+    @settings(deadline=None, max_examples=150)
+    @pytest.mark.parametrize("text", [bytewise, trained, llama, gemma, unigram])
+    def test_whatever_tokens_come(self, text: Callable[[], Text], data: Any) -> None:
+        """But for spoilt runs of bytes and characters around a special token: transformers goes by tokens."""
+        tokenizer: Any = text().tokenizer
+        ascii_bytes = [tokenizer.convert_tokens_to_ids(f"<0x{i:02X}>") for i in (0x0A, 0x20, 0x3C, 0x61)]
+        tokens = st.integers(0, 19) if text in (llama, gemma, unigram) else st.integers(0, len(tokenizer) - 1)
+        some = st.sampled_from([*tokenizer.all_special_ids, *(i for i in ascii_bytes if i is not None)])
+        ids = data.draw(st.lists(st.one_of(tokens, some, some), min_size=1, max_size=12))
+        prompt = ids_of(text(), "a") if text in (bytewise, trained) else [tokenizer.convert_tokens_to_ids(",")]
+        spelled = tokenizer.decode([*prompt, *ids])[1:]
+        apart = re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), "", spelled)
+        assume(apart == whole(text(), [*prompt, *ids])[1:])
+        at = data.draw(st.integers(0, len(spelled) - 1))
+        stop = spelled[at : at + data.draw(st.integers(1, 7))]
+        assume("\ufffd" not in stop)
+        made, n = self.pushed(text(), ids, [stop], prompt)
+        assert n == stopped_at(text(), ids, [stop], ())
+        assert whole(text(), [*prompt, *ids[:n]])[1:].startswith(made)
 
 
 class TestStopStrings:

@@ -271,6 +271,16 @@ async def test_all_who_close_an_engine_wait_for_its_end(tiny: Path) -> None:
 # Opened with something else
 
 
+class Odd:
+    """An object of a caller's whose methods raise."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be shown")
+
+    def __fspath__(self) -> str:
+        raise RuntimeError("not to be found")
+
+
 @pytest.mark.parametrize(
     ("config", "hint"),
     [
@@ -279,8 +289,9 @@ async def test_all_who_close_an_engine_wait_for_its_end(tiny: Path) -> None:
         (3, r"EngineConfig\(\.\.\.\)"),
         (GenerationConfig(), "EngineConfig"),
         (EngineConfig, "EngineConfig"),
+        (Odd(), "<Odd>; write EngineConfig"),
     ],
-    ids=lambda value: f"{value!r:.30}",
+    ids=["str", "dict", "int", "GenerationConfig", "type", "Odd"],
 )
 @pytest.mark.parametrize("opens", [Engine, attach])
 def test_options_are_an_engine_config(opens: Callable[..., Any], config: Any, hint: str) -> None:
@@ -288,9 +299,7 @@ def test_options_are_an_engine_config(opens: Callable[..., Any], config: Any, hi
         opens(DEMO, config)
 
 
-@pytest.mark.parametrize(
-    "model", [123, None, b"demo", ["a"], EngineConfig(), Engine], ids=lambda value: f"{value!r:.30}"
-)
+@pytest.mark.parametrize("model", [123, None, b"demo", ["a"], EngineConfig(), Engine, Odd()], ids=type)
 def test_a_model_is_a_folder_an_id_or_a_function(model: Any) -> None:
     with pytest.raises(CheckpointError, match=r"neither a checkpoint folder, a hub id .* nor a function"):
         Engine(model)

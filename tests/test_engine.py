@@ -644,6 +644,12 @@ async def test_a_warm_start_of_another_model_or_policy_is_refused(
     assert file.read_text() == before
 
 
+async def test_a_warm_start_with_an_impossible_name_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^warm_start=.* cannot be used: .*another file"):
+        async with opened(tiny, device=VIRTUAL, warm_start=tmp_path / ("1" * 5000)):
+            raise AssertionError("it opened")
+
+
 @pytest.mark.parametrize("device", ["cpu", VIRTUAL])
 async def test_deferring_needs_many_experts_a_token(tiny: Path, tmp_path: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=f"^defer=1 needs .* at least 6 .* has {TOP_K}: set defer=0"):

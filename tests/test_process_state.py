@@ -25,6 +25,15 @@ CONFIG = EngineConfig(max_running=1)
 """One request after another: they are answered bit by bit alike, whoever comes first."""
 
 
+CHOICES: list[dict[str, Any]] = [
+    {"do_sample": False},
+    {"do_sample": False, "repetition_penalty": 1.3},
+    {"do_sample": True, "seed": 1},
+    {"seed": 2, "temperature": 1.7, "top_p": 0.95, "eta_cutoff": 0.001},
+    {"seed": 3, "top_k": 50, "sequence_bias": [[[7], 0.3]]},
+]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With tied embeddings: transformers unties all models of the process while it loads one."""
@@ -32,11 +41,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def answers(engine: Engine) -> list[Any]:
-    """What a few requests at once are answered, with the logarithms of their probabilities."""
-    found: list[Any] = [None] * 4
+    """What a few requests at once are answered, with the logarithms of their probabilities: greedy, and drawn."""
+    found: list[Any] = [None] * len(CHOICES)
 
     async def ask(i: int) -> None:
-        result = await engine.generate([5 + i, *range(10, 30)], max_new_tokens=12, logprobs=True, do_sample=False)
+        result = await engine.generate([5 + i, *range(10, 30)], max_new_tokens=12, logprobs=True, **CHOICES[i])
         found[i] = result.token_ids, result.logprobs
 
     async with anyio.create_task_group() as group:

@@ -233,6 +233,13 @@ def default_dtype(dtype: torch.dtype) -> Generator[None]:
         torch.set_default_dtype(before)
 
 
+def test_more_tokens_than_a_prompt_has_are_no_ngram_of_it() -> None:
+    """transformers would take time and memory in that number."""
+    assert not sampler([1, 2, 3], encoder_no_repeat_ngram_size=4)._processors
+    assert sampler([1, 2, 3], encoder_no_repeat_ngram_size=3)._processors
+    assert sampler([1, 2, 3], encoder_no_repeat_ngram_size=10**12).pick(torch.zeros(VOCABULARY), [1, 2, 3])[0] == 0
+
+
 class TestTheProcessAround:
     """The process's own settings, and whoever changes them meanwhile, change no token and no probability."""
 

@@ -131,7 +131,7 @@ class TestChat:
         ids=str,
     )
     def test_parts_that_are_no_text_are_refused_by_name(self, part: dict[str, Any]) -> None:
-        name = part.get("type", "image") if part.get("type") != "text" else "text"
+        name = part.get("type", "image") if part.get("type") != "text" else "image_url"
         with pytest.raises(PromptError, match=f"part 2 of message 1 is .*{name}.*takes text alone"):
             parts().encode([{"role": "user", "content": [{"type": "text", "text": "Look:"}, part]}])
 

@@ -20,6 +20,7 @@ from fiddler.engine.setup import checked
 from fiddler.engine.stream import Item, TokenStream
 from fiddler.engine.thread import EngineThread, Loader
 from fiddler.errors import CheckpointError, ConfigError, EngineClosedError, PromptError
+from fiddler.given import shown
 from fiddler.lanes.channel import Channel
 from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
@@ -210,8 +211,8 @@ def _checked_model(model: Any) -> str | Path | Loader:
         return model
     try:
         return Path(os.fspath(model))
-    except TypeError as error:
+    except Exception as error:  # no path, or one of a class of the caller's that raises
         raise CheckpointError(
-            f"model={model!r:.100} is neither a checkpoint folder, a hub id (owner/model) nor a function that "
+            f"model={shown(model)} is neither a checkpoint folder, a hub id (owner/model) nor a function that "
             "makes a model"
         ) from error

@@ -8,6 +8,7 @@ from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.threads import set_own_threads
 from fiddler.errors import ConfigError
+from fiddler.given import shown
 from fiddler.lanes.compute import ComputeLane
 from fiddler.models import dense
 from fiddler.models.loaded import LoadedModel
@@ -21,10 +22,10 @@ def checked(config: object) -> EngineConfig:
         return config
     instead = "EngineConfig(...)"
     if isinstance(config, str):
-        instead = f"EngineConfig(device={config!r})"
+        instead = f"EngineConfig(device={shown(config)})"
     elif isinstance(config, Mapping):
         instead = "EngineConfig.from_mapping(...)"
-    raise ConfigError(f"config must be an EngineConfig, not {config!r:.100}; write {instead}")
+    raise ConfigError(f"config must be an EngineConfig, not {shown(config)}; write {instead}")
 
 
 def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:

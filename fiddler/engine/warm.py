@@ -29,8 +29,9 @@ def save(cache: ExpertCache, file: Path | None) -> None:
 
 def restore(cache: ExpertCache, file: Path | None) -> None:
     """Read a cache's scores; nothing happens if there is no file yet. Raises `ConfigError` for another model's."""
-    if file is not None and file.exists():
+    if file is not None:
         try:
-            cache.restore(read_json(file))
+            if file.exists():
+                cache.restore(read_json(file))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"warm_start={str(file)!r} cannot be used: {error}; give another file") from error

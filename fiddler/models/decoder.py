@@ -64,6 +64,7 @@ class Decoder:
         self._n_out = 0  # tokens of the window whose text has left it
         self._out = ""  # that text
         self._open = ""  # text behind it that the next token may change
+        self._between: list[tuple[int, str]] = []  # special tokens there, and behind how many of its characters
         self._spaces = _Spaces(cleans=vocabulary is not None and vocabulary.cleans)
         self._held = _Held()
         if vocabulary is not None:
@@ -75,26 +76,44 @@ class Decoder:
         if self._vocabulary is None:
             return "", False
         if token_id in self._vocabulary.special:
-            self._held.add(self._vocabulary.special[token_id], shown=False)
+            self._between.append((len(self._open), self._vocabulary.special[token_id]))
+            if not self._open:
+                self._settle()
         else:
             self._advance(self._vocabulary, token_id)
         if not self._stops:
             return self._held.take(self._held.n), False
-        read = self._held.text + self._spaces.ahead(self._open.rstrip(_HALF))
+        ahead = "".join(text for text, _ in self._pieces())
+        read = self._held.text + self._spaces.ahead(ahead.rstrip(_HALF))
         found = [at for stop in self._stops if (at := read.find(stop)) >= 0]
         if found:
-            self._held.add(read[self._held.n :])
+            self._settle()
+            self._held.add(self._spaces.flush())
             text = self._held.take(min(found))
-            self._held, self._open = _Held(), ""
-            self._spaces = _Spaces(cleans=False)
+            self._held = _Held()
             return text, True
         return self._held.take(len(read) - _overlap(read, self._stops)), False
 
     def flush(self) -> str:
         """Return the text held back: for a stop string that did not come, or inside a character."""
-        self._held.add(self._spaces.push(self._open) + self._spaces.flush())
-        self._open, self._out = "", self._out + self._open
+        self._out += self._open
+        self._settle()
+        self._held.add(self._spaces.flush())
         return self._held.take(self._held.n)
+
+    def _pieces(self) -> list[tuple[str, bool]]:
+        """Return the open text and the special tokens in it, in their order, and whether each is shown."""
+        pieces, start = [], 0
+        for at, special in self._between:
+            pieces += [(self._open[start:at], True), (special, False)]
+            start = at
+        return [*pieces, (self._open[start:], True)]
+
+    def _settle(self) -> None:
+        """Take the open text for final."""
+        for text, shown in self._pieces():
+            self._held.add(self._spaces.push(text) if shown else text, shown=shown)
+        self._open, self._between = "", []
 
     def _advance(self, vocabulary: Vocabulary, token_id: int) -> None:
         """Read one more token into the window; what is final leaves it, and the window then starts there."""
@@ -105,8 +124,7 @@ class Decoder:
         self._open = text[_n_common(text, self._out) :]
         if not self._open or self._open.endswith(_HALF) or token_id in vocabulary.byte_ids:
             return
-        self._held.add(self._spaces.push(self._open))
-        self._open = ""
+        self._settle()
         self._window = self._window[self._n_out :]
         self._n_out = len(self._window)
         self._out = vocabulary.decode(self._window)

@@ -71,7 +71,8 @@ def _check_part(part: Any, where: str, *, free: bool) -> None:
         raise PromptError(f"{where} has a type that is no text: {kind!r}")
     media = [key for key in part if key in _MEDIA and part[key]]
     if kind in _MEDIA or media:
-        raise PromptError(f"{where} is {kind or media[0]!r}, but this model takes text alone; leave it out")
+        found = kind if kind in _MEDIA else media[0]
+        raise PromptError(f"{where} is {found!r}, but this model takes text alone; leave it out")
     if free:
         return
     if kind not in _TEXT_PARTS and (kind is not None or "text" not in part):

@@ -136,12 +136,13 @@ def _several(value: Any) -> list[Any]:
 
 
 def _watermark(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = WatermarkingConfig.from_dict(dict(value))
-    if not isinstance(value, WatermarkingConfig | SynthIDTextWatermarkingConfig):
+    if not isinstance(value, Mapping | WatermarkingConfig | SynthIDTextWatermarkingConfig):
         raise ValueError("must be a WatermarkingConfig of transformers")
-    config: Any = deepcopy(value)
-    config.validate()
+    try:
+        config: Any = WatermarkingConfig.from_dict(dict(value)) if isinstance(value, Mapping) else deepcopy(value)
+        config.validate()
+    except Exception as error:
+        raise ValueError(f"must be a WatermarkingConfig of transformers, which refuses it: {error}") from error
     return config
 
 

@@ -42,6 +42,8 @@ def logits_processors(
     config = GenerationConfig()
     for name, value in options.items():
         setattr(config, name, value)
+    if options.get("encoder_no_repeat_ngram_size", 0) > len(prompt_ids):
+        config.encoder_no_repeat_ngram_size = None  # it bans nothing, and takes time and memory in its size
     config.do_sample = sample
     config.max_length = n_most
     config._eos_token_tensor = _ids(eos_token_ids) if eos_token_ids else None
