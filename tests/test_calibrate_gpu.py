@@ -278,7 +278,7 @@ def test_experts_of_a_run_share_its_launches(tiny: Path, config: EngineConfig) -
 
 
 def extent(room: int, config: EngineConfig, *, packed: bool = True, context: int = CONTEXT) -> Extent:
-    loaded: Any = type("Loaded", (), {"packed": packed, "resolved": None})
+    loaded: Any = type("Loaded", (), {"packed": packed, "rotary": None, "resolved": None})
     with patch.object(torch.cuda, "is_available", lambda: True):
         loaded.resolved = models.resolve(
             replace(config, kv_tokens=room), checkpoint_dtype="float32", model_context=context, has_cuda=True

@@ -242,8 +242,8 @@ CHANGES: list[tuple[Any, Callable[[Any], object]]] = [
     ([{"role": "user", "content": "Hi"}], lambda messages: messages[0].update(content="Hello")),
     ([{"role": "user", "content": "Hi"}], lambda messages: messages.clear()),
     (
-        [{"role": "user", "content": [{"type": "text", "text": ["Hi"]}], "tools": {"a": {"b": ["c"]}}}],
-        lambda messages: (messages[0]["content"][0]["text"].append("x"), messages[0]["tools"]["a"]["b"].clear()),
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "tools": {"a": {"b": ["c"]}}}],
+        lambda messages: (messages[0]["content"][0].update(text="Hello"), messages[0]["tools"]["a"]["b"].clear()),
     ),
 ]
 
