@@ -139,11 +139,12 @@ class EngineConfig:
             number = whole_number(value)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if number is None or not least <= number <= _MOST:
+            if number is None or number < least:
                 raise ConfigError(f"{name}={shown(value)} must be a whole number of at least {least}")
+            most, where = (most_threads(), " on this machine") if name == "threads" else (_MOST, "")
+            if number > most:
+                raise ConfigError(f"{name}={shown(number)} must be at most {most}{where}")
             object.__setattr__(self, name, number)
-        if self.threads is not None and self.threads > most_threads():
-            raise ConfigError(f"threads={self.threads} must be at most {most_threads()} on this machine")
         for name in _FLAGS:
             if (on := flag(getattr(self, name))) is None:
                 raise ConfigError(f"{name}={shown(getattr(self, name))} must be True or False")
@@ -152,7 +153,7 @@ class EngineConfig:
             object.__setattr__(self, name, _path(name, getattr(self, name)))  # frozen, but not to its maker
         half_life = real_number(self.half_life)
         if half_life is None or not 0 < half_life < inf:
-            raise ConfigError(f"half_life={shown(self.half_life)} must be a number of tokens above 0")
+            raise ConfigError(f"half_life={shown(self.half_life)} must be a number of tokens above 0, and finite")
         object.__setattr__(self, "half_life", half_life)
         self._check_device()
 
@@ -278,7 +279,7 @@ def default_kv_tokens(device: DeviceKind, max_context: int) -> int | None:
 
 def _device(kind: str, *, has_cuda: bool) -> DeviceKind:
     if kind == "cuda" and not has_cuda:
-        raise ConfigError("device='cuda': torch sees no CUDA device; set device='cpu' or 'auto'")
+        raise ConfigError("device='cuda': torch sees no CUDA device; set device='cpu' or device='auto'")
     if kind == "auto":
         return "cuda" if has_cuda else "cpu"
     return cast("DeviceKind", kind)  # checked when the option was given
