@@ -40,7 +40,7 @@ class RoutingOptions:
         list[Path],
         typer.Argument(
             metavar="TRACE.safetensors",
-            help="Routing that `fiddler trace` recorded; each file is replayed by itself. Without one, it is made up.",
+            help="Routing that `fiddler trace` recorded; each file is replayed by itself. Made up if left out.",
             show_default=False,
         ),
     ] = field(default_factory=list)
