@@ -1,50 +1,52 @@
 """Fiddler runs Mixture-of-Experts models that do not fit in one GPU."""
 
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from fiddler.config import EngineConfig
-from fiddler.errors import (
-    CheckpointError,
-    ConfigError,
-    EngineClosedError,
-    EngineError,
-    EngineFailedError,
-    FiddlerError,
-    GenerationError,
-    ModelError,
-    PromptError,
-    RequestError,
-    UnsupportedModelError,
-)
-from fiddler.types import FinishReason, Result, Statistics, Timing, Token, Usage
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from fiddler.config import EngineConfig
     from fiddler.engine.attach import attach
     from fiddler.engine.engine import Engine
     from fiddler.engine.stream import TokenStream
+    from fiddler.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineClosedError,
+        EngineError,
+        EngineFailedError,
+        FiddlerError,
+        GenerationError,
+        ModelError,
+        PromptError,
+        RequestError,
+        UnsupportedModelError,
+    )
+    from fiddler.types import DEMO, FinishReason, Result, Statistics, Timing, Token, Usage
 
 __version__ = "0.1.0"
 
-DEMO = Path(__file__).parent / "demo"
-"""The built-in demo model's checkpoint folder."""
-
-# Torch and transformers take seconds to import: what needs them is imported when it is first used.
+# Everything is imported when it is first used. Torch and transformers take seconds; and until the command line is
+# imported, which comes after this, ctrl-C prints a traceback.
 _LAZY = {
     "Engine": "fiddler.engine.engine",
     "TokenStream": "fiddler.engine.stream",
     "GenerationConfig": "transformers",
     "attach": "fiddler.engine.attach",
 }
+_QUICK = {
+    "EngineConfig": "fiddler.config",
+    **dict.fromkeys(("DEMO", "FinishReason", "Result", "Statistics", "Timing", "Token", "Usage"), "fiddler.types"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    from importlib import import_module
+
+    place = _LAZY.get(name) or _QUICK.get(name) or "fiddler.errors"
+    return getattr(import_module(place), name)
 
 
 def __dir__() -> list[str]:

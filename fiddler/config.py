@@ -153,7 +153,7 @@ class EngineConfig:
             object.__setattr__(self, name, _path(name, getattr(self, name)))  # frozen, but not to its maker
         half_life = real_number(self.half_life)
         if half_life is None or not 0 < half_life < inf:
-            raise ConfigError(f"half_life={shown(self.half_life)} must be a number of tokens above 0")
+            raise ConfigError(f"half_life={shown(self.half_life)} must be a number of tokens above 0, and finite")
         object.__setattr__(self, "half_life", half_life)
         self._check_device()
 
@@ -281,7 +281,7 @@ def default_kv_tokens(device: DeviceKind, max_context: int) -> int | None:
 
 def _device(kind: str, *, has_cuda: bool) -> DeviceKind:
     if kind == "cuda" and not has_cuda:
-        raise ConfigError("device='cuda': torch sees no CUDA device; set device='cpu' or 'auto'")
+        raise ConfigError("device='cuda': torch sees no CUDA device; set device='cpu' or device='auto'")
     if kind == "auto":
         return "cuda" if has_cuda else "cpu"
     return cast("DeviceKind", kind)  # checked when the option was given

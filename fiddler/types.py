@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+DEMO = Path(__file__).with_name("demo")
+"""The built-in demo model's checkpoint folder."""
 
 FinishReason = Literal["stop", "length"]
 """Why a request ended: an end-of-sequence token or stop string, or `max_new_tokens` reached."""

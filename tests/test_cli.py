@@ -473,6 +473,8 @@ def test_inspect_reads_no_weight_and_downloads_nothing(tiny: Path, monkeypatch: 
     result = run("inspect", "-m", "somebody/something")
     assert result.exit_code == 1
     assert "hub cache" in result.stderr
+    assert "fetch it with `hf download somebody/something` first" in result.stderr
+    assert "local_files_only" not in result.stderr
 
 
 @pytest.mark.parametrize(

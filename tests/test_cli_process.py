@@ -74,6 +74,18 @@ def test_nothing_heavy_is_imported_before_a_command_runs(args: list[str]) -> Non
     assert not {"torch", "transformers", "numpy", "anyio", "huggingface_hub"} & imported
 
 
+def test_ctrl_c_has_its_handler_before_anything_that_takes_time_is_imported() -> None:
+    code = (
+        "import signal, sys; before = set(sys.modules)\n"
+        "def first(*_): print(*sorted(set(sys.modules) - before)); sys.stdout.flush(); raise SystemExit\n"
+        "signal.signal = first; from fiddler.cli import app; app()"
+    )
+    imported = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+
+    assert "fiddler.cli" in imported.split()
+    assert not {"pathlib", "dataclasses", "fiddler.config", "fiddler.cli.ending"} & set(imported.split())
+
+
 def test_version() -> None:
     assert run("--version").stdout.decode().strip() == f"fiddler {fiddler.__version__}"
 

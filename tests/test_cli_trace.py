@@ -132,7 +132,9 @@ def test_text_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_run_or_written_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
     for args, message in (
+        (("-m", tiny, "-p", "Hi", "-o", tmp_path / "pipe"), "cannot be written: it is not a regular file"),
         (("-m", tiny, "-o", tmp_path / "out"), "there is no prompt"),
         (("-m", tiny, "-p", "Hi", "-o", tmp_path), "cannot be written: there is a folder"),
         (("-m", tiny, "-p", "Hi", "-o", tmp_path / "none" / "out"), "cannot be written: there is no folder"),
@@ -142,6 +144,7 @@ def test_what_cannot_be_run_or_written_is_an_error(tiny: Path, tmp_path: Path) -
         assert result.exit_code == 1
         assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "pipe").is_fifo(), "a file took its place"
 
 
 def test_ctrl_c_keeps_what_there_is(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,10 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match=f"^{name}={re.escape(repr(value))} must be a whole number"):
             EngineConfig(**{name: value})
 
+    def test_a_count_too_large_is_told_the_most(self) -> None:
+        with pytest.raises(ConfigError, match=f"^max_running={2**63} must be at most {2**63 - 1}$"):
+            EngineConfig(max_running=2**63)
+
     @pytest.mark.parametrize("name", COUNTS)
     def test_one_is_enough(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: 1}), name) == 1  # type: ignore[arg-type]

@@ -508,6 +508,30 @@ class TestCompilers:
         (said,) = caplog.messages
         assert said.startswith(f"CC={named} ")
 
+    @pytest.mark.parametrize(
+        ("then", "reason"),
+        [
+            ('while [ "$1" != -o ]; do shift; done; mkfifo "$2"', "it made no library"),
+            ("exit 0", "it made no library"),
+            ("echo native.c:1: error: no room; echo compilation terminated.; exit 1", "error: no room"),
+        ],
+        ids=["a pipe", "nothing", "an error"],
+    )
+    def test_what_became_of_a_compilation_is_told(
+        self,
+        then: str,
+        reason: str,
+        cache: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        version = 'if [ "$1" = --version ]; then echo Free Software Foundation; exit 0; fi'
+        monkeypatch.setenv("CC", compiler_script(tmp_path, version, then))
+        assert native() is None
+        (said,) = caplog.messages
+        assert reason in said
+
     @needs_compiler
     @pytest.mark.parametrize("named", ["", "  "])
     def test_nothing_named_is_the_machine_s_own(
@@ -542,3 +566,11 @@ class TestCompilers:
         assert "cannot compile" in given_up
         for pid in pids.read_text().split():
             wait_until_gone(int(pid))
+
+    def test_one_that_ends_leaves_nothing_running(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        started = f"sleep 1000 > {os.devnull} 2>&1 & echo $! > {tmp_path / 'pid'}"
+        monkeypatch.setenv("CC", compiler_script(tmp_path, started, "echo another"))
+        assert native() is None
+        wait_until_gone(int((tmp_path / "pid").read_text()))

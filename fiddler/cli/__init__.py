@@ -3,9 +3,9 @@
 Importing this imports next to nothing: ctrl-C has its handler before anything that takes long is imported.
 """
 
+import os
+import signal
 from typing import Any
-
-from fiddler.cli.ending import as_process
 
 
 class CommandLine:
@@ -13,6 +13,9 @@ class CommandLine:
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
         """Run what the arguments say, and exit."""
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # there is nothing to end yet
+        from fiddler.cli.ending import as_process
+
         with as_process():
             self._application(*arguments, **options)
 

@@ -24,7 +24,9 @@ class RequestOptions:
 
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="The prompt; what is piped in if left out, else a demonstration."),
+        typer.Option(
+            "--prompt", "-p", help="The prompt. Left out, it is read from a pipe, or else is a demonstration."
+        ),
     ] = None
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, when all is done.")

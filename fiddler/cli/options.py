@@ -141,7 +141,7 @@ class EngineOptions:
         str, _choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")
     ] = "auto"
     waves: Annotated[
-        str, _choice(WaveMode, "A step's rows as one wave or two; auto halves them where that is to pay.")
+        str, _choice(WaveMode, "A step's rows as one wave or two; auto halves them where that should be faster.")
     ] = "auto"
     graphs: Annotated[bool, _engine("Whether a GPU's decoding steps are recorded once and replayed.")] = True
     defer: Annotated[
@@ -189,7 +189,7 @@ class SamplingOptions:
         float | None, _sampling("Drop tokens below this share of the likeliest.", min=0.0, max=1.0)
     ] = None
     repetition_penalty: Annotated[
-        float | None, _sampling("Above 1 makes tokens that occurred less likely.", min=0.0)
+        float | None, _sampling("Above 1, tokens that have occurred already become less likely.", min=0.0)
     ] = None
     seed: Annotated[int | None, _sampling("Sample the same tokens in every run.")] = None
     stop: Annotated[list[str], _sampling("End before this text; may be given several times.")] = field(

@@ -40,7 +40,7 @@ class RoutingOptions:
         list[Path],
         typer.Argument(
             metavar="TRACE.safetensors",
-            help="Routing that `fiddler trace` recorded; each file a replay of its own. Made up if none.",
+            help="Routing that `fiddler trace` recorded; each file is replayed by itself. Made up if left out.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -88,7 +88,7 @@ class ReplayOptions:
 
 
 def replay(routing: RoutingOptions, cache: CacheOptions, output: ReplayOptions) -> None:
-    """Compare cache policies on one routing, and with the best that could be.
+    """Compare cache policies on one routing, and with the best policy possible.
 
     The sequences of a trace run one after the other through one cache, which
     carries over as in a server. "belady" knows all that comes, and no policy

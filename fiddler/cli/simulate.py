@@ -186,8 +186,10 @@ def _shape(options: MachineOptions) -> "ModelShape":
     file = options.model / "config.json" if options.model.is_dir() else options.model
     try:
         config = read_json(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{options.model} is no checkpoint's folder: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; give a checkpoint's folder") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"{file}: must be a JSON object")
     return ModelShape.from_config(config, file.absolute().parent.name)

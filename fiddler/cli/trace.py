@@ -77,6 +77,8 @@ def _check_output(file: Path) -> None:
     """Raise `ConfigError` before anything runs in vain."""
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ConfigError(f"{file} cannot be written: there is {'a' if file.is_dir() else 'no'} folder")
+    if file.exists() and not file.is_file():  # the new file would take the place of a device or a pipe
+        raise ConfigError(f"{file} cannot be written: it is not a regular file; give another file")
 
 
 def _show(routing: "RoutingTrace", request: TraceOptions, *, interrupted: bool) -> None:

@@ -21,7 +21,7 @@ def find(folder: Path, name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if not path.is_file():
         raise ConfigError(
-            f"no profile {str(name_or_path)!r}; a path to a JSON file, or: {', '.join(names(folder))}"
+            f"no profile {str(name_or_path)!r}; give the path of a JSON file, or one of: {', '.join(names(folder))}"
         )
     return path
 

@@ -22,7 +22,7 @@ PATIENCE_S = 5.0
 MOST_BYTES = 1 << 16
 """So much of what it printed last is kept."""
 MOST_QUOTED = 200
-"""Characters of its last line that an error repeats."""
+"""Characters of a line of it that an error repeats."""
 
 logger = logging.getLogger("fiddler")
 
@@ -35,6 +35,8 @@ def compiled(compiler: Sequence[str], source: Path, flags: Sequence[str]) -> byt
     with private_room() as room:
         made = room / "made.so"
         run([*compiler, *flags, str(source), "-o", str(made), "-lm"], COMPILE_S, TMPDIR=str(room))
+        if not made.is_file():  # reading a pipe would not end
+            raise OSError("it made no library")
         return made.read_bytes()
 
 
@@ -59,16 +61,18 @@ def run(command: Sequence[str], limit_s: float, **environment: str) -> bytes:
     except subprocess.TimeoutExpired:
         raise subprocess.SubprocessError(f"it took more than {limit_s:g} s") from None
     finally:
-        if process.poll() is None:
-            _end(process.pid)
+        ended = process.poll() is not None
+        _end(process.pid)  # one that has ended may have left others running
+        if not ended:
             with suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot be ended
                 process.wait(1.0)
         _running.discard(process.pid)
         assert process.stdout is not None
         process.stdout.close()
     if code:
-        last = said.decode(errors="replace").strip().rpartition("\n")[2]
-        raise subprocess.SubprocessError(f"it ended with code {code}, and said {last[:MOST_QUOTED]!r}")
+        lines = said.decode(errors="replace").strip().split("\n")
+        told = next((line for line in lines if "error:" in line), lines[-1])  # what follows an error is of less use
+        raise subprocess.SubprocessError(f"it ended with code {code}, and said {told[:MOST_QUOTED]!r}")
     return said
 
 

@@ -29,6 +29,11 @@ def find_on_hub(name: str, revision: str | None = None, *, download: bool = True
         lacks = error
     else:
         return kept
+    if not download and not isinstance(lacks, ModelError):
+        raise CheckpointError(
+            f"{what} is neither a folder nor in the hub cache, and nothing is downloaded here: fetch it with "
+            f"`hf download {name}{'' if revision is None else f' --revision {revision}'}` first"
+        ) from lacks
     if not download:
         raise CheckpointError(f"{what} is neither a folder nor whole in the hub cache: {lacks}") from lacks
     try:
