@@ -59,6 +59,7 @@ class Decoding:
     step: int
     past: SequenceKV = field(default_factory=SequenceKV)
     n_past: int = 0
+    n_prompt: int = 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the tokens; two sequences visit other experts, or the second would find them in a cache."""

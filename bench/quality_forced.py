@@ -37,6 +37,8 @@ class _Forced:
 
     ids: list[int]
     past: SequenceKV = field(default_factory=SequenceKV)
+    n_prompt: int = 0
+    """Tokens of a prompt, which would count whole: none, each is read as if it was made."""
 
     def tokens(self, start: int, stop: int) -> list[int]:
         return self.ids[start:stop]

@@ -56,8 +56,8 @@ class Victims:
             layer = int(least.argmin())
         if not least[layer] < inf:
             return None
-        tied = np.flatnonzero(least == least[layer])
-        return min((self._first(int(i)) for i in tied), key=self.place)
+        tied = [i for i in np.flatnonzero(least == least[layer]).tolist() if self._spares(i)]
+        return min(map(self._first, tied), key=self.place)
 
     def place(self, key: Key) -> Place:
         """Return an expert's place in the order in which experts give way."""
