@@ -170,6 +170,21 @@ def test_what_latency_does_not_know_is_named(
     assert says in capsys.readouterr().err
 
 
+def test_a_probe_is_answered_by_an_engine_that_was_waiting() -> None:
+    async def ask() -> int:
+        async with fiddler.Engine(fiddler.DEMO) as engine:
+            while engine._thread is None or not engine._thread.inbox._wake:
+                await anyio.sleep(0.005)
+            probe = ours.Probe(engine)
+            try:
+                with anyio.fail_after(60):
+                    return await probe.call(lambda: 7)
+            finally:
+                probe.close()
+
+    assert anyio.run(ask) == 7
+
+
 def _latency(folder: Path, tmp_path: Path, *options: str, peers: str = "eager") -> dict[str, Any]:
     file = tmp_path / "latency.json"
     short = ["--input-tokens", "3", "--output-tokens", "4", "--repeats", "1", "--compare", peers]

@@ -142,7 +142,8 @@ class EngineLoop:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
         if not self._running and self._line.first() is None:
             with anyio.move_on_after(PATIENCE_S if self._line.held_up else None):
-                self._apply([await self._inbox.receive()])
+                command = await self._inbox.receive()
+                self._apply([command])  # not in one line: bench puts another `_apply` there while this waits
         self._apply(self._inbox.drain())
         self._admit()
         self._start_over()
