@@ -148,7 +148,7 @@ def _explicit(
     """
     groups, n_rows = q.shape[1] // k.shape[1], q.shape[2]
     rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # a key head's query heads: keys need no copies
-    scores = torch.matmul(rows, k.transpose(2, 3)) * scale
+    scores = _product(rows, k.transpose(2, 3)) * scale
     scores = scores.unflatten(2, (groups, n_rows)).flatten(1, 2)  # [n, heads, t, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -159,6 +159,16 @@ def _explicit(
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
-    out = torch.matmul(weights.unflatten(1, (-1, groups)).flatten(2, 3), v)
+    out = _product(weights.unflatten(1, (-1, groups)).flatten(2, 3), v)
     heads: Tensor = out.unflatten(2, (groups, n_rows)).flatten(1, 2)
     return heads.transpose(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b`, rounded once.
+
+    On a CPU in float32: in 16 bits oneDNN would keep a kernel for every length of a past (devices/rooms.py).
+    """
+    if a.is_cuda or a.dtype == torch.float32:
+        return torch.matmul(a, b)
+    return torch.matmul(a.float(), b.float()).to(a.dtype)

@@ -81,7 +81,7 @@ class _Seen(NamedTuple):
 
 def _learn(block: nn.Module, hidden: Tensor, layer: int) -> _Ask:
     """Find out how to ask a block. Raises `_UnaskableError`, or what the block raises."""
-    with _undone(block, hidden):
+    with _undone(block):
         rows = hidden.clone()
         call, seen = _observed(block, rows)
         if not isinstance(call, ExpertsCall) or call.layer != layer:
@@ -157,12 +157,14 @@ def _ranked(index: Tensor, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undone(block: nn.Module, hidden: Tensor) -> Generator[None]:
-    """Put back what a block keeps of the calls inside; raises `_UnaskableError` if it was anything."""
+def _undone(block: nn.Module) -> Generator[None]:
+    """Put back what a block keeps of the calls inside; raises `_UnaskableError` if it was anything.
+
+    The random numbers it draws are not put back: the generator is the process's, and other threads draw from it.
+    """
     attributes = [(vars(module), dict(vars(module))) for module in block.modules()]
     attributes += [(module._buffers, dict(module._buffers)) for module in block.modules()]
     values = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    noise = [(generator, generator.get_state()) for generator in _generators(hidden)]
     kept = False
     try:
         yield
@@ -173,18 +175,8 @@ def _undone(block: nn.Module, hidden: Tensor) -> Generator[None]:
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
                 kept = True
-        for generator, state in noise:
-            if not torch.equal(generator.get_state(), state):
-                generator.set_state(state)
-                kept = True
     if kept:
         raise _UnaskableError("the block keeps something of a call")
-
-
-def _generators(hidden: Tensor) -> list[torch.Generator]:
-    """Return what noise would be drawn from."""
-    own = [torch.cuda.default_generators[hidden.device.index]] if hidden.is_cuda else []
-    return [torch.default_generator, *own]
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> bool:

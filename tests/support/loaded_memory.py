@@ -1,6 +1,6 @@
 """A program that serves requests of random lengths and watches the memory that is nobody's file.
 
-Prints its megabytes, as JSON, after each thousand requests. Run by `test_soak.py` in a process of its own.
+Prints its megabytes, as JSON, after each third of the requests. Run by `test_soak.py` in a process of its own.
 """
 
 import json
@@ -14,7 +14,6 @@ import anyio
 from fiddler import Engine, EngineConfig
 
 N_CLIENTS = 24
-LONGEST = 40
 MOST_NEW = 2
 
 
@@ -24,15 +23,15 @@ def anonymous_mb() -> float:
     return int(found[1]) / 1024
 
 
-async def main(folder: str, n_requests: int) -> list[float]:
+async def main(folder: str, n_requests: int, longest: int) -> list[float]:
     random, taken = Random(1), list[float]()
     left = iter(range(1, n_requests + 1))
 
     async def client(engine: Engine) -> None:
         for number in left:
-            prompt = random.choices(range(5, 200), k=random.randint(1, LONGEST))
+            prompt = random.choices(range(5, 200), k=random.randint(1, longest))
             await engine.generate(prompt, max_new_tokens=random.randint(1, MOST_NEW), do_sample=False)
-            if number % 1000 == 0:
+            if number % (n_requests // 3) == 0:
                 taken.append(anonymous_mb())
 
     config = EngineConfig(kernels="linear", max_running=N_CLIENTS)
@@ -43,4 +42,4 @@ async def main(folder: str, n_requests: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(anyio.run(main, sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(anyio.run(main, sys.argv[1], *map(int, sys.argv[2:]))))
