@@ -448,7 +448,7 @@ def test_inspect_counts_by_hand(kind: str, tmp_path: Path) -> None:
     assert facts["total"]["bytes"] == facts["file_bytes"] == dense * 4 + N_LAYERS * N_EXPERTS * expert
     assert facts["expert_bytes_per_token"] == N_LAYERS * TOP_K * expert
     assert facts["dense_bytes_per_token"] == (dense - EMBEDDINGS) * 4
-    assert isinstance(facts["packed"], bool)
+    assert facts["packed"] is True
 
 
 def test_inspect_tells_dense_layers_and_tied_embeddings(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What transformers says through a mask: read as it means it, or refused by name; at opening, and never dropped."""
+"""What transformers says through a mask: read as it means it, or left to transformers; never dropped."""
 
 import json
 from collections.abc import Callable
@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, masking_utils
 from transformers.models.olmoe import modeling_olmoe
 
+import fiddler
 from fiddler import Engine, EngineConfig, UnsupportedModelError
+from fiddler.cli.facts import read_facts
 from fiddler.models import attention, masks
 from fiddler.models.captured import CapturedCache, StaticInputs
 from fiddler.models.kv_arena import KvArena
@@ -125,13 +128,12 @@ def test_a_mask_that_a_model_makes_itself_is_refused(mask: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
-        ("olmoe", {"is_causal": False}, "is_causal"),
         ("gpt_oss", {"sliding_window": 0}, "sliding_window=0"),
         # A layer attends in a way for which the model then makes no mask.
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "cannot run as config.json describes it"),
     ],
 )
-def test_a_checkpoint_is_refused_when_it_is_opened(
+def test_a_checkpoint_that_transformers_cannot_run_is_refused_when_it_is_opened(
     kind: str, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     folder = save_tiny(tmp_path / "tiny", kind)
@@ -160,6 +162,53 @@ def test_windows_are_those_of_eager_generate(name: str, changes: dict[str, Any],
     edit_config(folder, {"sliding_window": 8, **changes})
     assert load(folder, EngineConfig()).packed == packed
     assert anyio.run(generated, folder) == expected(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3_moe", {"is_causal": False}),
+        ("mixtral", {"is_causal": False, "sliding_window": 8}),
+        ("gpt_oss", {"is_causal": False}),
+        ("deepseek_v3", {"is_causal": False}),
+        ("gemma4", {"use_bidirectional_attention": "all"}),
+    ],
+)
+def test_a_prompt_that_sees_later_tokens_is_that_of_eager_generate(
+    name: str, changes: dict[str, Any], save: Save
+) -> None:
+    folder = save(build(name))
+    causal = expected(folder)
+    edit_config(folder, changes)
+    wanted = expected(folder)
+    assert wanted != causal
+    assert not load(folder, EngineConfig()).packed
+    assert not read_facts(folder, trust_remote_code=False).packed
+    assert anyio.run(generated, folder) == wanted
+    assert eager(fiddler.attach(folder), PROMPT, N_NEW)[0] == wanted
+
+
+def test_a_multimodal_checkpoint_without_its_towers_may_see_later_tokens(save: Save) -> None:
+    folder = save(build("gemma4_multimodal"))
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, {"text_config": {**config["text_config"], "use_bidirectional_attention": "all"}})
+    wanted = anyio.run(generated, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "vision" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    assert anyio.run(generated, folder) == wanted
+
+
+def test_own_forwards_that_transformers_cannot_run_are_refused_when_opened(save: Save) -> None:
+    folder = save(build("qwen3_next"))
+    edit_config(
+        folder, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 3.0}}
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"'qwen3_next' cannot run as config.json describes it: \w+Error"
+    ):
+        load(folder, EngineConfig())
 
 
 def test_chunks_are_those_of_eager_generate(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

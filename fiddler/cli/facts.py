@@ -9,8 +9,7 @@ from fiddler.cli.sizes import Sizes, measure
 from fiddler.config import EngineConfig, resolve
 from fiddler.devices.base import DTYPES
 from fiddler.models import seam
-from fiddler.models.loaded import checkpoint_dtype, model_context
-from fiddler.models.packed import PACKED
+from fiddler.models.loaded import checkpoint_dtype, model_context, seems_packed
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.source import find_checkpoint
@@ -70,7 +69,7 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
         context=context,
         layers=int(text.num_hidden_layers),
         moe_layers=len(seam.find_experts(skeleton)),
-        packed=text.model_type in PACKED,
+        packed=seems_packed(skeleton),
         file_bytes=sum(entry.nbytes for entry in checkpoint.entries.values()),
         sizes=sizes,
         machine=_machine(sizes, available_bytes()),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from fiddler.errors import FiddlerError, UnsupportedModelError
+from fiddler.errors import UnsupportedModelError
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.models.masks import Sight
 from fiddler.models.seam import Forward
@@ -57,26 +57,42 @@ def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
     return DryStep(past if packed else outcome.past_key_values, tuple(layers), sights)
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether packed steps give what `generate` does, for a model bound to the seam with our attention; runs a row.
+def why_apart(model: PreTrainedModel) -> str:
+    """Return why packed steps would not give what `generate` does, empty where they do; runs a row.
 
-    transformers' cache lets go of what lies behind a window of the configuration, even where the masks of the model
-    go on showing it; then prompts see more than later tokens do, and only its own cache gives the same.
-
-    Raises `UnsupportedModelError` for a model that asks for what our attention does not know, and for one that
-    cannot run as it is configured.
+    `model` is bound to the seam and attends by ours. They would not where a layer asks for what our attention does
+    not know, such as a mask that shows later tokens. Nor where transformers' cache lets go of what lies behind a
+    window of the configuration, and the masks of the model go on showing it: then prompts see more than later
+    tokens do, and only its own cache gives the same.
     """
     try:
         with torch.inference_mode():
             sights = dry_step(model, 1, packed=True).sights
         layers = DynamicCache(config=model.config).layers
-    except FiddlerError:
-        raise
-    except Exception as error:  # of transformers' code, for options that do not go together
+    except UnsupportedModelError as error:
+        return str(error)
+    except Exception as error:  # of transformers' code: for options that do not go together, or without weights
+        return "" if next(model.parameters()).is_meta else str(error)
+    if not sights:
+        return "the model attends by an attention of its own"
+    differ = any(_differs(layers[i], sight) for i, sight in sights.items())
+    return "transformers' cache forgets what masks show" if differ else ""
+
+
+def check_runs(model: PreTrainedModel, why_apart: str = "") -> None:
+    """Run a row of a model bound to the seam with transformers' attention and cache.
+
+    Raises `UnsupportedModelError` for one that cannot run: its options do not go together. What had kept it from
+    packed steps is often the better reason.
+    """
+    try:
+        with torch.inference_mode():
+            dry_step(model, 1, packed=False)
+    except Exception as error:
+        reasons = [why_apart] * bool(why_apart) + [f"{type(error).__name__}: {error}"]
         raise UnsupportedModelError(
-            f"{model.config.model_type!r} cannot run as config.json describes it: {error}"
+            f"{model.config.model_type!r} cannot run as config.json describes it: {'; '.join(reasons)}"
         ) from error
-    return not any(_differs(layers[i], sight) for i, sight in sights.items())
 
 
 def _differs(layer: Any, sight: Sight) -> bool:

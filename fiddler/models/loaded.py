@@ -14,12 +14,12 @@ from fiddler.devices.base import DTYPES, ExpertFormula
 from fiddler.errors import UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
-from fiddler.models.dry import can_pack, dry_step
+from fiddler.models.dry import check_runs, dry_step, why_apart
 from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
 from fiddler.models.packed import PACKED
 from fiddler.models.rotary import Rotary, find_rotary
-from fiddler.models.skeleton import attend_plainly, load_skeleton, read_config
+from fiddler.models.skeleton import load_skeleton, read_config, set_attention
 from fiddler.models.text import Text
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.host import MappedStore
@@ -76,18 +76,9 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         model_context=model_context(config),
         has_cuda=torch.cuda.is_available() and (packed or options.device == "cuda"),
     )
-    served, packed = packed, packed and config.get_text_config().model_type in PACKED
     dtype = DTYPES[resolved.dtype]
-    skeleton = load_skeleton(
-        checkpoint,
-        config,
-        dtype=dtype,
-        attention=attention.NAME if packed else None,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if packed and not _can_pack(skeleton):
-        attend_plainly(skeleton)
-        packed = False
+    skeleton = load_skeleton(checkpoint, config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
     make_store = PackedStore if resolved.store == "packed" else MappedStore
@@ -110,9 +101,30 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     )
 
 
-def _can_pack(skeleton: PreTrainedModel) -> bool:
+def _pack(skeleton: PreTrainedModel) -> bool:
+    """Give a model our attention where its sequences may share forwards; returns whether they may.
+
+    Raises `UnsupportedModelError` for a model that transformers cannot run either.
+    """
     seam.bind(seam.find_experts(skeleton), lambda *_: torch.empty(0))
-    return can_pack(skeleton)
+    reason = ""
+    if skeleton.config.get_text_config().model_type in PACKED:
+        plain = set_attention(skeleton, attention.NAME)
+        if not (reason := why_apart(skeleton)):
+            return True
+        set_attention(skeleton, plain)
+    check_runs(skeleton, reason)
+    return False
+
+
+def seems_packed(skeleton: PreTrainedModel) -> bool:
+    """Whether sequences of a model may share forwards, as far as it shows without weights; gives it our seams."""
+    if skeleton.config.get_text_config().model_type not in PACKED:
+        return False
+    seam.bind(seam.find_experts(skeleton), lambda *_: torch.empty(0))
+    skeleton.set_experts_implementation(seam.NAME)
+    set_attention(skeleton, attention.NAME)
+    return not why_apart(skeleton)
 
 
 def _of_text(

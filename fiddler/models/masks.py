@@ -3,7 +3,7 @@
 transformers composes a mask of functions that say for two positions whether one sees the other, and hands it to
 the function registered for the attention implementation, to make a tensor of it. Ours reads the parts instead: the
 positions of a packed step's rows are those of many sequences, of which transformers knows nothing. What has no such
-description is carried to the layers that attend by it, and refused there.
+description is carried to the layers that attend by it, and refused there: such a model shares no steps (dry.py).
 """
 
 from collections.abc import Callable, Iterator

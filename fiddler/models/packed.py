@@ -2,8 +2,8 @@
 
 The exactness suite proves every entry: packed steps, ragged and chunked, with sequences joining and leaving, equal
 separate unsplit forwards. An architecture that is not listed runs one forward per sequence, whole prompts at once,
-with transformers' own cache, and meets the others at the experts. So does a listed one whose configuration makes
-that cache lose what the masks show (`can_pack` in dry.py).
+with transformers' own cache, and meets the others at the experts. So does a listed one whose configuration asks
+for what packed steps do not know, or makes that cache lose what the masks show (`why_apart` in dry.py).
 """
 
 PACKED: frozenset[str] = frozenset(

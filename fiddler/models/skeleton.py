@@ -130,14 +130,13 @@ def load_skeleton(
     config: PretrainedConfig,
     *,
     dtype: torch.dtype,
-    attention: str | None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load everything but the experts into memory of its own, with the experts seam in place.
 
-    `attention` is an attention implementation's name, `None` for transformers' own choice. Raises
-    `UnsupportedModelError` for a model without the seam, `CheckpointError` for weights that are missing or of the
-    wrong shape, `ModelError` where transformers cannot load it.
+    It attends as transformers chooses. Raises `UnsupportedModelError` for a model without the seam,
+    `CheckpointError` for weights that are missing or of the wrong shape, `ModelError` where transformers cannot
+    load it.
     """
     folder = checkpoint.folder
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
@@ -150,7 +149,6 @@ def load_skeleton(
                 state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
                 config=config,
                 dtype=dtype,
-                attn_implementation=_for_text(config, attention),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below with their names
             )
@@ -160,7 +158,7 @@ def load_skeleton(
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise ModelError(f"transformers cannot load {folder.name} ({config.model_type}): {why}") from error
-    missing = text_lacks(model, report["missing_keys"], packed=attention is not None)
+    missing = text_lacks(model, report["missing_keys"])
     _check(model, {**report, "missing_keys": missing})
     model.eval().requires_grad_(False)
     skeleton: PreTrainedModel = model
@@ -195,17 +193,17 @@ def _add_generation(model: Any, folder: Path, *, trust_remote_code: bool) -> Non
         )
 
 
-def _for_text(config: PretrainedConfig, attention: str | None) -> dict[str, str] | None:
-    """Name the attention of the text model only: towers are not run, and some know none but transformers' own."""
-    if attention is None:
-        return None
-    text = config.get_text_config()
-    return {"": attention} | {k: attention for k in config.sub_configs if getattr(config, k, None) is text}
+def set_attention(model: PreTrainedModel, name: str) -> str:
+    """Let a text model attend by another implementation; returns the name of the one before.
 
-
-def attend_plainly(model: PreTrainedModel) -> None:
-    """Give a text model transformers' own attention in the place of ours."""
-    model.set_attn_implementation(dict.fromkeys(_for_text(model.config, "") or ()))
+    Towers are not run, and some know none but transformers' own.
+    """
+    config, text = model.config, model.config.get_text_config()
+    before: str = text._attn_implementation
+    model.set_attn_implementation(
+        {"": name} | {k: name for k in config.sub_configs if getattr(config, k, None) is text}
+    )
+    return before
 
 
 def meta_skeleton(

@@ -12,11 +12,8 @@ from fiddler.models import seam
 from fiddler.models.dry import dry_step
 
 
-def text_lacks(model: PreTrainedModel, missing: Iterable[str], *, packed: bool) -> list[str]:
-    """Return those of the missing weights that a text needs: what lies in the decoder, or a step of text reads.
-
-    `packed` is whether the model's attention is ours, as for `dry_step`.
-    """
+def text_lacks(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """Return those of the missing weights that a text needs: what lies in the decoder, or a step of text reads."""
     names = sorted(missing)
     decoder = model.get_decoder()
     if not names or decoder is None or decoder is model or decoder is model.base_model:
@@ -27,7 +24,7 @@ def text_lacks(model: PreTrainedModel, missing: Iterable[str], *, packed: bool) 
         return names
     seam.bind(seam.find_experts(model), lambda *_: torch.empty(0))
     with torch.inference_mode(), _Reading() as reading:
-        dry_step(model, 1, packed=packed)
+        dry_step(model, 1, packed=False)
     return [name for name in names if name not in stored or id(stored[name]) in reading.seen]
 
 
