@@ -22,6 +22,7 @@ from fiddler import (
     EngineConfig,
     EngineFailedError,
     GenerationConfig,
+    PromptError,
     TokenStream,
     attach,
 )
@@ -77,7 +78,7 @@ async def until_gone() -> None:
 @pytest.mark.parametrize(
     ("device", "where"),
     [
-        ("cpu", (Text, "encode")),
+        ("cpu", (Text, "read")),
         ("cpu", (Decoder, "push")),
         ("cpu", (seam.Forward, "suspend")),
         ("cpu", (CpuDevice, "run")),
@@ -93,7 +94,8 @@ async def test_what_one_request_raises_ends_that_request_alone(
             expected = (await engine.generate([5], greedy(4))).token_ids
             with monkeypatch.context() as patch:
                 patch.setattr(*where, raising(error))
-                with pytest.raises(EngineFailedError) as caught:
+                told = PromptError if where == (Text, "read") else EngineFailedError
+                with pytest.raises(told) as caught:
                     await engine.generate([5], greedy(4))
             assert caught.value.__cause__ is error
             assert type(error).__name__ in str(caught.value)

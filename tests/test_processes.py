@@ -97,7 +97,7 @@ from fiddler import Engine, EngineConfig, FiddlerError, GenerationConfig
 
 async def told(engine, streams):
     asked = [lambda: engine.generate_stream([5]), lambda: engine.max_context, lambda: engine.count_tokens("a"),
-             engine.statistics, engine.trace, engine.routing]
+             engine.statistics, engine.trace, engine.routing, lambda: engine.tokenizer]
     waited = [lambda: streams[0], lambda: anext(streams[0]), lambda: streams[1], engine.__aenter__,
               lambda: engine.generate([5])]
     found = []
@@ -145,7 +145,7 @@ print(json.dumps({"children": children, "parent": anyio.run(rest, engine, stream
 
 def test_a_forked_child_is_told_that_the_engine_is_its_parents(tiny: Path) -> None:
     found = run(FORK, tiny)
-    assert found["children"] == [[["EngineClosedError"] * 11, 0]] * 2
+    assert found["children"] == [[["EngineClosedError"] * 12, 0]] * 2
     assert found["parent"] == [299, 300], "what a child did is no business of its parent's"
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fiddler import Engine, GenerationConfig, PromptError
-from fiddler.models.prompts import copy_prompt
+from fiddler.models.prompts import Bound, copy_prompt
 from tests.support.tiny import save_tiny
 
 IDS = [5, 6, 7]
@@ -29,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of(value: Any, length: int = 100) -> Any:
-    return copy_prompt(value, length)
+    return copy_prompt(value, Bound(length, f"{length}"))
 
 
 @pytest.mark.parametrize(

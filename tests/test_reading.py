@@ -279,6 +279,60 @@ class TestProcess:
                 text.encode("hi")
         assert text.encode("hi")
 
+    def test_without_descriptors_for_a_worker_others_are_read(
+        self, opened: Callable[..., Text], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none_left(*_: object) -> None:
+            raise OSError(24, "Too many open files")
+
+        text = opened(ENDLESS)
+        text.start()
+        server, asking, raised = server_of(text), Asking(), list[BaseException]()
+        stuck = threading.Thread(target=self._note, args=(lambda: text.read(MESSAGES, None, asking), raised))
+        stuck.start()
+        until(lambda: len(text._reader._busy) == 1 and not text._reader._idle)
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socketpair", none_left)
+            with pytest.raises(EngineFailedError, match="Too many open files"):
+                text.encode("hi")
+        assert server_of(text) == server
+        assert exists(server)
+        assert text.encode("hi")
+        assert stuck.is_alive(), "it is being read as before"
+        asking.give_up()
+        stuck.join(WAIT_S)
+        assert [type(error) for error in raised] == [EngineClosedError]
+
+    def test_a_worker_that_cannot_be_forked_is_not_the_prompts_fault(
+        self, opened: Callable[..., Text], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = opened()
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "send_fds", lambda *_: None)  # its socket closes, as where fork fails
+            with pytest.raises(EngineFailedError, match="could not be forked"):
+                text.encode("hi")
+        assert text.encode("hi")
+
+    @pytest.mark.parametrize("n_kills", [1, 3])
+    def test_killed_while_it_reads_it_is_started_again_a_few_times(
+        self, n_kills: int, opened: Callable[..., Text], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = opened(ENDLESS)
+        monkeypatch.setattr(reading, "LIMIT_S", 1.5)
+        text.start()
+        raised: list[BaseException] = []
+        asked = threading.Thread(target=self._note, args=(lambda: text.encode(MESSAGES), raised))
+        asked.start()
+        killed: set[int] = set()
+        for _ in range(n_kills):
+            until(lambda: any(worker._server._process.pid not in killed for worker in tuple(text._reader._busy)))
+            killed.add(server_of(text))
+            os.kill(server_of(text), signal.SIGKILL)
+        asked.join(WAIT_S)
+        told = (EngineFailedError, "ended from outside") if n_kills == 3 else (PromptError, "took too long")
+        assert [(type(error), told[1] in str(error)) for error in raised] == [(told[0], True)]
+        assert text.encode("hi"), "the next prompt is read"
+
     def test_without_an_interpreter_the_error_is_typed(
         self, opened: Callable[..., Text], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -24,7 +24,7 @@ from fiddler.given import shown
 from fiddler.lanes.channel import Channel
 from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
-from fiddler.models.prompts import Prompt, copy_prompt
+from fiddler.models.prompts import Bound, Prompt, copy_prompt
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing
 
@@ -100,12 +100,14 @@ class Engine:
         options = read_options(thread.defaults, generation, overrides)
         channel: Channel[Item] = Channel()
         try:
-            submission = Submission(copy_prompt(prompt, loaded.resolved.longest), options, channel)
+            bound = Bound.of(loaded.resolved.max_context, loaded.resolved.kv_tokens)
+            submission = Submission(copy_prompt(prompt, bound), options, channel)
         except PromptError as error:
             channel.push(error)
             return TokenStream(channel, lambda: None)
-        thread.submit(submission)
-        return TokenStream(channel, partial(thread.leave, submission), self)
+        stream = TokenStream(channel, partial(thread.leave, submission), self)
+        thread.submit(submission)  # after: whoever is interrupted here loses the stream, and that ends the request
+        return stream
 
     async def generate(
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
@@ -160,15 +162,18 @@ class Engine:
 
     @property
     def _loaded(self) -> ServableModel | None:
-        return self._thread.loaded if self._thread is not None else None
+        thread = self._here()
+        return thread.loaded if thread is not None else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A copy of the checkpoint's tokenizer, for the caller to use and to change: the engine does not use it.
 
         It is made when it is first asked for; `None` where the checkpoint has none, or the engine is not open.
+        Raises `EngineClosedError` in a forked child.
         """
-        return self._loaded.text.tokenizer if self._loaded is not None else None
+        loaded = self._loaded
+        return loaded.text.tokenizer if loaded is not None else None
 
     def statistics(self) -> Statistics:
         """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""

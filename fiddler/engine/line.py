@@ -20,32 +20,31 @@ class Line:
     """Who waits, and who is next: the first that came, but nobody waits for long for one that is being read."""
 
     def __init__(self) -> None:
-        self._waiting: list[Waiting] = []
+        self._waiting: dict[Submission, Waiting] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(tuple(self._waiting))
+        return iter(tuple(self._waiting.values()))
 
     def join(self, submission: Submission, reading: Reading) -> None:
         """Let a request wait, its prompt still to be read."""
-        self._waiting.append(Waiting(submission, reading))
+        self._waiting[submission] = Waiting(submission, reading)
 
     def find(self, submission: Submission) -> Waiting | None:
         """Return who waits with this submission; `None` if its caller has left."""
-        return next((w for w in self._waiting if w.submission is submission), None)
+        return self._waiting.get(submission)
 
     def leave(self, submission: Submission) -> None:
         """Let somebody go, to run or for good; a prompt that is being read is given up."""
-        waiting = self.find(submission)
+        waiting = self._waiting.pop(submission, None)
         if waiting is not None:
-            self._waiting.remove(waiting)
             waiting.reading.asking.give_up()
 
     def first(self) -> Request | None:
         """Return the request that is let in next; `None` where there is none, or one before it is being read."""
-        for waiting in self._waiting:
+        for waiting in self._waiting.values():
             if waiting.request is not None or not waiting.reading.slow:
                 return waiting.request
         return None
@@ -53,4 +52,4 @@ class Line:
     @property
     def held_up(self) -> bool:
         """Whether somebody has been read and is behind one that has not: time lets it in, without any news."""
-        return self.first() is None and any(waiting.request is not None for waiting in self._waiting)
+        return self.first() is None and any(waiting.request is not None for waiting in self._waiting.values())

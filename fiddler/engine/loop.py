@@ -33,10 +33,10 @@ from fiddler.types import Statistics
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A caller wants a request run; its prompt may be on its way to be read already."""
+    """A caller wants a request run; its prompt is on its way to be read."""
 
     submission: Submission
-    reading: Reading | None = None
+    reading: Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +156,13 @@ class EngineLoop:
         for command in commands:
             match command:
                 case Submit(submission, reading):
-                    self._take(submission, reading)
+                    self._line.join(submission, reading)
                 case Read(submission, found):
                     self._found(submission, found)
                 case End(submission):
                     self._leave(submission)
                 case Close():
                     self._closing = True
-
-    def _take(self, submission: Submission, reading: Reading | None) -> None:
-        if reading is None:
-            reading = Reading(submission)
-            self._readings.put(reading)
-        self._line.join(submission, reading)
 
     def _tell(self, reading: Reading, found: Found) -> None:
         """Be told by a thread that reads."""

@@ -9,7 +9,7 @@ from time import monotonic
 
 from fiddler.engine.request import Submission
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
-from fiddler.models.prompts import Prompt
+from fiddler.models.prompts import Copied
 from fiddler.models.reading import Asking, TooMany
 from fiddler.models.text import Text, is_ids
 
@@ -20,7 +20,7 @@ PATIENCE_S = 0.5
 QUEUE_PATIENCE_S = 2.0
 """The same where it has not begun: all threads are taken, or the process is not ready."""
 _LEAVE_S = 5.0
-"""Longest wait for a thread at the end: one in a tokenizer's own Python code may never return."""
+"""Longest wait for the threads at the end: one in a tokenizer's own Python code may never return."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,14 +90,12 @@ class Readings:
         for _ in self._threads:
             self._queue.put(None)
         self._text.close()
+        until_s = monotonic() + _LEAVE_S
         for thread in self._threads:
-            thread.join(_LEAVE_S)
+            thread.join(max(0.0, until_s - monotonic()))
 
-    def _few(self, prompt: Prompt) -> bool:
-        try:
-            return is_ids(prompt) and (len(prompt) <= _FEW or len(prompt) > self._n_most)
-        except Exception:  # of an object that is no list: whoever reads it says so
-            return False
+    def _few(self, prompt: Copied) -> bool:
+        return is_ids(prompt) and (len(prompt) <= _FEW or len(prompt) > self._n_most)
 
     def _hire(self, work: Callable[[], None]) -> None:
         if len(self._threads) == N_THREADS:
@@ -127,7 +125,7 @@ class Readings:
             return self._text.read(reading.submission.prompt, self._n_most, reading.asking)
         except FiddlerError as error:
             return error
-        except BaseException as error:  # a prompt may be any object, and raise what it likes
+        except BaseException as error:  # of a tokenizer's own Python code
             refused = PromptError(f"the prompt could not be read: {type(error).__name__}: {error}")
             refused.__cause__ = error
             return refused

@@ -17,7 +17,7 @@ from fiddler.lanes.channel import Channel
 from fiddler.models.decoder import Decoder
 from fiddler.models.generation import SamplingOptions
 from fiddler.models.kv import SequenceKV
-from fiddler.models.prompts import Prompt
+from fiddler.models.prompts import Bound, Copied
 from fiddler.models.sampling import Sampler
 from fiddler.types import FinishReason, Token, Usage
 
@@ -26,7 +26,7 @@ from fiddler.types import FinishReason, Token, Usage
 class Submission:
     """A request as it was asked for, before anything was checked that needs the model."""
 
-    prompt: Prompt
+    prompt: Copied
     options: SamplingOptions
     channel: Channel[Item]
 
@@ -119,13 +119,12 @@ def token_limit(
     the context or that room cannot hold the prompt and the most that is asked for, naming the smaller, and
     `GenerationError` where it cannot hold the least.
     """
-    longest, name, remedy = max_context, f"the context of {max_context}", ""
-    if kv_tokens is not None and kv_tokens < max_context:
-        longest, name, remedy = kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher"
+    bound = Bound.of(max_context, kv_tokens)
+    longest, name, remedy = bound.longest, bound.name, bound.remedy
     room = longest - n_prompt
     n = f"{n_prompt}" if counted else f"at least {n_prompt}"
     if room < 1:
-        raise PromptError(f"the prompt is too long: {n} tokens leave no room within {name}; shorten it{remedy}")
+        raise bound.exceeded(n_prompt, counted=counted)
     least = _asked_least(n_prompt, options, longest, name)
     new, total = options.max_new_tokens, options.max_length
     wanted = total - n_prompt if total is not None else new

@@ -22,6 +22,7 @@ import torch
 
 from fiddler.config import EngineConfig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
+from fiddler.engine.readings import Reading
 from fiddler.engine.recorder import Recorder
 from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
@@ -105,7 +106,7 @@ class EngineThread:
         if loop is not None:
             loop.submit(submission)
         else:
-            self.inbox.push(Submit(submission))
+            self.inbox.push(Submit(submission, Reading(submission)))  # sealed by now: it is refused
 
     def leave(self, submission: Submission) -> None:
         """Tell it that nobody wants a request any more, from any thread."""
@@ -165,7 +166,7 @@ class EngineThread:
         if self._closing:  # calibrating takes seconds
             raise self.failure
         self.name = _name(model, loaded)
-        self.defaults = Defaults.of_model(loaded.model, has_tokenizer=loaded.text.tokenizer is not None)
+        self.defaults = Defaults.of_model(loaded.model, has_tokenizer=loaded.text.known)
         choose_threads(loaded, config, self._n_threads)
         on_gpu = loaded.resolved.device == "cuda"  # then the dense part is no business of the CPU's kernels
         kernels = choose_kernels(loaded, config, with_dense=not on_gpu)

@@ -7,6 +7,7 @@ other thread reads his objects.
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import islice
 from operator import index
 from typing import Any
@@ -28,42 +29,68 @@ _MOST_PARTS = 1_000_000
 """Values of all messages together. A conversation of as many tokens has fewer."""
 
 
-def copy_prompt(prompt: Prompt, longest: int = sys.maxsize) -> Copied:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The most tokens that a prompt and its completion may have together, and the option that says so."""
+
+    longest: int
+    name: str = "what fits"
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, max_context: int, kv_tokens: int | None) -> "Bound":
+        """Return the smaller of a context and of the room for keys and values, `None` without limit."""
+        if kv_tokens is not None and kv_tokens < max_context:
+            return cls(kv_tokens, f"kv_tokens={kv_tokens}", ", or set kv_tokens higher")
+        return cls(max_context, f"the context of {max_context}")
+
+    def exceeded(self, n_tokens: int, *, counted: bool = True) -> PromptError:
+        """Return the error of a prompt that has so many tokens, or more where they are not counted."""
+        n = f"{n_tokens}" if counted else f"at least {n_tokens}"
+        return PromptError(
+            f"the prompt is too long: {n} tokens leave no room within {self.name}; shorten it{self.remedy}"
+        )
+
+
+_NO_BOUND = Bound(sys.maxsize)
+
+
+def copy_prompt(prompt: Prompt, bound: Bound = _NO_BOUND) -> Copied:
     """Return a copy that shares nothing with the prompt that can change.
 
-    `longest` is how many tokens may be of use: a longer sequence is refused before it is copied. Raises
+    A sequence of more items than `bound` is refused before it is copied. Raises
     `PromptError` for another kind of object, and for one that raises while it is read.
     """
     try:
-        return _copy(prompt, longest)
+        return _copy(prompt, bound)
     except (PromptError, KeyboardInterrupt):
         raise
     except BaseException as error:  # of the caller's objects, whose code may raise anything
         raise PromptError(f"the prompt cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _copy(prompt: Any, longest: int) -> Copied:
+def _copy(prompt: Any, bound: Bound) -> Copied:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, np.ndarray | Tensor):
-        return _row(prompt, longest)
+        return _row(prompt, bound)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise PromptError(f"{_KINDS}, not {type(prompt).__name__}")
     n_items = len(prompt)
-    if n_items > longest:
-        raise PromptError(_too_long(n_items, longest))
+    if n_items > bound.longest:
+        raise bound.exceeded(n_items)
     items = _items(prompt, n_items)
     if items and isinstance(items[0], Mapping):
         return _Messages().copy(items)
     return _ids(items)
 
 
-def _row(row: Any, longest: int) -> list[int]:
+def _row(row: Any, bound: Bound) -> list[int]:
     """Return the ids of an array or tensor."""
     if row.ndim != 1:
         raise PromptError(f"token ids must be in one row, not of shape {list(row.shape)}; give them one by one")
-    if len(row) > longest:
-        raise PromptError(_too_long(len(row), longest))
+    if len(row) > bound.longest:
+        raise bound.exceeded(len(row))
     return _ids(row.tolist())
 
 
@@ -84,10 +111,6 @@ def _items(several: Collection[Any], n_items: int) -> list[Any]:
     if len(items) != n_items:
         raise PromptError(f"a {type(several).__name__} says that it has {n_items} items, and has {len(items)}")
     return items
-
-
-def _too_long(n_tokens: int, longest: int) -> str:
-    return f"the prompt is too long: {n_tokens} tokens leave no room within {longest}; shorten it"
 
 
 class _Messages:

@@ -34,6 +34,8 @@ _START_S = 120.0
 
 _MOST_IDLE = 4
 """Workers kept for the next questions."""
+_MOST_ORPHANED = 3
+"""Times that a question is asked while somebody ends the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Reader:
         `EngineFailedError` where no process can be had, and `EngineClosedError` when given up or closed.
         """
         asking = asking if asking is not None else Asking()
+        n_orphaned = 0
         while True:
             worker = self._worker()
             try:
@@ -120,6 +123,11 @@ class Reader:
                     raise EngineClosedError("the engine was closed while the prompt was read") from None
                 if ended.unheard and worker.n_answers:
                     continue  # it had ended before it was asked
+                if worker.orphaned:  # and that ended it: no fault of the prompt's
+                    n_orphaned += 1
+                    if n_orphaned == _MOST_ORPHANED:
+                        raise EngineFailedError("the process that reads prompts was ended from outside") from None
+                    continue
                 raise ended.error() from None
             finally:
                 asking.take(None)
@@ -154,6 +162,8 @@ class Reader:
             with self._starting:
                 worker = self._new_worker()
         except (OSError, ValueError, EOFError) as error:
+            if self._closed.is_set():
+                raise EngineClosedError("the engine is closed") from None
             raise EngineFailedError(f"the process that reads prompts cannot be started: {error}") from error
         with self._lock:
             self._busy.add(worker)
@@ -166,7 +176,9 @@ class Reader:
         if server is not None:
             try:
                 return server.worker()
-            except OSError:  # ended from outside, as by a system that is out of memory
+            except ConnectionError:  # ended from outside, as by a system that is out of memory
+                with self._lock:
+                    self._server = None
                 server.end()
         server = _Server()
         with self._lock:
@@ -181,8 +193,6 @@ class Reader:
             with self._lock:
                 self._server = None
             server.end()
-            if self._closed.is_set():
-                raise EngineClosedError("the engine is closed") from None
             raise
 
     def _keep(self, worker: "_Worker") -> None:
@@ -213,10 +223,10 @@ class _EndedError(Exception):
 class _Worker:
     """One worker's socket; one question at a time."""
 
-    def __init__(self, sock: socket.socket, kill: Callable[[int], None]) -> None:
+    def __init__(self, sock: socket.socket, server: "_Server", pid: int) -> None:
         self._socket = sock
-        self._kill = kill
-        self._pid: int | None = None
+        self._server = server
+        self._pid = pid
         weakref.finalize(self, sock.close)  # one that is not closed by name goes without a warning
         self.alive = True
         self.n_answers = 0
@@ -231,8 +241,6 @@ class _Worker:
         self._socket.settimeout(_START_S + 2 * (LIMIT_S + CHARACTER_S * len(text)))
         kind, content, rendered = b"", b"", False
         try:
-            if self._pid is None:
-                (self._pid,) = process.SIZE.unpack(_frame(self._socket)[1])
             process.send(
                 self._socket,
                 (memory, question.said, question.special, question.n_most, LIMIT_S, CHARACTER_S),
@@ -254,11 +262,15 @@ class _Worker:
         self.alive = kind != process.NO_MEMORY
         return _answer(kind, content, memory)
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether the process it was forked from has ended, and it with that."""
+        return self._server.ended
+
     def interrupt(self) -> None:
         """Have whoever waits for an answer see the end, and end the worker."""
         self.alive = False
-        if self._pid is not None:
-            self._kill(self._pid)
+        self._server.kill(self._pid)
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:  # closed, or the other side is gone
@@ -324,15 +336,25 @@ class _Server:
         self._ready.set()
 
     def worker(self) -> _Worker:
-        """Have a worker forked. Raises `OSError`."""
+        """Have a worker forked. Raises `OSError`: `ConnectionError` where the process has ended."""
         ours, theirs = socket.socketpair()
+        ours.settimeout(_START_S)
         try:
             with theirs, self._ordering:
                 socket.send_fds(self._control, [process.FORK], [theirs.fileno()])
+            (pid,) = process.SIZE.unpack(_frame(ours)[1])
+        except EOFError:
+            ours.close()
+            raise OSError("it could not be forked") from None
         except BaseException:
             ours.close()
             raise
-        return _Worker(ours, self.kill)
+        return _Worker(ours, self, pid)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self._process.poll() is not None
 
     def kill(self, pid: int) -> None:
         """Have a worker killed, if it has not ended."""

@@ -55,6 +55,11 @@ class Text:
         return cls(tokenizer if tokenizer.is_fast else None)
 
     @property
+    def known(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._own is not None
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """A copy of the tokenizer that is the caller's own, made when it is first asked for."""
         with self._lock:
