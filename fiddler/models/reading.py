@@ -4,22 +4,18 @@ A thread could neither be ended nor be kept from taking the interpreter's lock, 
 memory aborts its process. One process prepares itself; workers are forked from it in a few milliseconds, and kept.
 """
 
-import os
 import socket
-import subprocess
-import sys
 import weakref
 from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
 from typing import Any
 
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
 from fiddler.models import reading_process as process
+from fiddler.models.reading_server import START_S, Server, frame
 
 LIMIT_S = 5.0
 """Longest that a template may take; the tokenizer has as long, and more for a long text."""
@@ -29,8 +25,6 @@ BYTES = 256 << 20
 """Memory that reading a prompt may take."""
 BYTES_PER_TOKEN = 2048
 """Memory added to it for every token there is room for, which takes about 300 bytes."""
-_START_S = 120.0
-"""Longest wait for the process to be ready: it takes about a second, on a busy machine more."""
 
 _MOST_IDLE = 4
 """Workers kept for the next questions."""
@@ -97,7 +91,7 @@ class Reader:
         self._starting = Lock()
         self._lock = Lock()  # of what follows
         self._closed = Event()
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
 
@@ -175,12 +169,12 @@ class Reader:
         server = self._server
         if server is not None:
             try:
-                return server.worker()
+                return _Worker(server)
             except ConnectionError:  # ended from outside, as by a system that is out of memory
                 with self._lock:
                     self._server = None
                 server.end()
-        server = _Server()
+        server = Server()
         with self._lock:
             if self._closed.is_set():
                 server.end()
@@ -188,7 +182,7 @@ class Reader:
             self._server = server
         try:
             server.prepare(self._define())
-            return server.worker()
+            return _Worker(server)
         except BaseException:
             with self._lock:
                 self._server = None
@@ -223,11 +217,11 @@ class _EndedError(Exception):
 class _Worker:
     """One worker's socket; one question at a time."""
 
-    def __init__(self, sock: socket.socket, server: "_Server", pid: int) -> None:
-        self._socket = sock
+    def __init__(self, server: Server) -> None:
+        """Fork it. Raises `OSError`: `ConnectionError` where the server has ended."""
+        self._socket, self._pid = server.fork()
         self._server = server
-        self._pid = pid
-        weakref.finalize(self, sock.close)  # one that is not closed by name goes without a warning
+        weakref.finalize(self, self._socket.close)  # one that is not closed by name goes without a warning
         self.alive = True
         self.n_answers = 0
 
@@ -238,17 +232,17 @@ class _Worker:
         n_room = question.n_most if question.n_most is not None else len(text)
         memory = BYTES + BYTES_PER_TOKEN * n_room
         # The worker's own timer ends it; this one is for a machine that does not let it.
-        self._socket.settimeout(_START_S + 2 * (LIMIT_S + CHARACTER_S * len(text)))
+        self._socket.settimeout(START_S + 2 * (LIMIT_S + CHARACTER_S * len(text)))
         kind, content, rendered = b"", b"", False
         try:
             process.send(
                 self._socket,
                 (memory, question.said, question.special, question.n_most, LIMIT_S, CHARACTER_S),
             )
-            kind, content = _frame(self._socket)
+            kind, content = frame(self._socket)
             if kind == process.RENDERED:
                 rendered = True
-                kind, content = _frame(self._socket)
+                kind, content = frame(self._socket)
         except (OSError, EOFError):
             self.alive = False
             took_s = monotonic() - started_s
@@ -292,130 +286,3 @@ def _answer(kind: bytes, content: bytes, memory: int) -> list[int] | TooMany | F
         "the chat template refused the messages" if kind == process.NO_CHAT else "the tokenizer refused the text"
     )
     return PromptError(f"{refused}: {content.decode(errors='replace')}")
-
-
-class _Process(subprocess.Popen[bytes]):
-    """A process that ends with the program, unless it is ended before; neither is worth a warning."""
-
-    def __del__(self) -> None:
-        return
-
-
-class _Server:
-    """The process that workers are forked from."""
-
-    def __init__(self) -> None:
-        """Start it. Raises `OSError`."""
-        self._control, theirs = socket.socketpair()
-        _OPEN.add(self)
-        try:
-            with theirs:
-                self._process = _Process(
-                    [sys.executable, "-I", str(Path(process.__file__)), *_module_paths()],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    cwd="/",
-                    start_new_session=True,  # a terminal's ctrl-C is not for it
-                    env=dict(os.environ, **_ENVIRONMENT),
-                )
-        except BaseException:
-            self._control.close()
-            raise
-        self._ready = Event()
-        self._ordering = Lock()
-        self._end = weakref.finalize(self, _end, self._control, self._process, self._ready, os.getpid())
-
-    def prepare(self, definition: dict[str, Any]) -> None:
-        """Give it what it needs and wait until it is ready. Raises `OSError`, and `ValueError` where it says no."""
-        self._control.settimeout(_START_S)
-        process.send(self._control, definition)
-        kind, content = _frame(self._control)
-        if kind != process.READY:
-            raise ValueError(content.decode(errors="replace"))
-        self._ready.set()
-
-    def worker(self) -> _Worker:
-        """Have a worker forked. Raises `OSError`: `ConnectionError` where the process has ended."""
-        ours, theirs = socket.socketpair()
-        ours.settimeout(_START_S)
-        try:
-            with theirs, self._ordering:
-                socket.send_fds(self._control, [process.FORK], [theirs.fileno()])
-            (pid,) = process.SIZE.unpack(_frame(ours)[1])
-        except EOFError:
-            ours.close()
-            raise OSError("it could not be forked") from None
-        except BaseException:
-            ours.close()
-            raise
-        return _Worker(ours, self, pid)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it runs no more."""
-        return self._process.poll() is not None
-
-    def kill(self, pid: int) -> None:
-        """Have a worker killed, if it has not ended."""
-        with self._ordering, suppress(OSError):  # then it has ended, and the worker with it
-            self._control.sendall(process.KILL + process.SIZE.pack(pid))
-
-    def end(self) -> None:
-        """End it and its workers, and wait for that."""
-        self._end()
-
-    def forget(self) -> None:
-        """Let go of it in a process forked from the program, where it is another's."""
-        self._end.detach()
-        self._control.close()
-
-
-def _end(control: socket.socket, server: _Process, ready: Event, owner: int) -> None:
-    if os.getpid() != owner:
-        return
-    with suppress(OSError):  # it has ended
-        control.shutdown(socket.SHUT_RDWR)  # seen whoever else holds it
-    control.close()
-    if not ready.is_set():  # then it has no workers that it would have to end
-        server.kill()
-    try:
-        server.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-
-
-_OPEN: "weakref.WeakSet[_Server]" = weakref.WeakSet()
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",  # a process with threads cannot be forked
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RUST_BACKTRACE": "0",
-}
-
-
-def _forget_all() -> None:
-    for server in list(_OPEN):
-        server.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-
-
-def _module_paths() -> list[str]:
-    """Return where the program finds modules, as absolute paths; a folder that is gone is left out."""
-    found = []
-    for path in sys.path:
-        try:
-            found.append(os.path.abspath(path))  # noqa: PTH100  # a path may be empty, or a zip file
-        except OSError:
-            continue
-    return found
-
-
-def _frame(sock: socket.socket) -> tuple[bytes, bytes]:
-    kind, n_bytes = process.HEAD.unpack(process.receive(sock, process.HEAD.size))
-    return kind, process.receive(sock, n_bytes)
