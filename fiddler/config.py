@@ -216,8 +216,12 @@ class Resolved:
         return self.max_context if self.kv_tokens is None else min(self.max_context, self.kv_tokens)
 
 
+@cache
 def most_threads() -> int:
-    """Return the most CPU threads an engine may have: OpenMP ends the process where it cannot start as many."""
+    """Return the most CPU threads an engine may have: OpenMP ends the process where it cannot start as many.
+
+    Counted once: every product of our kernels goes by it, and to count is to read files of the system.
+    """
     return max(64, 4 * (os.cpu_count() or 1))
 
 

@@ -63,6 +63,8 @@ class _Weight(Tensor):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dim() == 2:
+        return linear(x, weight, bias)
     return linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], -1)
 
 
