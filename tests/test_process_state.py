@@ -19,6 +19,7 @@ import fiddler
 from fiddler import Engine, EngineConfig
 from fiddler.devices.threads import set_own_threads
 from fiddler.models.alone import alone
+from tests.support.default_dtype import default_dtype
 from tests.support.tiny import save_tiny
 
 CONFIG = EngineConfig(max_running=1)
@@ -52,16 +53,6 @@ async def answers(engine: Engine) -> list[Any]:
         for i in range(len(found)):
             group.start_soon(ask, i)
     return found
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """The token picked from logits, as transformers would pick it, whatever the process does meanwhile."""
 
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import product
 from math import inf, nan
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from fiddler.errors import GenerationError
 from fiddler.models.generation import Defaults, read_options
 from fiddler.models.option_values import PROCESSORS
 from fiddler.models.sampling import Sampler
+from tests.support.default_dtype import default_dtype
 
 VOCABULARY = 40
 NONE = Defaults.of({}, VOCABULARY)
@@ -221,16 +221,6 @@ def trace(asked: dict[str, Any], n: int = 12) -> list[tuple[int, float | None]]:
         picked.append(picking.pick(torch.from_numpy(row), context))
         context.append(picked[-1][0])
     return picked
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_more_tokens_than_a_prompt_has_are_no_ngram_of_it() -> None:

@@ -1,4 +1,4 @@
-"""The worst expert that may give way, found by an array minimum when somebody asks."""
+"""Finds the worst expert that may give way, by an array minimum, on demand."""
 
 from collections.abc import Callable
 from math import inf

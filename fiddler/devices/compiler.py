@@ -14,13 +14,13 @@ from time import monotonic
 from fiddler.devices.library import private_room
 
 VERSION_S = 8.0
-"""A compiler that takes longer to say what it is, is given up."""
+"""Seconds that a compiler has to answer `--version`."""
 COMPILE_S = 20.0
 """The same for compiling, which takes one second on a machine that has nothing else to do."""
 PATIENCE_S = 5.0
-"""After so long the log says what is waited for."""
+"""Seconds after which the log names the compiler that we wait for."""
 MOST_BYTES = 1 << 16
-"""So much of what it printed last is kept."""
+"""Bytes of its output that are kept, the last ones."""
 MOST_QUOTED = 200
 """Characters of a line of it that an error repeats."""
 

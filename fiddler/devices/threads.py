@@ -1,7 +1,7 @@
-"""A thread's own number of torch threads, without touching anybody else's.
+"""Sets the number of torch threads of one thread, and of no other.
 
-torch keeps the number for each thread, and beside it the number that threads will take which have none yet.
-`torch.set_num_threads` sets both. Here the second is put back, by a thread that lives no longer than that.
+torch keeps a number for each thread, and a common one for threads without a number of their own.
+`torch.set_num_threads` sets both. Here the common number is put back, by a short-lived thread.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 T = TypeVar("T")
 
 _one = Lock()
-"""Two that put the number back at once could each keep the other's."""
+"""Two threads that put the common number back at once could each restore the number of the other."""
 
 
 def set_own_threads(n: int) -> None:
@@ -27,7 +27,7 @@ def set_own_threads(n: int) -> None:
 
 
 def _in_new_thread(ask: Callable[[], T]) -> T:
-    """Return what a thread says that has set nothing yet."""
+    """Return the result of `ask` in a new thread, which has no number of its own."""
     said: list[T] = []
     thread = Thread(target=lambda: said.append(ask()), name="fiddler-threads", daemon=True)
     thread.start()

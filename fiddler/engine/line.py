@@ -17,7 +17,7 @@ class Waiting:
 
 
 class Line:
-    """Who waits, and who is next: the first that came, but nobody waits for long for one that is being read."""
+    """The order of admission: first come, first served, but a prompt that takes long to read is overtaken."""
 
     def __init__(self) -> None:
         self._waiting: dict[Submission, Waiting] = {}
@@ -33,17 +33,17 @@ class Line:
         self._waiting[submission] = Waiting(submission, reading)
 
     def find(self, submission: Submission) -> Waiting | None:
-        """Return who waits with this submission; `None` if its caller has left."""
+        """Return the waiting request of a submission; `None` if its caller has left."""
         return self._waiting.get(submission)
 
     def leave(self, submission: Submission) -> None:
-        """Let somebody go, to run or for good; a prompt that is being read is given up."""
+        """Take a request out of the line, to run or for good; stop reading its prompt."""
         waiting = self._waiting.pop(submission, None)
         if waiting is not None:
             waiting.reading.asking.give_up()
 
     def first(self) -> Request | None:
-        """Return the request that is let in next; `None` where there is none, or one before it is being read."""
+        """Return the next request to admit; `None` if there is none, or an earlier prompt is still being read."""
         for waiting in self._waiting.values():
             if waiting.request is not None or not waiting.reading.slow:
                 return waiting.request
@@ -51,5 +51,5 @@ class Line:
 
     @property
     def held_up(self) -> bool:
-        """Whether somebody has been read and is behind one that has not: time lets it in, without any news."""
+        """Whether a request is ready but behind a prompt that is being read: time alone will admit it."""
         return self.first() is None and any(waiting.request is not None for waiting in self._waiting.values())

@@ -19,7 +19,7 @@ _one = threading.RLock()
 _mine = threading.local()
 
 _LOGGERS = ("modeling_utils", "core_model_loading", "integrations.hub_kernels")
-"""Who reports unexpected weights, or a model's slower ways, on loading."""
+"""Loggers that report unexpected weights, or slower code paths, on loading."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def _quiet() -> bool:
 
 
 def _heard(record: logging.LogRecord) -> bool:
-    """Pass everything but what our own loading says; filters run in the thread that logs."""
+    """Drop the warnings of our own loading; a filter runs in the thread that logs."""
     return record.levelno >= logging.ERROR or not _quiet()
 
 

@@ -60,10 +60,10 @@ def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
 def why_apart(model: PreTrainedModel) -> str:
     """Return why packed steps would not give what `generate` does, empty where they do; runs a row.
 
-    `model` is bound to the seam and attends by ours. They would not where a layer asks for what our attention does
-    not know, such as a mask that shows later tokens. Nor where transformers' cache lets go of what lies behind a
-    window of the configuration, and the masks of the model go on showing it: then prompts see more than later
-    tokens do, and only its own cache gives the same.
+    `model` is bound to the seam and uses our attention. There are two reasons. A layer uses an option that our
+    attention does not know, such as a mask that shows later tokens. Or transformers' cache drops the tokens behind
+    a window while the masks still show them: a prompt then sees more than later tokens do, and only that cache
+    gives the same result.
     """
     try:
         with torch.inference_mode():
@@ -96,7 +96,7 @@ def check_runs(model: PreTrainedModel, why_apart: str = "") -> None:
 
 
 def _differs(layer: Any, sight: Sight) -> bool:
-    """Whether a layer of transformers' cache does not hold what is to be seen; of a window of 1 it holds all."""
+    """Whether a cache layer of transformers drops tokens that rows still see; with a window of 1 it keeps all."""
     if not getattr(layer, "is_sliding", False):  # one that shares another's keys does not even say
         return False
     limits = [limit for limit in (sight.window, sight.chunk) if limit]

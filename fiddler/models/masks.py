@@ -20,14 +20,14 @@ MaskFunction = Callable[..., Any]
 
 
 class Sight(NamedTuple):
-    """What a row sees of its own sequence: itself, and before it what these limits leave. Nothing behind it."""
+    """The tokens of its own sequence that a row sees: itself and earlier ones, within these limits; none later."""
 
     window: int = 0
     """The newest tokens, itself among them; 0: all."""
     chunk: int = 0
     """The tokens of its own chunk, where the sequence is cut into chunks of this many; 0: all."""
     unknown: str = ""
-    """What of a mask cannot be said so; empty where nothing is left."""
+    """The part of a mask that these limits cannot describe; empty if there is none."""
 
     def hidden(self, n_tokens: int) -> int:
         """Return how many tokens of a sequence of `n_tokens` its newest does not see, the first ones."""
@@ -52,7 +52,7 @@ def mask(*, mask_function: MaskFunction, attention_mask: Tensor | None = None, *
 
 
 def read(function: MaskFunction) -> Sight:
-    """Return what a mask function of transformers says."""
+    """Return the description of a mask function of transformers."""
     causal, windows, chunks, others = False, set[int](), set[int](), list[str]()
     for part in _parts(function):
         code = getattr(part, "__code__", None)
@@ -77,7 +77,7 @@ def read(function: MaskFunction) -> Sight:
 
 
 def sight(attention_mask: Any) -> Sight:
-    """Return what a layer was told to see. Raises `UnsupportedModelError` where that is more than we can do."""
+    """Return the description that a layer was given. Raises `UnsupportedModelError` for one we cannot attend by."""
     told = attention_mask if isinstance(attention_mask, Sight) else Sight(unknown="a mask that it makes itself")
     if told.unknown:
         raise UnsupportedModelError(f"the model attends by {told.unknown}, which packed steps do not know")

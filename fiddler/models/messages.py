@@ -9,13 +9,13 @@ _PART = "{'type': 'text', 'text': …}"
 _TEXT_PARTS = frozenset({"text", "thinking", "reasoning"})
 _TOOL_ROLES = frozenset({"tool", "function", "ipython", "observation"})
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What an assistant may have said in place of content."""
+"""Keys that stand in place of the content of an assistant."""
 _MEDIA = frozenset(
     [f"{before}{kind}{after}" for kind in ("image", "video", "audio", "file") for before in ("", "input_")
      for after in ("", "s", "_url", "_urls", "_file", "_id", "_data")]
     + ["media", "attachment", "attachments", "pixel_values", "document", "documents"]
 )  # fmt: skip
-"""Names of what is no text, as parts of messages and keys of them are called."""
+"""Names of media, as types of message parts and as keys of messages."""
 
 
 def plain(messages: Sequence[Any]) -> list[dict[str, Any]]:
