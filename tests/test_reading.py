@@ -431,10 +431,14 @@ class TestProgram:
             os.kill(child, signal.SIGKILL)
 
     def test_ctrl_c_is_not_for_it(self) -> None:
-        after = "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    print(len(reader.ask(chat)), flush=True)"
+        # It waits inside the block that catches the signal before it says so.
+        after = (
+            "try:\n    print('waits', flush=True)\n    signal.pause()\n"
+            "except KeyboardInterrupt:\n    print(len(reader.ask(chat)), flush=True)"
+        )
         with program(after=after, start_new_session=True) as run:
             assert run.stdout is not None
-            run.stdout.readline()
+            assert [run.stdout.readline() for _ in range(2)][1] == "waits\n"
             os.killpg(run.pid, signal.SIGINT)
             said, wrong = run.communicate(timeout=60)
         assert (said.strip(), wrong) == ("2", "")
