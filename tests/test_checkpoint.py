@@ -114,6 +114,11 @@ class TestRefusedIndex:
         with pytest.raises(CheckpointError, match=r"lacks 1 of 2 files, first two\.safetensors"):
             Checkpoint.open(tmp_path)
 
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
+        save_index(tmp_path, {"a": "x" * 5000 + ".safetensors"})
+        with pytest.raises(CheckpointError, match=r"lacks 1 of 1 files, first x+\.safetensors"):
+            Checkpoint.open(tmp_path)
+
     def test_tensor_its_shard_lacks_is_named(self, tmp_path: Path) -> None:
         save_file({"a": torch.ones(9)}, tmp_path / "one.safetensors")
         save_index(tmp_path, {"a": "one.safetensors", "lost": "one.safetensors"})

@@ -140,9 +140,9 @@ class _Opened:
 
 def _open(file: Path) -> _Opened:
     try:
-        with safe_open(str(file), framework="np"):
-            pass  # validates the header and that the data it describes is all there
-        with file.open("rb") as stream:
+        with file.open("rb") as stream:  # first: it says why, where safetensors calls every fault a missing file
+            with safe_open(str(file), framework="np"):
+                pass  # validates the header and that the data it describes is all there
             mapping = Mapping(file, stream)
             n_header = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(n_header))
