@@ -278,8 +278,10 @@ def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
                 "download the checkpoint again"
             )
 
-    # transformers finds conversions by class name and capabilities by reading the class's module.
-    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    # transformers finds conversions by class name and capabilities by reading the class's module. It expects tensors
+    # of every name: it would make a table of those that it has no place for, the experts' among them.
+    expected = {"_keys_to_ignore_on_load_unexpected": [""]}
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__, **expected})
 
 
 def _empty(module: seam.ExpertsModule) -> None:
