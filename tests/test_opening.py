@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from fiddler import (
     CheckpointError,
@@ -217,7 +218,7 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": "x"}}, r"stretched by \['x'\], which is no length"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": inf}}, "which is no length"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": -2.0}}, "which is no length"),
-        ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model"),
+        ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model; correct it"),
         ({"text_config": {}}, "does not describe a 'qwen3_moe' model"),
         ({"quantization_config": 5}, r"quantised \(5\)"),
         ({"quantization_config": {}}, r"quantised \(unknown\)"),
@@ -226,7 +227,7 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"head_dim": 10**9}, "describes a dense part of"),
         ({"vocab_size": -5}, "cannot"),
         ({"num_attention_heads": 0}, "cannot"),
-        ({"hidden_act": "nonsense"}, "cannot"),
+        ({"hidden_act": "nonsense"}, r"cannot .*; check config\.json"),
     ],
     ids=str,
 )
@@ -240,9 +241,17 @@ def test_a_configuration_of_nonsense_is_a_sentence(tiny: Path, changes: dict[str
 
 @pytest.mark.parametrize(
     "name",
-    ["generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"],
+    [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "merges.txt",
+    ],
 )
 def test_a_huge_file_is_not_read(tiny: Path, name: str) -> None:
+    (tiny / name).parent.mkdir(exist_ok=True)
     with (tiny / name).open("wb") as stream:
         stream.truncate(1 << 40)  # all of it a hole
     with pytest.raises(CheckpointError, match=rf"{name}.* has 1099511627776 bytes"):
@@ -278,6 +287,17 @@ def test_what_safetensors_calls_a_missing_file(tiny: Path, monkeypatch: pytest.M
     )
     with pytest.raises(CheckpointError, match="Permission denied"):
         Checkpoint.open(tiny)
+
+
+def test_tensors_without_a_place_are_not_told_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[str | None] = []
+    make = LoadStateDictInfo.create_loading_report
+    monkeypatch.setattr(
+        LoadStateDictInfo, "create_loading_report", lambda *a: reports.append(make(*a)) or reports[-1]
+    )
+    edit_weights(tiny, lambda tensors: tensors.update(unknown=tensors["model.norm.weight"].clone()))
+    opened(tiny)
+    assert reports == [None]
 
 
 def test_no_quantisation_may_be_written_down(tiny: Path) -> None:

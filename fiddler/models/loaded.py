@@ -211,7 +211,9 @@ def model_context(config: PretrainedConfig) -> int:
         n_tokens = -1
     if n_tokens < 0:
         stretched = f", stretched by {factors}" if factors else ""
-        raise CheckpointError(f"config.json says max_position_embeddings={given}{stretched}, which is no length")
+        raise CheckpointError(
+            f"config.json says max_position_embeddings={given}{stretched}, which is no length; correct it"
+        )
     return n_tokens
 
 

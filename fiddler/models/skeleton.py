@@ -47,7 +47,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         if not isinstance(config.get_text_config(), PretrainedConfig):
             raise TypeError("its text_config is no configuration")
     except Exception as error:
-        raise CheckpointError(f"{file} does not describe a {kind!r} model: {error}") from error
+        raise CheckpointError(
+            f"{file} does not describe a {kind!r} model; correct it or download it again: {error}"
+        ) from error
     return config
 
 
@@ -176,7 +178,9 @@ def load_skeleton(
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ModelError(f"transformers cannot load {folder.name} ({config.model_type}): {why}") from error
+        raise ModelError(
+            f"transformers cannot load {folder.name} ({config.model_type}); check {CONFIG}: {why}"
+        ) from error
     missing = text_lacks(model, report["missing_keys"])
     _check(model, {**report, "missing_keys": missing})
     model.eval().requires_grad_(False)
@@ -245,7 +249,7 @@ def meta_skeleton(
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ModelError(f"transformers cannot build {config.model_type}: {why}") from error
+        raise ModelError(f"transformers cannot build {config.model_type}; check {CONFIG}: {why}") from error
     return skeleton
 
 
@@ -278,8 +282,8 @@ def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
                 "download the checkpoint again"
             )
 
-    # transformers finds conversions by class name and capabilities by reading the class's module. It expects tensors
-    # of every name: it would make a table of those that it has no place for, the experts' among them.
+    # transformers finds conversions by class name and capabilities by reading the class's module. It would make a
+    # table of all tensors that it has no place for, the experts' among them, if they were not expected.
     expected = {"_keys_to_ignore_on_load_unexpected": [""]}
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__, **expected})
 

@@ -64,7 +64,9 @@ class Text:
         except BaseException as error:  # its files or code raise what they like, and a panic is no `Exception`
             if not sure:
                 return cls(None)
-            raise CheckpointError(f"the tokenizer of {folder} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"the tokenizer of {folder} cannot be read: {error}; check its files, or download them"
+            ) from error
         return cls(tokenizer if tokenizer.is_fast else None)
 
     @property
@@ -210,7 +212,7 @@ def _legacy_template(folder: Path) -> str | None:
 
 
 def _refuse_unreadable(folder: Path) -> None:
-    for file in (folder / name for name in _READ):
+    for file in (*(folder / name for name in _READ), *folder.glob("additional_chat_templates/*.jinja")):
         try:
             n_bytes = file.stat().st_size if file.is_file() else 0
         except OSError as error:
