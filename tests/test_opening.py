@@ -281,10 +281,7 @@ def test_what_safetensors_calls_a_missing_file(tiny: Path, monkeypatch: pytest.M
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    opening = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda path, *a, **k: (refuse if path.name == SINGLE else opening)(path, *a, **k)
-    )
+    monkeypatch.setattr("fiddler.store.checkpoint.open_regular", refuse)
     with pytest.raises(CheckpointError, match="Permission denied"):
         Checkpoint.open(tiny)
 

@@ -70,6 +70,13 @@ class Mapping:
                 f"{self.file} {self._change} while it was open; open the model again once the file is whole"
             )
 
+    def in_place(self) -> bool:
+        """Whether what has the file's name is of its size and time; some systems make up its number."""
+        try:
+            return _Stamp.of(self.file.stat())[2:] == self._stamp[2:]
+        except OSError:
+            return False
+
     def _found_change(self) -> str | None:
         if self._guarded.lost:
             return "was truncated or became unreadable"
