@@ -1,6 +1,7 @@
 """What a model's experts take on this machine: measured in seconds, stored, read back, and shown."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -127,6 +128,11 @@ def test_it_is_measured_again_on_request(tiny: Path, config: EngineConfig) -> No
         lambda text: text.replace('"held_out"', '"held"'),
         lambda text: text.replace('"lane"', '"line"'),
         lambda text: text.replace('"contention"', '"contempt"'),
+        *(
+            lambda text, field=field, value=value: re.sub(rf'("{field}": )[^,}}]+', rf"\g<1>{value}", text)
+            for field in ("copy_s", "link", "row_s", "host_s", "measured_s")
+            for value in ("NaN", "Infinity", "-1", '"x"', f"1{'0' * 400}")
+        ),
     ],
 )
 def test_a_damaged_file_is_measured_again(tiny: Path, config: EngineConfig, damage: Any) -> None:

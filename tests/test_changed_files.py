@@ -129,6 +129,19 @@ def test_a_name_that_is_relative_stays_the_same_file(tmp_path: Path, monkeypatch
         checkpoint.check()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody says where a mapped file went")
+def test_a_file_that_has_moved_is_watched(tmp_path: Path) -> None:
+    file, moved = save_tiny(tmp_path) / SINGLE, tmp_path / "moved"
+    checkpoint = Checkpoint.open(tmp_path)
+    file.rename(moved)
+    checkpoint.check()
+    file.write_bytes(b"another one")
+    checkpoint.check()
+    overwrite(moved)
+    with pytest.raises(CheckpointError, match="was changed"):
+        checkpoint.check()
+
+
 class TestDescriptors:
     def test_none_is_held(self, tmp_path: Path) -> None:
         folder = save_tiny(tmp_path, max_shard_size="20KB")

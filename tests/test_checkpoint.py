@@ -1,8 +1,11 @@
 """A checkpoint folder: what is refused, and that what is opened is only mapped."""
 
 import json
+import os
 import pickle
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models.loaded import load
+from fiddler.store import checkpoint
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
 from fiddler.store.host import MappedStore
@@ -107,11 +111,52 @@ class TestRefused:
             Checkpoint.open(tmp_path)
 
 
+class TestReplacedWhileOpened:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        shards = {f"{name}.safetensors": {name: torch.ones(9)} for name in ("one", "two")}
+        return save_sharded(tmp_path, shards)
+
+    def replacing(self, name: str, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Change a file once the first one is open."""
+
+        def open_and_change(file: Path) -> Any:
+            opened = opening(file)
+            if file.name == "one.safetensors":
+                change(file.with_name(name))
+            return opened
+
+        opening = checkpoint._open
+        monkeypatch.setattr(checkpoint, "_open", open_and_change)
+
+    @pytest.mark.parametrize(
+        "change", [Path.unlink, lambda file: shutil.copy(file, "x") and Path("x").replace(file)]
+    )
+    def test_by_another_file(
+        self, folder: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder)
+        self.replacing("one.safetensors", change, monkeypatch)
+        with pytest.raises(CheckpointError, match=r"one\.safetensors was replaced while it was opened; open"):
+            Checkpoint.open(folder)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such pipes")
+    def test_by_a_pipe_that_nobody_writes_to(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replacing("two.safetensors", lambda file: (file.unlink(), os.mkfifo(file)), monkeypatch)
+        with pytest.raises(CheckpointError, match=r"two\.safetensors is not a regular file"):
+            Checkpoint.open(folder)
+
+
 class TestRefusedIndex:
     def test_missing_shard_is_named_and_counted(self, tmp_path: Path) -> None:
         save_sharded(tmp_path, {"one.safetensors": {"a": torch.ones(9)}, "two.safetensors": {"b": torch.ones(9)}})
         (tmp_path / "two.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"lacks 1 of 2 files, first two\.safetensors"):
+            Checkpoint.open(tmp_path)
+
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
+        save_index(tmp_path, {"a": "x" * 5000 + ".safetensors"})
+        with pytest.raises(CheckpointError, match=r"lacks 1 of 1 files, first x+\.safetensors"):
             Checkpoint.open(tmp_path)
 
     def test_tensor_its_shard_lacks_is_named(self, tmp_path: Path) -> None:

@@ -169,11 +169,15 @@ class TestCalibration:
         assert names(calibrated_kernels([LARGE], config)) == EXPECTED
         assert len(json.loads(calibration_file(config).read_text())["kernels"]) == len(BUCKETS)
 
-    def test_unknown_kernel_in_the_file_is_measured_anew(self, measured: Measured, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kernel", ["of_the_future", "vector", "native"])
+    def test_a_kernel_that_is_not_for_these_rows_is_measured_anew(
+        self, measured: Measured, tmp_path: Path, kernel: str
+    ) -> None:
+        """`vector` would multiply the first row only, and `native` was not made."""
         config = EngineConfig(calibration_dir=tmp_path)
         calibrated_kernels([LARGE], config)
         file = calibration_file(config)
-        file.write_text(file.read_text().replace("rows_last", "of_the_future"))
+        file.write_text(file.read_text().replace("rows_last", kernel))
         measured.asked.clear()
         assert names(calibrated_kernels([LARGE], config)) == EXPECTED
         assert measured.asked

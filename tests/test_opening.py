@@ -4,12 +4,14 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from fiddler import (
     CheckpointError,
@@ -23,6 +25,8 @@ from fiddler import (
 from fiddler.cli.facts import read_facts
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.seam import find_experts
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import SINGLE
 from fiddler.store.source import find_checkpoint
 from tests.architectures import build
 from tests.support.tiny import save_tiny
@@ -206,7 +210,15 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"model_type": []}, "no model_type that is a name"),
         ({"model_type": None}, "no model_type that is a name"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-        ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model"),
+        ({"num_hidden_layers": 1000}, "asks for 1000 layers, and the files hold 8"),
+        ({"num_labels": 10**9}, "num_labels=1000000000"),
+        ({"num_experts_per_tok": 9}, "sends each token to 9 experts of a layer that has 8"),
+        ({"num_experts_per_tok": -1}, "sends each token to -1 experts"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings=-1"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": "x"}}, r"stretched by \['x'\], which is no length"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": inf}}, "which is no length"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": -2.0}}, "which is no length"),
+        ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model; correct it"),
         ({"text_config": {}}, "does not describe a 'qwen3_moe' model"),
         ({"quantization_config": 5}, r"quantised \(5\)"),
         ({"quantization_config": {}}, r"quantised \(unknown\)"),
@@ -215,7 +227,7 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"head_dim": 10**9}, "describes a dense part of"),
         ({"vocab_size": -5}, "cannot"),
         ({"num_attention_heads": 0}, "cannot"),
-        ({"hidden_act": "nonsense"}, "cannot"),
+        ({"hidden_act": "nonsense"}, r"cannot .*; check config\.json"),
     ],
     ids=str,
 )
@@ -225,6 +237,64 @@ def test_a_configuration_of_nonsense_is_a_sentence(tiny: Path, changes: dict[str
         opened(tiny)
     with pytest.raises(ModelError, match=message):
         read_facts(tiny, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "merges.txt",
+    ],
+)
+def test_a_huge_file_is_not_read(tiny: Path, name: str) -> None:
+    (tiny / name).parent.mkdir(exist_ok=True)
+    with (tiny / name).open("wb") as stream:
+        stream.truncate(1 << 40)  # all of it a hole
+    with pytest.raises(CheckpointError, match=rf"{name}.* has 1099511627776 bytes"):
+        opened(tiny)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        SINGLE,
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ],
+)
+def test_a_link_that_cannot_be_followed(tiny: Path, name: str) -> None:
+    """As one into a folder that others may not enter, which root enters."""
+    (tiny / name).unlink()
+    (tiny / name).symlink_to("x" * 300)
+    with pytest.raises(CheckpointError, match=name):
+        opened(tiny)
+
+
+def test_what_safetensors_calls_a_missing_file(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fiddler.store.checkpoint.open_regular", refuse)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        Checkpoint.open(tiny)
+
+
+def test_tensors_without_a_place_are_not_told_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[str | None] = []
+    make = LoadStateDictInfo.create_loading_report
+    monkeypatch.setattr(
+        LoadStateDictInfo, "create_loading_report", lambda *a: reports.append(make(*a)) or reports[-1]
+    )
+    edit_weights(tiny, lambda tensors: tensors.update(unknown=tensors["model.norm.weight"].clone()))
+    opened(tiny)
+    assert reports == [None]
 
 
 def test_no_quantisation_may_be_written_down(tiny: Path) -> None:

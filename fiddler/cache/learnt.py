@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fiddler.cache.saved import counts, part, text
 from fiddler.cache.worth import Policy
+from fiddler.given import shown
 
 
 def state(policy: Policy) -> dict[str, object]:
@@ -22,7 +23,7 @@ def restore(policy: Policy, saved: Mapping[str, object]) -> None:
     shape = policy.history.n_experts
     found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
     if found != (policy.name, [list(shape)]):
-        raise ValueError(f"the saved state is of {found}, not of this policy and model")
+        raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
     before = policy.history.state()
     try:
         policy.history.restore(part(saved, "history"))

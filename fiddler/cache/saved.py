@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from fiddler.given import shown
+
 _LIMIT = 1e18  # nothing that is counted here gets there; also keeps out nan, inf and endless integers
 
 
@@ -51,5 +53,5 @@ def counts(state: Mapping[str, object], field: str, shape: Sequence[int]) -> lis
 
 def _finite(value: object, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LIMIT < value < _LIMIT:
-        raise ValueError(f"saved {field!r} holds {value!r} where a finite number belongs")
+        raise ValueError(f"saved {field!r} holds {shown(value)} where a finite number belongs")
     return value

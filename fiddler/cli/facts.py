@@ -9,7 +9,7 @@ from fiddler.cli.sizes import Sizes, measure
 from fiddler.config import EngineConfig, resolve
 from fiddler.devices.base import DTYPES
 from fiddler.models import seam
-from fiddler.models.loaded import checkpoint_dtype, model_context, seems_packed
+from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.source import find_checkpoint
@@ -59,6 +59,7 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
     context = model_context(config)
     resolved = resolve(EngineConfig(), checkpoint_dtype=checkpoint_dtype(config, checkpoint), model_context=context)
     skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
+    refuse_visits(config, skeleton)
     sizes = measure(skeleton, checkpoint, DTYPES[resolved.dtype])
     text = config.get_text_config()
     return Facts(

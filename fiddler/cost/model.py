@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Self
 
 from fiddler.cost.curve import NO_TIME, Curve
+from fiddler.given import real_number, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +105,29 @@ class CostModel:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read what `as_json` gave. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         shapes = [
-            ExpertCosts(_curve(s["cpu"]), _curve(s["gpu"]), float(s["copy_s"]), int(s["nbytes"]))
+            ExpertCosts(_curve(s["cpu"]), _curve(s["gpu"]), _number(s["copy_s"]), int(_number(s["nbytes"])))
             for s in value["shapes"]
         ]
         dense = value["dense"]
         return cls(
             experts=tuple(shapes[i] for i in value["layers"]),
-            contention=Contention(**value["contention"]),
-            moves=Moves(**value["moves"]),
-            dense=Dense(_curve(dense["rows"]), float(dense["context_s"]), _curve(dense["head"])),
-            host_s=float(value["host_s"]),
+            contention=Contention(**_numbers(value["contention"], least=1.0)),
+            moves=Moves(**_numbers(value["moves"])),
+            dense=Dense(_curve(dense["rows"]), _number(dense["context_s"]), _curve(dense["head"])),
+            host_s=_number(value["host_s"]),
         )
 
 
 def _curve(points: Sequence[Sequence[float]]) -> Curve:
-    return Curve(tuple((float(n), float(s)) for n, s in points))
+    return Curve(tuple((_number(n), _number(s)) for n, s in points))
+
+
+def _numbers(fields: Mapping[str, Any], least: float = 0.0) -> dict[str, float]:
+    return {name: _number(value, least) for name, value in dict(fields).items()}
+
+
+def _number(value: Any, least: float = 0.0) -> float:
+    number = real_number(value)
+    if number is None or not least <= number < inf:
+        raise ValueError(f"{shown(value)} is no cost")
+    return number

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kern
         return Kernels()
     ours = native()
     file = calibration_file(config)
-    stored = _read(file)
+    stored = _read(file, ours)
     measured = {shape_key(m) for m in matrices if m.dtype == torch.bfloat16 and _worth(m, ours)}
     missing = [key for key in sorted(measured, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
     for key in missing:
@@ -125,13 +125,14 @@ def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dic
     return {name: min(values[1:]) for name, values in times.items()}  # the first one warms up
 
 
-def _read(file: Path) -> dict[tuple[ShapeKey, int], KernelName]:
+def _read(file: Path, ours: Native | None) -> dict[tuple[ShapeKey, int], KernelName]:
+    """Return what is stored, as far as it is one of what would be measured: `vector` is wrong for other rows."""
     try:
         entries: list[dict[str, Any]] = read_json(file)["kernels"]
         return {
             ((e["out"], e["in"], getattr(torch, e["dtype"]), e["side_by_side"]), e["rows"]): e["kernel"]
             for e in entries
-            if e["kernel"] in get_args(KernelName)
+            if e["kernel"] in candidates(e["out"] * e["in"] * getattr(torch, e["dtype"]).itemsize, e["rows"], ours)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # absent or of another make: measured anew

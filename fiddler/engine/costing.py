@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +128,10 @@ def _read(file: Path, n_layers: int) -> tuple[CostModel, tuple[HeldOut, ...]] | 
         value = read_json(file)
         costs = CostModel.from_json(value["costs"])
         held_out = tuple(HeldOut(**h) for h in value["held_out"])
-    except (OSError, ValueError, LookupError, TypeError):
+        read_whole = all(isinstance(h.n_rows, int) and 0 < h.measured_s < inf and h.error >= 0 for h in held_out)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
         return None
-    return (costs, held_out) if len(costs.experts) == n_layers else None
+    return (costs, held_out) if read_whole and len(costs.experts) == n_layers else None
 
 
 def _write(file: Path, costs: CostModel, held_out: tuple[HeldOut, ...]) -> None:

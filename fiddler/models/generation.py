@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -15,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 
 from fiddler.errors import CheckpointError, GenerationError, UnsupportedModelError
 from fiddler.given import flag, real_number, shown, whole_number
+from fiddler.jsonfile import read_json
 from fiddler.models.option_values import HONOURED, PROCESSORS, WARPERS
 from fiddler.models.processors import logits_processors
 
@@ -158,11 +158,11 @@ def check_folder(folder: Path, n_vocabulary: int) -> None:
     `UnsupportedModelError` naming an option that cannot be honoured.
     """
     file = folder / _FILE
-    if not file.exists():
-        return
     try:
-        stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
+        if not file.exists():
+            return
+        stated = read_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(stated, dict):
         raise CheckpointError(f"{file} holds no options; download it again")

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.base import DTYPES, ExpertFormula
-from fiddler.errors import UnsupportedModelError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
 from fiddler.models.dry import check_runs, dry_step, why_apart
@@ -78,6 +78,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     )
     dtype = DTYPES[resolved.dtype]
     skeleton = load_skeleton(checkpoint, config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    refuse_visits(config, skeleton)
     served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
@@ -99,6 +100,17 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         packed=packed,
         rotary=find_rotary(skeleton, resolved.longest) if served else None,
     )
+
+
+def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:
+    """Raise `CheckpointError` where a token would visit more experts than a layer has, or fewer than none."""
+    top_k = experts_per_token(config)
+    n_experts = max(module._shapes["down_proj"][0] for module in seam.find_experts(skeleton).values())
+    if not 0 < top_k <= n_experts:
+        raise CheckpointError(
+            f"config.json sends each token to {top_k} experts of a layer that has {n_experts}; "
+            "download the checkpoint again"
+        )
 
 
 def _pack(skeleton: PreTrainedModel) -> bool:
@@ -187,15 +199,26 @@ def experts_per_token(config: PretrainedConfig) -> int:
 def model_context(config: PretrainedConfig) -> int:
     """Return the longest context a model was made for, in tokens; about a million where it does not say.
 
-    Dynamic NTK begins where `max_position_embeddings` ends, and reaches `factor` times as far.
+    Dynamic NTK begins where `max_position_embeddings` ends, and reaches `factor` times as far. Raises
+    `CheckpointError` where the two make no length.
     """
     text = config.get_text_config()
-    n_tokens = getattr(text, "max_position_embeddings", None) or 1 << 20
-    return int(n_tokens * min(_stretches(getattr(text, "rope_parameters", None) or {}), default=1))
+    given = getattr(text, "max_position_embeddings", None)
+    factors = _stretches(getattr(text, "rope_parameters", None) or {})
+    try:
+        n_tokens = int((given or 1 << 20) * min(map(float, factors), default=1))
+    except (TypeError, ValueError, OverflowError):
+        n_tokens = -1
+    if n_tokens < 0:
+        stretched = f", stretched by {factors}" if factors else ""
+        raise CheckpointError(
+            f"config.json says max_position_embeddings={given}{stretched}, which is no length; correct it"
+        )
+    return n_tokens
 
 
-def _stretches(parameters: Mapping[str, Any]) -> list[float]:
+def _stretches(parameters: Mapping[str, Any]) -> list[Any]:
     """Return by how much dynamic NTK stretches a context; several where layer types have their own parameters."""
     kinds: list[Mapping[str, Any]] = [kind for kind in parameters.values() if isinstance(kind, dict)]
     kinds = kinds or [parameters]
-    return [float(kind.get("factor") or 1) for kind in kinds if kind.get("rope_type") == "dynamic"]
+    return [kind.get("factor") or 1 for kind in kinds if kind.get("rope_type") == "dynamic"]

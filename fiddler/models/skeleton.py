@@ -1,5 +1,6 @@
 """A transformers model without its experts: dense weights loaded as usual, expert tensors never read."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, prod
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
+from fiddler.given import shown
 from fiddler.models import seam
 from fiddler.models.alone import alone
 from fiddler.models.towers import text_lacks
@@ -45,7 +47,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         if not isinstance(config.get_text_config(), PretrainedConfig):
             raise TypeError("its text_config is no configuration")
     except Exception as error:
-        raise CheckpointError(f"{file} does not describe a {kind!r} model: {error}") from error
+        raise CheckpointError(
+            f"{file} does not describe a {kind!r} model; correct it or download it again: {error}"
+        ) from error
     return config
 
 
@@ -64,16 +68,32 @@ def _refuse_quantised(raw: Mapping[str, Any], folder: Path) -> None:
 
 
 MOST_LAYERS = 1000
+MOST_LABELS = 100_000
 """A configuration that asks for more is damaged; transformers would make lists of so many entries and more."""
 
 
 def _refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
     for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
         for name, value in part.items():
-            if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
+            most = MOST_LAYERS if "layers" in name else MOST_LABELS if name == "num_labels" else inf
+            if isinstance(value, int) and value > most:
                 raise CheckpointError(
-                    f"{file} asks for {name}={value}, and no model has so many; download it again"
+                    f"{file} asks for {name}={shown(value)}, and no model has so many; download it again"
                 )
+
+
+def _refuse_missing_layers(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Before they are made: every layer has tensors of its own, and its number stands in their names."""
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    n_numbered = 1 + max((int(part) for name in checkpoint.entries for part in _NUMBER.findall(name)), default=-1)
+    if isinstance(n_layers, int) and n_layers > n_numbered:
+        raise CheckpointError(
+            f"config.json asks for {n_layers} layers, and the files hold {n_numbered} at most; "
+            "download the checkpoint again"
+        )
+
+
+_NUMBER = re.compile(r"(?<!\w)\d{1,9}(?!\w)")
 
 
 def text_model(
@@ -140,6 +160,7 @@ def load_skeleton(
     """
     folder = checkpoint.folder
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
+    _refuse_missing_layers(config, checkpoint)
     cls: Any = _hollow(whole, _most(checkpoint))
     config._experts_implementation = seam.NAME
     try:
@@ -157,7 +178,9 @@ def load_skeleton(
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ModelError(f"transformers cannot load {folder.name} ({config.model_type}): {why}") from error
+        raise ModelError(
+            f"transformers cannot load {folder.name} ({config.model_type}); check {CONFIG}: {why}"
+        ) from error
     missing = text_lacks(model, report["missing_keys"])
     _check(model, {**report, "missing_keys": missing})
     model.eval().requires_grad_(False)
@@ -216,6 +239,8 @@ def meta_skeleton(
     """
     folder, most = (Path(), inf) if checkpoint is None else (checkpoint.folder, _most(checkpoint))
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
+    if checkpoint is not None:
+        _refuse_missing_layers(config, checkpoint)
     cls: Any = _hollow(whole, most)
     try:
         with alone(), torch.device("meta"):
@@ -224,7 +249,7 @@ def meta_skeleton(
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ModelError(f"transformers cannot build {config.model_type}: {why}") from error
+        raise ModelError(f"transformers cannot build {config.model_type}; check {CONFIG}: {why}") from error
     return skeleton
 
 
@@ -257,8 +282,10 @@ def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
                 "download the checkpoint again"
             )
 
-    # transformers finds conversions by class name and capabilities by reading the class's module.
-    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    # transformers finds conversions by class name and capabilities by reading the class's module. It would make a
+    # table of all tensors that it has no place for, the experts' among them, if they were not expected.
+    expected = {"_keys_to_ignore_on_load_unexpected": [""]}
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__, **expected})
 
 
 def _empty(module: seam.ExpertsModule) -> None:

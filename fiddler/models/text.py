@@ -1,7 +1,6 @@
 """A checkpoint's tokenizer: prompts into token ids, and the way back."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fiddler.errors import CheckpointError, PromptError
+from fiddler.jsonfile import MOST_BYTES, read_json
 from fiddler.models.decoder import Decoder, Vocabulary
 from fiddler.models.messages import plain
 from fiddler.models.prompts import Prompt
@@ -19,6 +19,18 @@ from fiddler.models.reading import Asking, Question, Reader, TooMany
 _SURE = ("tokenizer.json", "tokenizer_config.json")
 _MAYBE = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 """Files of tokenizers that transformers builds a fast one from, for some model types."""
+
+
+_READ = (
+    *_SURE,
+    *_MAYBE,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What transformers reads whole, whatever its size."""
 
 
 class Text:
@@ -37,6 +49,7 @@ class Text:
     @classmethod
     def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Text":
         """Load the tokenizer of a checkpoint folder, if it has a fast one. Raises `CheckpointError`."""
+        _refuse_unreadable(folder)
         sure = any((folder / name).is_file() for name in _SURE)
         if not sure and not any((folder / name).is_file() for name in _MAYBE):
             return cls(None)
@@ -51,7 +64,9 @@ class Text:
         except BaseException as error:  # its files or code raise what they like, and a panic is no `Exception`
             if not sure:
                 return cls(None)
-            raise CheckpointError(f"the tokenizer of {folder} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"the tokenizer of {folder} cannot be read: {error}; check its files, or download them"
+            ) from error
         return cls(tokenizer if tokenizer.is_fast else None)
 
     @property
@@ -193,4 +208,14 @@ def _legacy_template(folder: Path) -> str | None:
     file = folder / "chat_template.json"
     if not file.is_file():
         return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    return str(read_json(file)["chat_template"])
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    for file in (*(folder / name for name in _READ), *folder.glob("additional_chat_templates/*.jinja")):
+        try:
+            n_bytes = file.stat().st_size if file.is_file() else 0
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if n_bytes > MOST_BYTES:
+            raise CheckpointError(f"{file} has {n_bytes} bytes, and no tokenizer takes so many; download it again")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fiddler.errors import CheckpointError
+from fiddler.jsonfile import open_regular
 from fiddler.store.folder import INDEX, weight_files
 from fiddler.store.mapping import Mapping
 
@@ -76,6 +77,10 @@ class Checkpoint:
                 )
             entries.update(opened.entries)
             mappings[file] = opened.mapping
+        if gone := [mapping.file for mapping in mappings.values() if not mapping.in_place()]:
+            raise CheckpointError(
+                f"{gone[0]} was replaced while it was opened; open the model again once all files are whole"
+            )
         return cls(folder, entries, mappings)
 
     @property
@@ -140,9 +145,9 @@ class _Opened:
 
 def _open(file: Path) -> _Opened:
     try:
-        with safe_open(str(file), framework="np"):
-            pass  # validates the header and that the data it describes is all there
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:  # first: it says why, where safetensors calls every fault a missing file
+            with safe_open(str(file), framework="np"):
+                pass  # validates the header and that the data it describes is all there
             mapping = Mapping(file, stream)
             n_header = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(n_header))

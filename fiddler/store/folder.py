@@ -4,7 +4,7 @@ Nothing here imports torch or transformers, so that a command can say at once wh
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,10 +28,10 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a folder; give a checkpoint's folder or a hub id (owner/model)")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise CheckpointError(f"{folder} cannot be read: permission denied")
-    if not (folder / CONFIG).exists():
+    if not os.path.lexists(folder / CONFIG):
         raise _no_checkpoint(folder)
     read_raw(folder)
-    if (folder / ADAPTER).is_file():
+    if is_file(folder / ADAPTER):
         raise _adapter(folder)
     weight_files(folder)
 
@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> Files:
     files = promised_files(folder)
     if not files:
         raise _no_weights(folder)
-    missing = sorted(file.name for file in files if not file.is_file())
+    missing = sorted(file.name for file in files if not is_file(file))
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them"
@@ -74,7 +74,7 @@ def weight_files(folder: Path) -> Files:
 
 def promised_files(folder: Path) -> Files:
     """Return the files that would be the checkpoint, whether they are there or not. Raises `CheckpointError`."""
-    name = named_weights(folder) or next((n for n in (SINGLE, INDEX) if (folder / n).is_file()), None)
+    name = named_weights(folder) or next((n for n in (SINGLE, INDEX) if is_file(folder / n)), None)
     if name is None:
         return {}
     return _indexed(folder, name) if name.endswith(".json") else {folder / name: ()}
@@ -82,7 +82,7 @@ def promised_files(folder: Path) -> Files:
 
 def named_weights(folder: Path) -> str | None:
     """Return the file or the index that `config.json` names, if it does. Raises `CheckpointError`."""
-    name = read_raw(folder).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    name = read_raw(folder).get("transformers_weights") if is_file(folder / CONFIG) else None
     if name is None:
         return None
     if not _inside(name, (".safetensors", ".safetensors.index.json")):
@@ -110,6 +110,18 @@ def _indexed(folder: Path, index: str) -> Files:
     return {folder / name: tuple(promised[name]) for name in sorted(promised)}  # transformers' order
 
 
+def is_file(file: Path) -> bool:
+    """Whether a file is there, and may be looked at: a name can be too long, or lead to where nobody may enter."""
+    return _holds(file, Path.is_file)
+
+
+def _holds(path: Path, check: Callable[[Path], bool]) -> bool:
+    try:
+        return check(path)
+    except OSError:
+        return False
+
+
 def _inside(name: object, suffixes: tuple[str, ...]) -> bool:
     """Whether a file's name is one of a folder's own, or of its sub folders'."""
     path = PurePosixPath(str(name))
@@ -130,7 +142,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError | UnsupportedModelError:
             f"{folder} holds weights in their maker's own format (params.json); give the transformers version"
         )
     for below in _folders(folder):
-        if (below / CONFIG).is_file():
+        if is_file(below / CONFIG):
             return CheckpointError(f"{folder} has no {CONFIG}, but its sub folder has: give {below}")
     return CheckpointError(f"{folder / CONFIG} is missing: this is not a transformers checkpoint")
 
@@ -140,7 +152,7 @@ def _no_weights(folder: Path) -> CheckpointError | UnsupportedModelError:
     names = _names(folder)
     if broken := {SINGLE, INDEX}.intersection(names):
         return CheckpointError(
-            f"{folder / broken.pop()} is not a regular file, or a link to nothing; download it again"
+            f"{folder / broken.pop()} is not a regular file, or links to nothing readable; download it again"
         )
     if _with(names, ".gguf"):
         return _gguf(folder)
@@ -211,5 +223,5 @@ def _with(names: list[str], *suffixes: str) -> list[str]:
 
 def _folders(folder: Path) -> Iterator[Path]:
     """Yield the sub folders, and those of `snapshots`, where the hub's cache has a model's revisions."""
-    yield from (below for name in _names(folder) if (below := folder / name).is_dir() and name[0] != ".")
+    yield from (below for name in _names(folder) if _holds(below := folder / name, Path.is_dir) and name[0] != ".")
     yield from (folder / "snapshots" / revision for revision in _names(folder / "snapshots"))

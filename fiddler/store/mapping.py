@@ -59,8 +59,9 @@ class Mapping:
     def check(self) -> None:
         """Raise `CheckpointError` if the file is not as it was when it was mapped.
 
-        By its size and the time it was written last, where it still has its name: a file that is replaced under its
-        name, or deleted, stays as it was in here. Also where a part of it could not be read. Takes a stat.
+        By its size and the time it was written last, where it has its name still, or on Linux the one that it was
+        moved to: a file that is replaced under its name, or deleted, stays as it was in here. Also where a part of
+        it could not be read. Takes a stat.
         """
         if self._change is None:
             self._change = self._found_change()
@@ -69,15 +70,33 @@ class Mapping:
                 f"{self.file} {self._change} while it was open; open the model again once the file is whole"
             )
 
+    def in_place(self) -> bool:
+        """Whether what has the file's name is of its size and time; some systems make up its number."""
+        try:
+            return _Stamp.of(self.file.stat())[2:] == self._stamp[2:]
+        except OSError:
+            return False
+
     def _found_change(self) -> str | None:
         if self._guarded.lost:
             return "was truncated or became unreadable"
+        now = self._stamp_at(self._real) or self._stamp_at(self._moved_to())
+        return None if now in (None, self._stamp) else "was changed"
+
+    def _stamp_at(self, path: Path) -> _Stamp | None:
+        """Return the file's stamp, `None` where it does not lie at `path`."""
         try:
-            now = _Stamp.of(self._real.stat())
+            found = _Stamp.of(path.stat())
         except OSError:
             return None
-        replaced = now[:2] != self._stamp[:2]
-        return None if replaced or now == self._stamp else "was changed"
+        return found if found[:2] == self._stamp[:2] else None
+
+    def _moved_to(self) -> Path:
+        """Return where the system says that the mapped file lies; of one that is deleted, nowhere."""
+        try:
+            return Path(f"/proc/self/map_files/{self._guarded.start:x}-{self._guarded.end:x}").readlink()
+        except OSError:
+            return self._real
 
 
 _POSIX = os.name == "posix"

@@ -41,8 +41,8 @@ class Guarded:
     def __init__(self, address: int, length: int) -> None:
         self.lost = False
         """Whether a part could not be read, and is zeros now."""
-        self._start = address
-        self._end = address + -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.start = address
+        self.end = address + -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         if SUPPORTED:
             _enter(self)
 
@@ -53,11 +53,11 @@ class Guarded:
 
     def blank(self, address: int) -> bool:
         """Put zeros in the place of the page at `address` and of all behind it; False where it is not in here."""
-        if not self._start <= address < self._end:
+        if not self.start <= address < self.end:
             return False
         page = address - address % mmap.PAGESIZE
         self.lost = True
-        made: int = _libc.mmap(page, self._end - page, mmap.PROT_READ, _ZEROS, -1, 0)
+        made: int = _libc.mmap(page, self.end - page, mmap.PROT_READ, _ZEROS, -1, 0)
         return made == page
 
 

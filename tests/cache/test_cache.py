@@ -252,6 +252,14 @@ def test_a_state_that_is_no_object_is_refused() -> None:
         cache("lru", 1, (2,)).restore([])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", [{"policy": "x" * 10**5}, {"n_experts": [["x" * 10**5, 1]]}])
+def test_a_long_state_is_not_told_whole(change: dict[str, object]) -> None:
+    lru = cache("lru", 1, (2, 1))
+    with pytest.raises(ValueError, match="saved") as refused:
+        lru.restore({**lru.state(), **change})
+    assert len(str(refused.value)) < 200
+
+
 def test_a_history_from_the_future_is_refused() -> None:
     lru = cache("lru", 1, (2,))
     touch(lru, (0, 1))
