@@ -31,6 +31,7 @@ from fiddler.errors import EngineClosedError, EngineFailedError
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.latch import Latch
 from fiddler.models import dense
+from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
 from fiddler.models.loaded import ServableModel, load
 from fiddler.trace import Trace
@@ -147,6 +148,11 @@ class EngineThread:
             self.booted.set()
             self.ended.set()
 
+    def _check(self) -> None:
+        """Raise where nobody waits any more for what takes long."""
+        if self._closing:
+            raise self.failure
+
     def _live(self) -> None:
         events = _event_loop()  # first: where it cannot be had nothing else is worth the time
         try:
@@ -162,9 +168,9 @@ class EngineThread:
 
     def _load(self) -> tuple[ServableModel, EngineLoop]:
         model, config = self._model, self._config
+        check_before(self._check)
         loaded = model(config) if callable(model) else load(model, config)
-        if self._closing:  # calibrating takes seconds
-            raise self.failure
+        self._check()  # calibrating takes seconds
         self.name = _name(model, loaded)
         self.defaults = Defaults.of_model(loaded.model, has_tokenizer=loaded.text.known)
         choose_threads(loaded, config, self._n_threads)
