@@ -249,7 +249,7 @@ async def test_models_of_the_program_and_engines_may_load_at_once(tiny: Path, ex
     async with anyio.create_task_group() as group:
         for _ in range(2):
             group.start_soon(anyio.to_thread.run_sync, load)
-        for _ in range(6):
+        for _ in range(3):
             async with Engine(tiny, CONFIG) as engine:
                 assert await answers(engine) == expected
         stop.set()

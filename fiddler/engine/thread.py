@@ -42,6 +42,7 @@ Loader = Callable[[EngineConfig], ServableModel]
 
 LEAVE_S = 30.0
 """Seconds that the end of a program waits for its engines. A thread that is in torch by then aborts the process."""
+_STDERR = 2
 _DESCRIPTORS = 8
 """What an event loop needs, and some to spare. uvloop aborts the process where it gets only a part of them."""
 
@@ -193,7 +194,10 @@ def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
 
 
 def _event_loop() -> AbstractEventLoop:
-    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it."""
+    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it.
+
+    uvloop aborts the process where it closes a standard stream's descriptor, its own where a program lacks one.
+    """
     opened: list[int] = []
     try:
         while len(opened) < _DESCRIPTORS:
@@ -201,7 +205,7 @@ def _event_loop() -> AbstractEventLoop:
     finally:
         for descriptor in opened:
             os.close(descriptor)
-    if importlib.util.find_spec("uvloop") is None:
+    if opened[0] <= _STDERR or importlib.util.find_spec("uvloop") is None:
         return asyncio.new_event_loop()
     uvloop: Any = importlib.import_module("uvloop")
     return cast("AbstractEventLoop", uvloop.new_event_loop())
