@@ -1,6 +1,8 @@
 """What holds for the whole process belongs to the program: engines neither heed it nor change it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,10 +15,11 @@ import anyio
 import anyio.to_thread
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_tie_weights
 
 import fiddler
-from fiddler import Engine, EngineConfig
+from fiddler import Engine, EngineClosedError, EngineConfig
 from fiddler.devices.threads import set_own_threads
 from fiddler.models.alone import alone
 from tests.support.default_dtype import default_dtype
@@ -159,29 +162,114 @@ async def test_engines_may_be_opened_at_once(tiny: Path, expected: list[Any]) ->
     AutoModelForCausalLM.from_pretrained(tiny)  # transformers is as it was
 
 
-@pytest.mark.anyio
-async def test_opening_that_waits_for_its_turn_can_be_cancelled(tiny: Path, expected: list[Any]) -> None:
-    held, let_go = threading.Event(), threading.Event()
+@pytest.fixture
+def held() -> Generator[threading.Event]:
+    """Another thread loads until this is set; meanwhile the process is as transformers has it while it loads."""
+    holds, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with alone():
-            held.set()
+        with alone(), default_dtype(torch.bfloat16), no_tie_weights():
+            holds.set()
             let_go.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(60)
-    try:
-        with anyio.move_on_after(0.2) as scope:
-            async with Engine(tiny, CONFIG):
-                pass
-        assert scope.cancelled_caught
-    finally:
-        let_go.set()
-        holder.join()
+    holds.wait(60)
+    yield let_go
+    let_go.set()
+    holder.join()
+
+
+@pytest.mark.anyio
+async def test_opening_that_is_cancelled_while_it_waits_for_its_turn_loads_nothing(
+    tiny: Path, expected: list[Any], held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+    read = AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda *args, **kw: (loads.append(args), read(*args, **kw))[1]
+    )
+    cancelled, closed = Engine(tiny, CONFIG), Engine(tiny, CONFIG)
+    with anyio.move_on_after(0.2) as scope:
+        async with cancelled:
+            pass
+    assert scope.cancelled_caught
+
+    async def open_and_be_closed() -> None:
+        with pytest.raises(EngineClosedError, match="closed while it was opened"):
+            await closed.__aenter__()
+
     with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(open_and_be_closed)
+            await anyio.sleep(0.1)
+            group.start_soon(closed.aclose)
+            await anyio.sleep(0.1)
+            held.set()
+        await cancelled.aclose()
+        assert not loads
         async with Engine(tiny, CONFIG) as engine:
             assert await answers(engine) == expected
+    assert loads
+
+
+def before() -> list[Any]:
+    """What transformers changes while it loads."""
+    return [torch.get_default_dtype(), torch.linspace, torch.nn.init.normal_, PreTrainedModel.tie_weights]
+
+
+def test_models_of_the_program_wait_while_ours_are_loaded(tiny: Path, held: threading.Event) -> None:
+    found: list[Any] = []
+
+    def load() -> None:
+        found.append(AutoModelForCausalLM.from_pretrained(tiny))
+        found.append(AutoModelForCausalLM.from_config(found[0].config))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join(0.5)
+    assert not found
+    held.set()
+    thread.join(60)
+    for model in found:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.anyio
+async def test_models_of_the_program_and_engines_may_load_at_once(tiny: Path, expected: list[Any]) -> None:
+    first, stop = before(), threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float16)
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+    async with anyio.create_task_group() as group:
+        for _ in range(2):
+            group.start_soon(anyio.to_thread.run_sync, load)
+        for _ in range(3):
+            async with Engine(tiny, CONFIG) as engine:
+                assert await answers(engine) == expected
+        stop.set()
+    assert before() == first
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_ours_are_loaded_can_load(tiny: Path, held: threading.Event) -> None:
+    pid = os.fork()
+    if not pid:
+        signal.alarm(60)
+        try:
+            torch.set_num_threads(1)  # the threads of torch's pool are the parent's
+            model = AutoModelForCausalLM.from_pretrained(tiny)
+            tied = model.lm_head.weight is model.model.embed_tokens.weight
+            os._exit(0 if tied and torch.zeros(1).dtype == torch.float32 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_thread_has_a_thread_count_of_its_own() -> None:

@@ -189,3 +189,26 @@ def test_without_descriptors_opening_fails_or_works(tiny: Path, device: str, bac
     assert first == last == "works"
     assert others[0] == "EngineFailedError"
     assert set(others) <= {"works", "EngineFailedError", "CheckpointError", "ModelError"}
+
+
+CLOSED = """
+import os, sys
+import anyio
+from fiddler import Engine, EngineConfig
+
+async def main():
+    for stream in map(int, sys.argv[2]):
+        os.close(stream)
+    async with Engine(sys.argv[1], EngineConfig(kernels="linear")) as engine:
+        return await engine.generate("Once", max_new_tokens=2)
+
+said = os.dup(1)
+n = len(anyio.run(main).token_ids)
+os.write(said, b"%d" % n)
+os._exit(0)  # the interpreter writes out its streams
+"""
+
+
+@pytest.mark.parametrize("streams", ["0", "1", "012"])
+def test_a_program_may_lack_standard_streams(tiny: Path, streams: str) -> None:
+    assert run(CLOSED, tiny, streams) == 2

@@ -100,8 +100,8 @@ def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, fl
     nbytes = out * columns * dtype.itemsize
     n_copies = 2 if nbytes < MIN_BYTES else max(2, SET_BYTES // nbytes + 1)
     stored = (out, columns) if side_by_side else (columns, out)
-    made = [torch.full(stored, 0.01, dtype=dtype) for _ in range(n_copies)]
-    copies = made if side_by_side else [matrix.t() for matrix in made]
+    made = torch.full((n_copies, *stored), 0.01, dtype=dtype)  # one piece: freed, it goes back to the system
+    copies = list(made if side_by_side else made.mT)
     with torch.inference_mode():
         return {rows: _measure_rows(copies, rows, ours if side_by_side else None) for rows in BUCKETS}
 

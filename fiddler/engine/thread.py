@@ -31,6 +31,7 @@ from fiddler.errors import EngineClosedError, EngineFailedError
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.latch import Latch
 from fiddler.models import dense
+from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
 from fiddler.models.loaded import ServableModel, load
 from fiddler.trace import Trace
@@ -41,6 +42,7 @@ Loader = Callable[[EngineConfig], ServableModel]
 
 LEAVE_S = 30.0
 """Seconds that the end of a program waits for its engines. A thread that is in torch by then aborts the process."""
+_STDERR = 2
 _DESCRIPTORS = 8
 """What an event loop needs, and some to spare. uvloop aborts the process where it gets only a part of them."""
 
@@ -147,6 +149,11 @@ class EngineThread:
             self.booted.set()
             self.ended.set()
 
+    def _check(self) -> None:
+        """Raise where nobody waits any more for what takes long."""
+        if self._closing:
+            raise self.failure
+
     def _live(self) -> None:
         events = _event_loop()  # first: where it cannot be had nothing else is worth the time
         try:
@@ -162,9 +169,9 @@ class EngineThread:
 
     def _load(self) -> tuple[ServableModel, EngineLoop]:
         model, config = self._model, self._config
+        check_before(self._check)
         loaded = model(config) if callable(model) else load(model, config)
-        if self._closing:  # calibrating takes seconds
-            raise self.failure
+        self._check()  # calibrating takes seconds
         self.name = _name(model, loaded)
         self.defaults = Defaults.of_model(loaded.model, has_tokenizer=loaded.text.known)
         choose_threads(loaded, config, self._n_threads)
@@ -187,7 +194,10 @@ def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
 
 
 def _event_loop() -> AbstractEventLoop:
-    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it."""
+    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it.
+
+    uvloop aborts the process where it closes a standard stream's descriptor, its own where a program lacks one.
+    """
     opened: list[int] = []
     try:
         while len(opened) < _DESCRIPTORS:
@@ -195,7 +205,7 @@ def _event_loop() -> AbstractEventLoop:
     finally:
         for descriptor in opened:
             os.close(descriptor)
-    if importlib.util.find_spec("uvloop") is None:
+    if opened[0] <= _STDERR or importlib.util.find_spec("uvloop") is None:
         return asyncio.new_event_loop()
     uvloop: Any = importlib.import_module("uvloop")
     return cast("AbstractEventLoop", uvloop.new_event_loop())

@@ -2,22 +2,31 @@
 
 While it builds or loads one, transformers changes torch's default dtype, `torch.linspace`, `torch.nn.init` and a
 method of its own models, for every thread, and changes them back. Two loads at once would see each other's changes,
-and might leave them behind. What the program set is left alone: logging levels, warnings filters, the switch of the
-progress bars. To be quiet, a filter that is there from the beginning knows which thread loads for us.
+and might leave them behind. So whoever makes transformers do that, the program itself too, waits for its turn; a
+child that is forked meanwhile has the changes undone.
+
+What the program set is left alone: logging levels, warnings filters, the switch of the progress bars. To be quiet,
+a filter that is there from the beginning knows which thread loads for us.
 """
 
+import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 _one = threading.RLock()
 _mine = threading.local()
+_found: dict[tuple[Any, str], Any] = {}
+"""What the one whose turn it is may have changed, as it was before."""
 
+_CHANGED = ((PreTrainedModel, "tie_weights"), (torch, "linspace"))
 _LOGGERS = ("modeling_utils", "core_model_loading", "integrations.hub_kernels")
 """Loggers that report unexpected weights, or slower code paths, on loading."""
 
@@ -28,13 +37,65 @@ def alone() -> Generator[None]:
 
     What the thread has set for itself, a default device or inference mode, does not reach in.
     """
-    with _one, torch.inference_mode(False), torch.device("cpu"):
+    with _turn(), torch.inference_mode(False), torch.device("cpu"):
+        getattr(_mine, "check", _wanted)()
         outer = _quiet()
         _mine.quiet = True
         try:
             yield
         finally:
             _mine.quiet = outer
+
+
+def check_before(check: Callable[[], None]) -> None:
+    """Have `check` raise whenever it is this thread's turn to load and nobody wants that any more."""
+    _mine.check = check
+
+
+def _wanted() -> None:
+    """Check nothing."""
+
+
+@contextmanager
+def _turn() -> Generator[None]:
+    with _one:
+        if outermost := not _found:
+            _found.update({(where, name): getattr(where, name) for where, name in _CHANGED})
+            _found[torch, "dtype"] = torch.get_default_dtype()
+        try:
+            yield
+        finally:
+            if outermost:
+                _found.clear()
+
+
+def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that waits for its turn."""
+
+    @functools.wraps(method)
+    def waits(*args: Any, **options: Any) -> Any:
+        with _turn():
+            return method(*args, **options)
+
+    return waits
+
+
+def _contexts(method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Return a method that gives the contexts a model is built in, the turn before all others."""
+    return functools.wraps(method)(lambda *args, **options: [_turn(), *method(*args, **options)])
+
+
+def _forked() -> None:
+    """Undo what a thread of the parent has begun, and cannot end here."""
+    global _one
+    if _one.acquire(blocking=False):
+        _one.release()
+        return
+    _one = threading.RLock()
+    torch.set_default_dtype(_found.pop((torch, "dtype")))
+    while _found:
+        (where, name), before = _found.popitem()
+        setattr(where, name, before)
 
 
 def _quiet() -> bool:
@@ -60,3 +121,8 @@ def _bar(make: Bar, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 for _name in _LOGGERS:
     logging.getLogger(f"transformers.{_name}").addFilter(_heard)
 _before = transformers_logging.set_tqdm_hook(_bar)
+for _name, _waiting in (("get_init_context", _contexts), ("_from_config", _in_turn)):
+    setattr(PreTrainedModel, _name, classmethod(_waiting(getattr(PreTrainedModel, _name).__func__)))
+PreTrainedModel.initialize_weights = _in_turn(PreTrainedModel.initialize_weights)  # type: ignore[method-assign]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -21,6 +21,7 @@ from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import CONFIG, read_raw
 
 
+@alone()
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read a checkpoint's configuration.
 
@@ -40,10 +41,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         code = "; it brings its own code: set trust_remote_code=True to run it" if "auto_map" in raw else ""
         raise UnsupportedModelError(f"transformers {transformers.__version__} does not know {kind!r}{code}")
     try:
-        with alone():
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
         if not isinstance(config.get_text_config(), PretrainedConfig):
             raise TypeError("its text_config is no configuration")
     except Exception as error:
@@ -145,6 +145,7 @@ def _makes_text(cls: type) -> bool:
     return cls.forward is not torch.nn.Module.forward
 
 
+@alone()
 def load_skeleton(
     checkpoint: Checkpoint,
     config: PretrainedConfig,
@@ -164,16 +165,15 @@ def load_skeleton(
     cls: Any = _hollow(whole, _most(checkpoint))
     config._experts_implementation = seam.NAME
     try:
-        with alone():
-            model, report = cls.from_pretrained(
-                None,  # one reader for all: two would answer two questions of which files are the checkpoint
-                state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below with their names
-            )
-            _add_generation(model, folder, trust_remote_code=trust_remote_code)
+        model, report = cls.from_pretrained(
+            None,  # one reader for all: two would answer two questions of which files are the checkpoint
+            state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with their names
+        )
+        _add_generation(model, folder, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
