@@ -1,6 +1,7 @@
 """Fiddler's experts under plain transformers: every way of generating says what it says with transformers' own."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
         first_experts(model), "down_proj", nn.Parameter(first_experts(model).down_proj.detach() / 2)
     ),
     "an adapter": lambda model: parametrize.register_parametrization(first_experts(model), "gate_up_proj", Half()),
+    "another activation": lambda model: setattr(first_experts(model), "act_fn", nn.ReLU()),
     "loaded": lambda model: model.load_state_dict(build(model.config.model_type, seed=1).state_dict()),
     "resized": lambda model: model.resize_token_embeddings(300, mean_resizing=False),
     "tied": lambda model: model.tie_weights(),
@@ -178,7 +180,7 @@ def test_gradients_are_transformers_own(form: str, save: Save) -> None:
     attached = fiddler.attach(save(reference) if form == "folder" else build("qwen3_moe"))
     expected = dict(reference.named_parameters())
     for model in (reference, attached):
-        model.requires_grad_(True).train()
+        model.train()
         model(PROMPT, labels=PROMPT).loss.backward()
     found = dict(attached.named_parameters())
     assert found
@@ -191,9 +193,30 @@ def test_a_loaded_model_keeps_nothing_of_the_calls() -> None:
     attached = fiddler.attach(build("qwen3_moe").bfloat16())
     logits(attached)
     own = first_experts(attached)._fiddler[1]
-    n_known = [len(lane.device._outlines) for _, lane in own._lanes.values()]
+    lane = own._known[1]
+    n_known = len(lane.device._outlines)
     logits(attached)
-    assert [len(lane.device._outlines) for _, lane in own._lanes.values()] == n_known
+    assert own._known[1] is lane
+    assert len(lane.device._outlines) == n_known
+
+
+def adapt_parameters(model: nn.Module, target: str) -> list[nn.Parameter]:
+    """Find parameters as peft does for `target_parameters`, and read them."""
+    found = []
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if f"{path}.{name}".endswith(target):
+                found.append(getattr(module, name))
+    return found
+
+
+class ModulesToSave(nn.Module):
+    """A part and the copy of it that learns, as peft puts them in its place."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.original_module = part
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(part)})
 
 
 REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
@@ -228,11 +251,18 @@ REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
         lambda model: first_experts(model).register_parameter("gate_up_proj", nn.Parameter(torch.ones(8))),
     ),
     "another implementation": ("would not find them", lambda model: model.set_experts_implementation("eager")),
-    "an adapter": (
+    "another activation": (
         "would have no effect",
-        lambda model: setattr(
-            model, "peft_config", {"default": SimpleNamespace(target_parameters=["mlp.experts.gate_up_proj"])}
-        ),
+        lambda model: setattr(first_experts(model), "act_fn", nn.ReLU()),
+    ),
+    "an adapter": ("is not in the model", lambda model: adapt_parameters(model, "mlp.experts.gate_up_proj")),
+    "a part that learns and is saved": (
+        "with modules_to_save would neither train nor save them",
+        lambda model: setattr(model.model.layers[0], "mlp", ModulesToSave(model.model.layers[0].mlp)),
+    ),
+    "saving what peft's own library adapted": (
+        "copy that folder",
+        lambda model: (setattr(model, "peft_config", {}), model.save_pretrained("nowhere")),
     ),
     "attaching again": ("attached already", fiddler.attach),
 }
@@ -270,10 +300,27 @@ def test_a_model_from_a_folder_is_copied_and_its_dense_part_changed(save: Save) 
 
 def test_adapters_of_the_dense_part_are_saved(save: Save) -> None:
     """peft, which is not here, leaves its configuration at the model and reads its adapters from the state."""
-    attached = fiddler.attach(save(build("qwen3_moe")))
-    attached.peft_config = {"default": SimpleNamespace(target_parameters=None)}
-    attached.model.layers[0].self_attn.q_proj.lora_A = nn.Linear(4, 2)
-    assert any("lora_A" in name for name in attached.state_dict())
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference))
+    attached.peft_config = {"default": SimpleNamespace()}
+    state = attached.state_dict()
+    assert state.keys() == reference.state_dict().keys()
+    torch.save({name: tensor for name, tensor in state.items() if "q_proj" in name}, io.BytesIO())
+    for use in (lambda: torch.save(state, io.BytesIO()), lambda: build("qwen3_moe").load_state_dict(state)):
+        with pytest.raises(ModelError, match="is not in the model"):
+            use()
+    assert "is not in the model" in repr(state)
+
+
+@pytest.mark.parametrize("form", ["folder", "loaded"])
+def test_a_part_is_copied_alone(form: str, save: Save) -> None:
+    reference = build("qwen3_moe")
+    attached = fiddler.attach(save(reference) if form == "folder" else build("qwen3_moe"))
+    copied: dict[int, Any] = {}
+    part = copy.deepcopy(attached.model.layers[0], copied)
+    assert sum(isinstance(made, nn.Module) for made in copied.values()) == len(list(part.modules()))
+    attached.model.layers[0] = part
+    assert_same(attached, reference)
 
 
 def test_another_dtype_is_had_by_asking_for_it(save: Save) -> None:

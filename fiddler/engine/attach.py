@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig
+from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import native
@@ -19,8 +20,8 @@ from fiddler.models import seam
 from fiddler.models.loaded import adopt, load
 from fiddler.models.outside import is_outside, keep_outside
 
-_State = tuple[tuple[int, torch.dtype], ...]
-"""Where a module's parameters lie, and their dtypes."""
+_State = tuple[ExpertFormula, list[tuple[int, torch.dtype]]]
+"""How a module computes, where its parameters lie, and their dtypes."""
 
 
 def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
@@ -41,49 +42,51 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
         if is_outside(model):
             raise ModelError("the model is attached already; its experts lie in its checkpoint's files")
         mine = adopt(model)
-        seam.bind(mine.experts, OwnExperts([*mine.experts.values()], choose_kernels(mine, options)))
+        kernels = choose_kernels(mine, options)
+        for path, module in mine.experts.items():
+            seam.bind({path: module}, OwnExperts(module, kernels))
         return mine.model
     loaded = load(model, options, packed=False)
     store = loaded.store
     loaded.model.register_forward_hook(lambda *_: store.check())
     seam.bind(loaded.experts, compute_lane(loaded, choose_kernels(loaded, options)).run)
+    loaded.model.requires_grad_(True)  # as transformers has it
     keep_outside(loaded.model, str(loaded.model.name_or_path))
     return loaded.model
 
 
 class OwnExperts:
-    """Computes the experts of a model that keeps them as parameters, as these are when it is asked.
+    """Computes the experts of a module that keeps them as parameters, as these are when it is asked.
 
-    It is copied and pickled with the model, and belongs to the copy then.
+    It is copied and pickled with the module, and belongs to the copy then.
     """
 
-    def __init__(self, modules: Sequence[seam.ExpertsModule], kernels: Kernels) -> None:
-        """`modules` are the experts modules in layer order."""
-        self._modules, self._kernels = modules, kernels
-        self._lanes: dict[int, tuple[_State, ComputeLane]] = {}
+    def __init__(self, module: seam.ExpertsModule, kernels: Kernels) -> None:
+        self._module, self._kernels = module, kernels
+        self._known: tuple[_State, ComputeLane] | None = None
 
-    def __call__(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return a layer's output `[T, H]`.
+    def __call__(self, _layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the experts' output `[T, H]`.
 
         It is transformers' own where somebody learns, where parameters are computed (by an adapter), where they lie
         on another device, or are of another dtype than the rows.
         """
-        module = self._modules[layer]
+        module = self._module
         tensors = seam.own_tensors(module)
         if tensors is None or not _fit(hidden, tensors) or _learns(hidden, weights, *tensors):
             output: Tensor = seam.own_forward(module)(module, hidden, index, weights)
             return output
-        return self._lane(layer, tensors).run(0, hidden, index, weights)
+        return self._lane(tensors).run(0, hidden, index, weights)
 
-    def _lane(self, layer: int, tensors: Sequence[Tensor]) -> ComputeLane:
-        """Return what runs a layer while its parameters lie where they do."""
-        state = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
-        known = self._lanes.get(layer)
-        if known is None or known[0] != state:
-            known = self._lanes[layer] = state, self._make_lane(self._modules[layer])
-        return known[1]
+    def _lane(self, tensors: Sequence[Tensor]) -> ComputeLane:
+        """Return what runs the module while it computes as it does and its parameters lie where they do."""
+        state = seam.formula(self._module), [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        if self._known is None or self._known[0] != state:
+            self._known = state, self._make_lane()
+        return self._known[1]
 
-    def _make_lane(self, module: seam.ExpertsModule) -> ComputeLane:
+    def _make_lane(self) -> ComputeLane:
+        module = self._module
         n_experts = module.down_proj.shape[0]
         with torch.no_grad():
             views = [seam.module_weights(module, expert) for expert in range(n_experts)]
@@ -91,12 +94,12 @@ class OwnExperts:
         return ComputeLane(device, (n_experts,))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self._modules, "choice": dict(self._kernels.choice)}
+        return {"module": self._module, "choice": dict(self._kernels.choice)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ours = native() if "native" in state["choice"].values() else None
         usable = {key: name for key, name in state["choice"].items() if ours is not None or name != "native"}
-        OwnExperts.__init__(self, state["modules"], Kernels(usable, ours))
+        OwnExperts.__init__(self, state["module"], Kernels(usable, ours))
 
 
 def _fit(hidden: Tensor, tensors: Sequence[Tensor]) -> bool:

@@ -4,7 +4,8 @@ Its experts' parameters are no attributes of its modules. Whatever would save, c
 miss them without a word. It runs, it is copied, its dense part may learn and be adapted.
 """
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ def keep_outside(model: PreTrainedModel, folder: str) -> None:
     """Refuse, from now on, what would need the experts of a model to be inside; they lie in `folder`."""
     for experts in seam.find_experts(model).values():
         _derive(experts, _Experts)
-        experts.__dict__["_whole"] = (model,)  # in a tuple, or it would be a child
+        experts._whole = weakref.ref(model)  # a copy of a part does not copy the whole
         experts._folder, experts._probe = folder, torch.empty(0, dtype=model.dtype, device="cpu")
         for name in seam.PARAMETERS:
             experts.__dict__.pop(name, None)
@@ -46,13 +47,21 @@ def _derive(module: Any, guard: type) -> None:
     module.__class__ = type(own.__name__, (guard, own), names)
 
 
-def _adapted(model: PreTrainedModel) -> bool:
-    """Whether peft has put adapters into a model."""
-    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-
-
 class _OutsideError(ModelError, AttributeError):
     """So that `hasattr` says no, and a default is taken."""
+
+
+class _Missing(torch.Tensor):
+    """A parameter that lies outside: it has a name, and whoever uses it is told why that is all."""
+
+    why = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise ModelError(next((each.why for each in args if isinstance(each, cls)), WHOLE))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<{self.why}>"
 
 
 class _Copied(nn.Module):
@@ -79,20 +88,30 @@ class _Copied(nn.Module):
 class _Experts(_Copied):
     """An experts module without its experts."""
 
-    _whole: tuple[PreTrainedModel]
+    _whole: "weakref.ref[PreTrainedModel]"
     _folder: str
     _probe: torch.Tensor
     _shapes: Mapping[str, tuple[int, ...]]
 
     def __getattr__(self, name: str) -> Any:
         if name in seam.PARAMETERS:
-            raise _OutsideError(f"{name} is not in the model but in {self._folder}; {WHOLE}")
+            raise _OutsideError(self._missing(name).why)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in seam.PARAMETERS:
+        if name in (*seam.PARAMETERS, *seam.FORMULA):
             self.refuse(f"setting {name}", "would have no effect")
         super().__setattr__(name, value)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name those outside too to whoever asks for the module's own: an adapter is refused what it finds."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if not recurse:
+            for name, shape in self._shapes.items():
+                missing = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+                yield (f"{prefix}.{name}" if prefix else name), missing
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in seam.PARAMETERS:
@@ -100,9 +119,10 @@ class _Experts(_Copied):
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not _adapted(*self._whole):  # of an adapted model the adapters are saved, and nothing else
+        if not hasattr(self._whole(), "peft_config"):
             self.refuse("state_dict()", "would leave them out", f"copy that folder, or {WHOLE}")
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update((prefix + name, self._missing(name)) for name in self._shapes)  # peft takes its own
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if any(name.startswith(prefix) and name.removeprefix(prefix) in seam.PARAMETERS for name in state_dict):
@@ -112,6 +132,11 @@ class _Experts(_Copied):
     def _apply(self, fn: Convert, recurse: bool = True) -> Any:
         self.check(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _missing(self, name: str) -> "_Missing":
+        missing = torch.empty(self._shapes[name], dtype=self._probe.dtype, device="meta").as_subclass(_Missing)
+        missing.why = f"{name} is not in the model but in {self._folder}; {WHOLE}"
+        return missing
 
     def check(self, convert: Convert) -> None:
         """Refuse a conversion to another dtype or device."""
@@ -137,6 +162,12 @@ class _Holder(_Copied):
 
     _outside: tuple[_Experts, ...]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = value.modules() if isinstance(value, nn.Module) else ()
+        if hasattr(value, "modules_to_save") and any(isinstance(each, _Experts) for each in inside):  # peft's copy
+            self.refuse(f"adapting {name} with modules_to_save", "would neither train nor save them")
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Convert, recurse: bool = True) -> Any:
         self._outside[0].check(fn)  # before anything is converted
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -149,15 +180,14 @@ class _Holder(_Copied):
 class _Model(_Holder, PreTrainedModel):
     """A whole model that does."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "peft_config":  # what peft leaves where it has put adapters
-            targets = [t for one in value.values() for t in getattr(one, "target_parameters", None) or ()]
-            if any(target.rpartition(".")[2] in seam.PARAMETERS for target in targets):
-                self.refuse("adapting their parameters", "would have no effect")
-        super().__setattr__(name, value)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = super().__deepcopy__(memo)
+        for experts in made._outside:
+            experts._whole = weakref.ref(made)
+        return made
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        if not _adapted(self):
+        if not getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the adapters alone
             self.refuse("save_pretrained()", "would leave them out", f"copy that folder, or {WHOLE}")
         super().save_pretrained(*args, **kwargs)
 

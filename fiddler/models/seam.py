@@ -22,6 +22,9 @@ NAME = "fiddler"
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 """What an experts module may hold of its experts, each stacked `[E, …]`."""
 
+FORMULA = ("act_fn", "_apply_gate", "is_transposed", "has_gate", "has_bias")
+"""What says how such a module computes with them."""
+
 ExpertsModule = Any
 """An experts module of transformers; typed `Any`, for `nn.Module` knows none of the seam's flags."""
 
