@@ -138,15 +138,15 @@ def test_a_picture_is_written(suffix: str, trace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (("--policy", "best"), "unknown cache policy 'best'"),
         (("--half-life", "0"), "--half-life is"),
         (("--names", "chat/*"), "name a trace"),
-        (("--plot", "ratios.txt"), "a plot is one of"),
+        (("--plot", "ratios.txt"), "error: --plot: ratios.txt: a plot is one of"),
         (("--plot", "nowhere/ratios.png"), "there is no folder nowhere"),
         (("nothing.safetensors",), "nothing.safetensors"),
         (("nothing.safetensors", "--seed", "0"), "leave them or the traces out"),
-        (("--routing", "nothing.json"), "unknown routing"),
-        (("--shape", "nothing"), "nothing"),
+        (("--routing", "nothing.json"), "error: --routing: unknown routing"),
+        (("--routing", ""), "error: --routing: unknown routing"),
+        (("--shape", "nothing"), "error: --shape: no profile 'nothing'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(args: tuple[str, ...], complaint: str) -> None:
@@ -157,8 +157,15 @@ def test_what_cannot_be_is_refused_in_one_line(args: tuple[str, ...], complaint:
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
+def test_a_policy_that_there_is_not_is_a_usage_error() -> None:
+    result = run("--policy", "lru", "--policy", "best")
+    assert result.exit_code == 2
+    assert "--policy" in result.stderr
+    assert "'best' is not one of aged-lfu" in result.stderr
+
+
 def test_a_name_that_nothing_has_is_refused(trace: Path) -> None:
-    assert "no tokens of a sequence named 'poetry/*'" in run(trace, "--names", "poetry/*").stderr
+    assert "no tokens of a sequence that --names 'poetry/*' chooses" in run(trace, "--names", "poetry/*").stderr
 
 
 def test_it_needs_no_torch() -> None:

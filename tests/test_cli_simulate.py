@@ -149,19 +149,18 @@ def test_experts_are_drawn_as_a_file_counts_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--shape", "gpt-6"), "qwen3-30b-a3b"),
-        (("--machine", "abacus"), "rtx4090-desktop"),
-        (("--policy", "magic"), "aged-lfu"),
-        (("--planner", "magic"), "all-fetch"),
-        (("--waves", "three"), "auto, one, two"),
-        (("--routing", "magic"), "synthetic"),
+        (("--shape", "gpt-6"), "error: --shape: no profile 'gpt-6'; give"),
+        (("--shape", ""), "error: --shape: no profile ''; give"),
+        (("--machine", "abacus"), "error: --machine: no profile 'abacus'; give"),
+        (("--system", "abacus"), "error: --system: unknown system 'abacus'; known: fiddler,"),
+        (("--routing", "magic"), "error: --routing: unknown routing 'magic'; known: synthetic,"),
         (("--routing", ROOT / "fiddler/shapes/mixtral-8x7b.json"), "expert_popularity"),
         (("--slots", 1, "--resident", 0.5), "give one"),
         (("--shape", "mixtral-8x7b", "--model", DEMO), "give one"),
-        (("--model", ROOT / "nowhere"), "nowhere"),
+        (("--model", ROOT / "nowhere"), "error: --model: "),
         (("--model", ROOT / "fiddler/machines/laptop-4060.json"), "lacks"),
         (("--half-life", 0), "--half-life is"),
-        (("--timeline", "run.txt"), ".json"),
+        (("--timeline", "run.txt"), "error: --timeline: run.txt: a timeline is a .json"),
         (
             ("--shape", "deepseek-v2-lite", "--machine", "laptop-4060", "--prompt-tokens", 200000),
             "GB of GPU memory",
@@ -177,8 +176,20 @@ def test_what_is_not_there_is_refused_in_one_line(args: tuple[object, ...], mess
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("args", [("--sequences", 0), ("--resident", 1.5), ("--slots", -1), ("--nonsense",)])
-def test_impossible_numbers_are_usage_errors(args: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--sequences", 0),
+        ("--resident", 1.5),
+        ("--slots", -1),
+        ("--nonsense",),
+        ("--policy", "magic"),
+        ("--planner", "magic"),
+        ("--prefetch", ""),
+        ("--waves", "three"),
+    ],
+)
+def test_impossible_values_are_usage_errors(args: tuple[object, ...]) -> None:
     result = run(*args)
 
     assert result.exit_code == 2

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -209,6 +209,26 @@ def test_own_forwards_that_transformers_cannot_run_are_refused_when_opened(save:
         UnsupportedModelError, match=r"'qwen3_next' cannot run as config.json describes it: \w+Error"
     ):
         load(folder, EngineConfig())
+
+
+@pytest.mark.parametrize(("name", "way"), [("gpt_oss", "_explicit"), ("mixtral", "_fused")])
+def test_what_a_window_hides_is_not_computed_with(
+    name: str, way: str, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, read = getattr(attention, way), list[int]()
+
+    def listening(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(k.shape[2] - q.shape[2] + 1)
+        return cast("torch.Tensor", attend(q, k, *rest))
+
+    folder = save(build(name))
+    edit_config(folder, {"sliding_window": 8, "layer_types": None})
+    wanted = expected(folder)
+    monkeypatch.setattr(attention, way, listening)
+    assert anyio.run(generated, folder) == wanted
+    within = sum(n <= 8 for n in read)
+    assert within >= len(read) // 2  # every second layer, at least
+    assert max(read) <= (8 if name == "mixtral" else len(PROMPT) + N_NEW)
 
 
 def test_chunks_are_those_of_eager_generate(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

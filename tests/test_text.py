@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,7 +107,7 @@ class TestChat:
             ([{"role": "user", "content": [5]}], "part 1 of message 1 is of type int"),
             ([{"role": "user", "content": [{"type": "text"}]}], "part 1 of message 1 has no text"),
             ([{"role": "user", "content": [{"type": []}]}], "part 1 of message 1 has a type that is no text"),
-            ([{"role": "user", "content": "hi", "extra": object()}], "message 1 holds a object"),
+            ([{"role": "user", "content": "hi", "extra": object()}], "message 1 holds a value of type object"),
         ],
     )
     def test_what_is_no_message_is_refused(self, messages: Any, sentence: str) -> None:
@@ -127,6 +128,10 @@ class TestChat:
             {"type": "something_new", "data": "x"},
             {"image": "x.png"},
             {"type": "text", "text": "hi", "image_url": "x"},
+            {"type": "image", "image": object()},  # of another library
+            {"image": b"GIF89a"},
+            {"type": "audio", "audio": np.zeros(3)},
+            {"type": "text", "text": "hi", "image_url": np.zeros(3)},
         ],
         ids=str,
     )

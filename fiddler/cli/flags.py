@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from shlex import quote
 from typing import Any, get_type_hints
 
+from fiddler.errors import ConfigError
+
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[^\s,;:()]+"""
 _ELSEWHERE = ("fiddler.attach(", "model.generate(")
 """Advice for programs."""
@@ -63,6 +65,15 @@ def _read(kinds: Iterable[Any]) -> dict[str, Flag]:
     if "greedy" in flags:
         flags["do_sample"] = Flag("no --greedy", "--greedy")
     return flags
+
+
+@contextmanager
+def giving(flag: str) -> Generator[None]:
+    """Let an error begin with the flag whose value is read inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def spoken(message: str) -> str:

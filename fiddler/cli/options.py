@@ -23,16 +23,17 @@ from fiddler.errors import ConfigError
 from fiddler.store.source import find_checkpoint
 
 
-def _choice(kind: Any, text: str) -> Any:
-    """Return an option that takes one of a `Literal`'s values."""
+def choice(kind: Any, text: str, panel: str = "Engine") -> Any:
+    """Return an option that takes one of a `Literal`'s values, once or several times, or none."""
     allowed = get_args(kind)
 
-    def check(value: str) -> str:
-        if value not in allowed:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
-        return value
+    def check(given: str | list[str] | None) -> str | list[str] | None:
+        for value in [given] if isinstance(given, str) else given or ():
+            if value not in allowed:
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
+        return given
 
-    return typer.Option(help=text, metavar="|".join(allowed), callback=check, rich_help_panel="Engine")
+    return typer.Option(help=text, metavar="|".join(allowed), callback=check, rich_help_panel=panel)
 
 
 def _device(value: str) -> str:
@@ -129,19 +130,19 @@ class EngineOptions:
             parser=size_bytes,
         ),
     ] = None
-    policy: Annotated[str, _choice(PolicyName, "Which expert gives way in a full cache.")] = EngineConfig().policy
+    policy: Annotated[str, choice(PolicyName, "Which expert gives way in a full cache.")] = EngineConfig().policy
     half_life: Annotated[float, _engine("Tokens after which a visit counts half, for aged-lfu.", min=0.0)] = (
         EngineConfig().half_life
     )
     prefetch: Annotated[
-        str, _choice(PrefetchMode, "How the next layer's experts are guessed, to be copied ahead where that pays.")
+        str, choice(PrefetchMode, "How the next layer's experts are guessed, to be copied ahead where that pays.")
     ] = "auto"
     promote: Annotated[bool, _engine("Whether hot experts are copied in while the link is idle.")] = True
     planner: Annotated[
-        str, _choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")
+        str, choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")
     ] = "auto"
     waves: Annotated[
-        str, _choice(WaveMode, "A step's rows as one wave or two; auto halves them where that should be faster.")
+        str, choice(WaveMode, "A step's rows as one wave or two; auto halves them where that should be faster.")
     ] = "auto"
     graphs: Annotated[bool, _engine("Whether a GPU's decoding steps are recorded once and replayed.")] = True
     defer: Annotated[
@@ -152,11 +153,11 @@ class EngineOptions:
         _engine("Where the cache's scores are kept between runs.", metavar="FILE", dir_okay=False),
     ] = None
     store: Annotated[
-        str, _choice(StoreMode, "Experts where they lie in the files, or each in a block of its own.")
+        str, choice(StoreMode, "Experts where they lie in the files, or each in a block of its own.")
     ] = "auto"
-    dtype: Annotated[str, _choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
+    dtype: Annotated[str, choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
     kernels: Annotated[
-        str, _choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")
+        str, choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")
     ] = "auto"
     threads: Annotated[int | None, _engine("CPU threads.", min=1)] = None
     max_context: Annotated[int | None, _engine("Longest prompt plus completion, in tokens.", min=1)] = None

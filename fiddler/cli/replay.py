@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fiddler.cli.ending import guarded
+from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes
+from fiddler.cli.options import choice
 from fiddler.cli.simulate import SHAPE, make_up
-from fiddler.config import EngineConfig
+from fiddler.config import EngineConfig, PolicyName
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class CacheOptions:
     """What it is replayed on."""
 
     policy: Annotated[
-        list[str], _cache("Which expert gives way; may be given several times. All.", metavar="NAME")
+        list[str], choice(PolicyName, "Which expert gives way; may be given several times. All.", "Cache")
     ] = field(default_factory=list)
     resident: Annotated[
         list[float],
@@ -98,7 +100,8 @@ def replay(routing: RoutingOptions, cache: CacheOptions, output: ReplayOptions) 
         from fiddler.cli import curves, replayed
 
         if output.plot is not None:
-            curves.check(output.plot)
+            with giving("--plot"):
+                curves.check(output.plot)
         _check(cache)
         traces = _recorded(routing) if routing.traces else [_made_up(routing)]
         notes = Notes(quiet=output.as_json)
@@ -139,7 +142,7 @@ def _recorded(options: RoutingOptions) -> "list[tuple[str, RoutingTrace]]":
 def _named(trace: "RoutingTrace", file: Path, pattern: str | None) -> "RoutingTrace":
     chosen = tuple(r for r in trace.recordings if pattern is None or fnmatchcase(r.name, pattern))
     if not sum(len(recording.experts) for recording in chosen):
-        raise ConfigError(f"{file}: no tokens of a sequence named {pattern or '*'!r}")
+        raise ConfigError(f"{file}: no tokens of a sequence that --names {pattern or '*'!r} chooses")
     return replace(trace, recordings=chosen)
 
 
@@ -149,8 +152,9 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
 
     if options.names is not None:
         raise ConfigError("--names chooses from what a trace recorded: name a trace")
-    shape = ModelShape.load(options.shape or SHAPE)
-    routing, seed = options.routing or "synthetic", options.seed or 0
+    with giving("--shape"):
+        shape = ModelShape.load(SHAPE if options.shape is None else options.shape)
+    routing, seed = "synthetic" if options.routing is None else options.routing, options.seed or 0
     experts = make_up(routing, shape, seed).sequence(0, options.tokens or 256)
     name = f"{Path(routing).stem}, seed {seed}"
     n_experts = (shape.n_experts,) * shape.n_layers

@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fiddler.cli.ending import guarded
+from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes
+from fiddler.cli.options import choice
 from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.jsonfile import read_json
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 SHAPE = "qwen3-30b-a3b"
 """What is simulated if nothing was named."""
+PLACEMENT = "Placement"
 
 
 def _machine(text: str, *names: str, **limits: Any) -> Any:
@@ -33,7 +36,7 @@ def _machine(text: str, *names: str, **limits: Any) -> Any:
 
 
 def _placement(text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="Placement", **limits)
+    return typer.Option(*names, help=text, rich_help_panel=PLACEMENT, **limits)
 
 
 def _work(text: str, *names: str, **limits: Any) -> Any:
@@ -62,19 +65,11 @@ class PlacementOptions:
     system: Annotated[
         str, _placement("Fiddler's own way or another system's; see --list. The others change parts of it.")
     ] = "fiddler"
-    policy: Annotated[str | None, _placement("Which expert gives way.", metavar="|".join(get_args(PolicyName)))] = (
-        None
-    )
+    policy: Annotated[str | None, choice(PolicyName, "Which expert gives way.", PLACEMENT)] = None
     half_life: Annotated[float | None, _placement("Tokens after which a visit counts half, for aged-lfu.")] = None
-    planner: Annotated[
-        str | None, _placement("How loads are divided.", metavar="|".join(get_args(PlannerName)))
-    ] = None
-    prefetch: Annotated[
-        str | None, _placement("What is copied ahead.", metavar="|".join(get_args(PrefetchMode)))
-    ] = None
-    waves: Annotated[
-        str | None, _placement("Whether a step is one wave or two.", metavar="|".join(get_args(WaveMode)))
-    ] = None
+    planner: Annotated[str | None, choice(PlannerName, "How loads are divided.", PLACEMENT)] = None
+    prefetch: Annotated[str | None, choice(PrefetchMode, "What is copied ahead.", PLACEMENT)] = None
+    waves: Annotated[str | None, choice(WaveMode, "Whether a step is one wave or two.", PLACEMENT)] = None
     promote: Annotated[bool | None, _placement("Copy hot experts in while the link is idle.")] = None
 
     def chosen(self) -> "System":
@@ -82,7 +77,9 @@ class PlacementOptions:
         from fiddler.scheduler.systems import system
 
         asked = {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
-        return replace(system(self.system), **asked)
+        with giving("--system"):
+            named = system(self.system)
+        return replace(named, **asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +134,8 @@ def simulate(
             outcome.print_list()
             return
         if output.timeline is not None:
-            timeline.check(output.timeline)
+            with giving("--timeline"):
+                timeline.check(output.timeline)
         setting = _setting(machine, placement, work)
         notes = Notes(quiet=output.as_json)
         with notes.working("simulating"):
@@ -159,7 +157,12 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
     from fiddler.cost.machine import Machine, n_slots
     from fiddler.engine.simulation import Setting
 
-    shape, machine = _shape(options), Machine.load(options.machine)
+    if options.shape is not None and options.model is not None:
+        raise ConfigError("--shape and --model both name the model: give one")
+    with giving("--shape" if options.model is None else "--model"):
+        shape = _shape(options)
+    with giving("--machine"):
+        machine = Machine.load(options.machine)
     if options.slots is not None and options.resident is not None:
         raise ConfigError("--slots and --resident both say how many experts the GPU holds: give one")
     slots = options.slots
@@ -180,9 +183,7 @@ def _shape(options: MachineOptions) -> "ModelShape":
     from fiddler.cost.shape import ModelShape
 
     if options.model is None:
-        return ModelShape.load(options.shape or SHAPE)
-    if options.shape is not None:
-        raise ConfigError("--shape and --model both name the model: give one")
+        return ModelShape.load(SHAPE if options.shape is None else options.shape)
     file = options.model / "config.json" if options.model.is_dir() else options.model
     try:
         config = read_json(file)
@@ -224,7 +225,9 @@ def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
     habits = {"synthetic": Habits(), "fitted": PUBLISHED}
     if routing in habits:
         return SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k, habits[routing], seed)
-    return SyntheticRouting.counted(_counts(routing, shape), shape.top_k, seed=seed)
+    with giving("--routing"):
+        counts = _counts(routing, shape)
+    return SyntheticRouting.counted(counts, shape.top_k, seed=seed)
 
 
 def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":

@@ -57,10 +57,13 @@ def attention_function(
     pasts = wave.pasts(key, value, module.layer_idx)
     outputs = []
     for q, (k, v) in zip(query.split(wave.lengths, -2), pasts, strict=True):
+        first = sight.hidden(k.shape[2] - q.shape[2] + 1)  # what the oldest row does not see, none does
+        mask = _mask(q.shape[2], k.shape[2], first, sight, wave, q.device)
+        k, v = k[:, :, first:], v[:, :, first:]
         if plain:
-            outputs.append(_fused(q, k, v, scale, sight, wave))
+            outputs.append(_fused(q, k, v, scale, mask))
         else:
-            outputs.append(_explicit(q, k, v, scale, _mask(q, k, sight, wave), softcap, s_aux))
+            outputs.append(_explicit(q, k, v, scale, mask, softcap, s_aux))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
@@ -78,13 +81,11 @@ def _check(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight, wave: WaveCache) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Return `[1, t, heads, dim]` through torch's fused attention."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.shape[2] == 1:
-        first = sight.hidden(k.shape[2])
-        return _grouped(q, k[:, :, first:], v[:, :, first:], scale)
-    mask = _mask(q, k, sight, wave)
+        return _grouped(q, k, v, scale)
     if mask is not None and heads != kv_heads and q.is_cuda:
         return _tiled(q, k, v, scale, mask)
     out = F.scaled_dot_product_attention(
@@ -117,18 +118,20 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None 
     return out.reshape(n, 1, heads, v.shape[-1])
 
 
-def _mask(q: Tensor, k: Tensor, sight: Sight, wave: WaveCache) -> Tensor | None:
-    """Return what each of the new rows sees, `[t, L]` bool; `None` where that is plain causal from the start.
+def _mask(
+    n_rows: int, n_tokens: int, first: int, sight: Sight, wave: WaveCache, device: torch.device
+) -> Tensor | None:
+    """Return what each of the new rows sees of the tokens from `first`, `[t, L - first]` bool.
 
-    Made once a step: layers of one kind share it.
+    `None` where that is all up to itself: for one row, or plain causal from the start. Made once a step: layers of
+    one kind share it.
     """
-    n_rows, n_tokens = q.shape[2], k.shape[2]
-    if n_rows == n_tokens and not sight.hidden(n_tokens):
+    if n_rows == 1 or (n_rows == n_tokens and not sight.hidden(n_tokens)):
         return None
     mask = wave.masks.get((n_rows, n_tokens, sight))
     if mask is None:
-        position = torch.arange(n_tokens - n_rows, n_tokens, device=q.device)[:, None]  # [t, 1]
-        past = torch.arange(n_tokens, device=q.device)[None, :]  # [1, L]
+        position = torch.arange(n_tokens - n_rows, n_tokens, device=device)[:, None]  # [t, 1]
+        past = torch.arange(first, n_tokens, device=device)[None, :]  # [1, L - first]
         mask = wave.masks[n_rows, n_tokens, sight] = sight.sees(position, past)
     return mask
 
@@ -152,9 +155,10 @@ def _explicit(
     scores = scores.unflatten(2, (groups, n_rows)).flatten(1, 2)  # [n, heads, t, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
+    if mask is None and n_rows > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)

@@ -36,7 +36,12 @@ def _checked(messages: Sequence[Any]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             kind = type(message).__name__
             raise PromptError(f"{where} is of type {kind}; a message is a mapping with a role and content")
-        said = {key: _plain(value, where) for key, value in message.items() if value is not None}
+        given = {key: value for key, value in message.items() if value is not None}
+        try:
+            said = {key: _plain(value, where) for key, value in given.items()}
+        except PromptError:
+            _check(given, where)  # of a picture it is better said where it stands
+            raise
         _check(said, where)
         found.append(said)
     return found
@@ -47,7 +52,7 @@ def _check(message: dict[str, Any], where: str) -> None:
     if not isinstance(role, str) or not role:
         raise PromptError(f"{where} has no role; give it one, such as 'user'")
     for key in message:
-        if key in _MEDIA and message[key]:
+        if key in _MEDIA and not _empty(message[key]):
             raise PromptError(f"{where} has {key!r}, but this model takes text alone; leave it out")
     if isinstance(content, list | tuple):
         for n, part in enumerate(content, start=1):
@@ -69,7 +74,7 @@ def _check_part(part: Any, where: str, *, free: bool) -> None:
     kind = part.get("type")
     if kind is not None and not isinstance(kind, str):
         raise PromptError(f"{where} has a type that is no text: {kind!r}")
-    media = [key for key in part if key in _MEDIA and part[key]]
+    media = [key for key in part if key in _MEDIA and not _empty(part[key])]
     if kind in _MEDIA or media:
         found = kind if kind in _MEDIA else media[0]
         raise PromptError(f"{where} is {found!r}, but this model takes text alone; leave it out")
@@ -80,6 +85,11 @@ def _check_part(part: Any, where: str, *, free: bool) -> None:
     key = kind or "text"
     if key == "text" and not isinstance(part.get("text"), str):
         raise PromptError(f"{where} has no text; give it as {_PART}")
+
+
+def _empty(value: Any) -> bool:
+    """Whether a value says that there is nothing; an array is asked nothing."""
+    return value is None or (isinstance(value, str | int | list | tuple | Mapping) and not value)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -98,4 +108,5 @@ def _plain(value: Any, where: str) -> Any:
         return tuple(_plain(item, where) for item in value)
     if isinstance(value, list):
         return [_plain(item, where) for item in value]
-    raise PromptError(f"{where} holds a {type(value).__name__}; messages hold text, numbers, lists and mappings")
+    kind = type(value).__name__
+    raise PromptError(f"{where} holds a value of type {kind}; messages hold text, numbers, lists and mappings")
