@@ -144,6 +144,7 @@ def test_a_picture_is_written(suffix: str, trace: Path, tmp_path: Path) -> None:
         (("--plot", "nowhere/ratios.png"), "there is no folder nowhere"),
         (("nothing.safetensors",), "nothing.safetensors"),
         (("nothing.safetensors", "--seed", "0"), "leave them or the traces out"),
+        (("--tokens", 10**20), "error: --tokens: 100,000,000,000,000,000,000 tokens are more than"),
         (("--routing", "nothing.json"), "error: --routing: unknown routing"),
         (("--routing", ""), "error: --routing: unknown routing"),
         (("--shape", "nothing"), "error: --shape: no profile 'nothing'"),

@@ -163,8 +163,9 @@ def test_experts_are_drawn_as_a_file_counts_them(tmp_path: Path) -> None:
         (("--timeline", "run.txt"), "error: --timeline: run.txt: a timeline is a .json"),
         (
             ("--shape", "deepseek-v2-lite", "--machine", "laptop-4060", "--prompt-tokens", 200000),
-            "GB of GPU memory",
+            "error: --sequences, --prompt-tokens or --machine: deepseek-v2-lite needs",
         ),
+        (("--sequences", 10**20), "error: --sequences times --prompt-tokens and --new-tokens: 19,2"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(args: tuple[object, ...], message: str) -> None:

@@ -13,7 +13,7 @@ from fiddler.cli.ending import guarded
 from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes
 from fiddler.cli.options import choice
-from fiddler.cli.simulate import SHAPE, make_up
+from fiddler.cli.simulate import SHAPE, check_length, make_up
 from fiddler.config import EngineConfig, PolicyName
 from fiddler.errors import ConfigError
 
@@ -152,10 +152,12 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
 
     if options.names is not None:
         raise ConfigError("--names chooses from what a trace recorded: name a trace")
+    n_tokens = 256 if options.tokens is None else options.tokens
+    check_length("--tokens", n_tokens)
     with giving("--shape"):
         shape = ModelShape.load(SHAPE if options.shape is None else options.shape)
     routing, seed = "synthetic" if options.routing is None else options.routing, options.seed or 0
-    experts = make_up(routing, shape, seed).sequence(0, options.tokens or 256)
+    experts = make_up(routing, shape, seed).sequence(0, n_tokens)
     name = f"{Path(routing).stem}, seed {seed}"
     n_experts = (shape.n_experts,) * shape.n_layers
     return name, RoutingTrace(shape.name, n_experts, (Recording(name, 0, experts),))

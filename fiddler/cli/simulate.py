@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SHAPE = "qwen3-30b-a3b"
 """What is simulated if nothing was named."""
 PLACEMENT = "Placement"
+MOST_TOKENS = 1 << 20
+"""Whose routing is made up: it is held in memory, a kilobyte or two for each."""
 
 
 def _machine(text: str, *names: str, **limits: Any) -> Any:
@@ -136,6 +138,8 @@ def simulate(
         if output.timeline is not None:
             with giving("--timeline"):
                 timeline.check(output.timeline)
+        n_tokens = work.sequences * (work.prompt_tokens + work.new_tokens)
+        check_length("--sequences times --prompt-tokens and --new-tokens", n_tokens)
         setting = _setting(machine, placement, work)
         notes = Notes(quiet=output.as_json)
         with notes.working("simulating"):
@@ -168,7 +172,8 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
     slots = options.slots
     if slots is None:
         context = work.sequences * (work.prompt_tokens + work.new_tokens)
-        slots = n_slots(shape, machine, share=options.resident, context=context)
+        with giving("--sequences, --prompt-tokens or --machine"):
+            slots = n_slots(shape, machine, share=options.resident, context=context)
     return Setting(
         shape=shape,
         machine=machine,
@@ -213,6 +218,12 @@ def _popular(work: WorkOptions, shape: "ModelShape") -> "Sequence[Key]":
     from fiddler.cache.static import by_popularity
 
     return by_popularity(make_up(work.routing, shape, work.seed).profile().tolist())
+
+
+def check_length(flags: str, n_tokens: int) -> None:
+    """Raise `ConfigError` where more routing would be made up than is held in memory."""
+    if n_tokens > MOST_TOKENS:
+        raise ConfigError(f"{flags}: {n_tokens:,} tokens are more than the {MOST_TOKENS:,} that are made up")
 
 
 def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
