@@ -215,6 +215,7 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"num_experts_per_tok": 9}, "sends each token to 9 experts of a layer that has 8"),
         ({"num_experts_per_tok": -1}, "sends each token to -1 experts"),
         ({"max_position_embeddings": -1}, "max_position_embeddings=-1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0, which is no length"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": "x"}}, r"stretched by \['x'\], which is no length"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": inf}}, "which is no length"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": -2.0}}, "which is no length"),

@@ -206,10 +206,10 @@ def model_context(config: PretrainedConfig) -> int:
     given = getattr(text, "max_position_embeddings", None)
     factors = _stretches(getattr(text, "rope_parameters", None) or {})
     try:
-        n_tokens = int((given or 1 << 20) * min(map(float, factors), default=1))
+        n_tokens = int((1 << 20 if given is None else given) * min(map(float, factors), default=1))
     except (TypeError, ValueError, OverflowError):
-        n_tokens = -1
-    if n_tokens < 0:
+        n_tokens = 0
+    if n_tokens < 1:
         stretched = f", stretched by {factors}" if factors else ""
         raise CheckpointError(
             f"config.json says max_position_embeddings={given}{stretched}, which is no length; correct it"
