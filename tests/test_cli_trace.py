@@ -136,7 +136,8 @@ def test_what_cannot_be_run_or_written_is_an_error(tiny: Path, tmp_path: Path) -
     for args, message in (
         (("-m", tiny, "-p", "Hi", "-o", tmp_path / "pipe"), "cannot be written: it is not a regular file"),
         (("-m", tiny, "-o", tmp_path / "out"), "there is no prompt"),
-        (("-m", tiny, "-p", "Hi", "-o", tmp_path), "cannot be written: there is a folder"),
+        (("-m", tiny, "-p", "Hi", "-o", tmp_path), f"error: --output: {tmp_path} cannot be written: there is a"),
+        (("-m", tiny, "--prompts", tmp_path, "-o", tmp_path / "out"), f"error: --prompts: {tmp_path} must be a"),
         (("-m", tiny, "-p", "Hi", "-o", tmp_path / "none" / "out"), "cannot be written: there is no folder"),
         (("-m", tiny, "-p", "Hi", "-p", "", "-o", tmp_path / "out"), "prompt '1': "),
     ):

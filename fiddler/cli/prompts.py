@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fiddler.cli.flags import giving
 from fiddler.errors import ConfigError, PromptError
 
 Named = tuple[str, Any]
@@ -29,7 +30,8 @@ def read_prompts(given: Sequence[str], file: Path | None, *, demo: bool) -> list
     """
     prompts: list[tuple[str | None, Any]] = [(None, prompt) for prompt in given]
     if file is not None:
-        prompts += _read(file)
+        with giving("--prompts"):
+            prompts += _read(file)
     if not prompts and demo and file is None:
         return list(DEMO_PROMPTS)
     if not prompts:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fiddler.cli.ending import INTERRUPTED, guarded
+from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes, size
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
 from fiddler.cli.prompts import read_prompts
@@ -53,7 +54,8 @@ def trace(
     with guarded():
         config = replace(engine.config(checkpoint), record=True)
         prompts = read_prompts(request.prompt, request.prompts, demo=checkpoint.model is None)
-        _check_output(request.output)
+        with giving("--output"):
+            _check_output(request.output)
         with notes.working(f"loading {checkpoint.name}", spin=checkpoint.is_local) as loaded:
             checkpoint.find()
             import anyio
