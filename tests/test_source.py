@@ -90,6 +90,11 @@ FAULTS: dict[str, tuple[Any, type[ModelError], str]] = {
         CheckpointError,
         r"index\.json is a git-lfs",
     ),
+    "a pointer for a tokenizer": (
+        lambda tiny: written(tiny / "tokenizer.json", POINTER).parent,
+        CheckpointError,
+        r"tokenizer\.json is a git-lfs",
+    ),
     "a file of weights": (lambda tiny: tiny / SINGLE, CheckpointError, "one file of a checkpoint; give its folder"),
     "a configuration": (lambda tiny: tiny / "config.json", CheckpointError, "one file of a checkpoint"),
     "a folder above": (lambda tiny: moved(tiny, "sub"), CheckpointError, "its sub folder has: give .*above/sub"),

@@ -326,6 +326,12 @@ class TestOpen:
         with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be read"):
             Text.open(tmp_path)
 
+    def test_a_pointer_in_a_file_s_place_is_named(self, tmp_path: Path) -> None:
+        tiny_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is a git-lfs pointer"):
+            Text.open(tmp_path)
+
     def test_one_that_panics_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         class PanicError(BaseException):
             """As `PanicException` of a tokenizer written in Rust."""

@@ -15,6 +15,7 @@ from fiddler.models.decoder import Decoder, Vocabulary
 from fiddler.models.messages import plain
 from fiddler.models.prompts import Prompt
 from fiddler.models.reading import Asking, Question, Reader, TooMany
+from fiddler.store.folder import refuse_pointer
 
 _SURE = ("tokenizer.json", "tokenizer_config.json")
 _MAYBE = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -64,6 +65,8 @@ class Text:
         except BaseException as error:  # its files or code raise what they like, and a panic is no `Exception`
             if not sure:
                 return cls(None)
+            for name in _READ:
+                refuse_pointer(folder / name)
             raise CheckpointError(
                 f"the tokenizer of {folder} cannot be read: {error}; check its files, or download them"
             ) from error

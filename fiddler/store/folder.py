@@ -34,6 +34,7 @@ def check_folder(folder: Path) -> None:
     if is_file(folder / ADAPTER):
         raise _adapter(folder)
     weight_files(folder)
+    refuse_pointer(folder / "tokenizer.json")  # looked at again once the model is loaded, which takes long
 
 
 def read_raw(folder: Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def read_raw(folder: Path) -> dict[str, Any]:
     try:
         raw = read_json(file)
     except (OSError, ValueError) as error:
-        _refuse_pointer(file)
+        refuse_pointer(file)
         raise CheckpointError(
             f"{file} is missing or not JSON: this is not a transformers checkpoint ({error})"
         ) from error
@@ -68,7 +69,7 @@ def weight_files(folder: Path) -> Files:
             f"{folder} lacks {len(missing)} of {len(files)} files, first {missing[0]}; download them"
         )
     for file in files:
-        _refuse_pointer(file)
+        refuse_pointer(file)
     return files
 
 
@@ -97,7 +98,7 @@ def _indexed(folder: Path, index: str) -> Files:
         weight_map: dict[str, str] = read_json(folder / index)["weight_map"]
         pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        _refuse_pointer(folder / index)
+        refuse_pointer(folder / index)
         raise CheckpointError(f"{index} is not a valid index: {error!r}; download it again") from error
     promised: dict[str, list[str]] = {}
     for tensor, name in pairs:
@@ -194,7 +195,7 @@ def _gguf(folder: Path) -> UnsupportedModelError:
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def _refuse_pointer(file: Path) -> None:
+def refuse_pointer(file: Path) -> None:
     """Raise `CheckpointError` for what git leaves in a file's place where git-lfs is missing."""
     try:
         if file.is_file():
