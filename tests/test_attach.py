@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 import fiddler
 from fiddler import CheckpointError, EngineConfig, ModelError, UnsupportedModelError
 from fiddler.models.seam import find_experts
-from tests.architectures import build
+from tests.architectures import architectures, build
 
 Save = Callable[[PreTrainedModel], Path]
 
@@ -69,7 +69,9 @@ def test_beams_are_reranked_and_reordered(save: Save) -> None:
     assert score(beam) > score(greedy)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "nemotron_h", "aria"])
+@pytest.mark.parametrize(
+    "architecture", sorted({"mixtral", "gpt_oss", "nemotron_h", "aria"} & set(architectures()))
+)
 def test_a_loaded_model_is_changed_in_place_and_keeps_its_weights(architecture: str) -> None:
     model = build(architecture)
     expected = generate(model)

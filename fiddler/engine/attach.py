@@ -46,6 +46,11 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
         for path, module in mine.experts.items():
             seam.bind({path: module}, OwnExperts(module, kernels))
         return mine.model
+    return _from_folder(model, options)
+
+
+@torch.inference_mode(False)  # or what looks at the weights could not learn, for it was made in the caller's mode
+def _from_folder(model: str | Path, options: EngineConfig) -> PreTrainedModel:
     loaded = load(model, options, packed=False)
     store = loaded.store
     loaded.model.register_forward_hook(lambda *_: store.check())
