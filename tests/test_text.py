@@ -133,7 +133,6 @@ class TestChat:
             {"type": "audio", "audio": np.zeros(3)},
             {"type": "text", "text": "hi", "image_url": np.zeros(3)},
         ],
-        ids=str,
     )
     def test_parts_that_are_no_text_are_refused_by_name(self, part: dict[str, Any]) -> None:
         name = part.get("type", "image") if part.get("type") != "text" else "image_url"
