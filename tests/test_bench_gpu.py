@@ -12,13 +12,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import machine, schemas, values
+from bench import machine, schemas
 from bench.gpu import agreement, bounds, checks, command, decode, link, llama, overlap, summary, systems
 from bench.gpu.bounds import Rates
 from bench.gpu.context import Context
 from bench.gpu.running import Reading
 from bench.gpu.schema import PARTS
 from bench.gpu.sizes import QUICK, Sizes
+from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
@@ -279,8 +280,9 @@ def test_a_machine_names_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     smi.chmod(0o755)
     found = machine.describe()["gpu"]
     assert (found["driver"], found["pcie_generation"], found["pcie_width"]) == ("570.1", "5", "16")
-    record = values.Record({"n_cores": 16, "cpu": "Some Chip", "isa": [], "gpu": values.Record(found)})
-    assert values.label(values.Record({"machine": record})) == "16 cores, Some Chip, NVIDIA Some GPU"
+    about = Record({"n_cores": 16, "cpu": "Some Chip", "isa": [], "gpu": Record(found)})
+    measured = Record({"bench": "gpu", "virtual": False, "machine": about})
+    assert label(measured) == "16 cores, Some Chip, NVIDIA Some GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.describe()["gpu"] is None
 

@@ -12,7 +12,7 @@ import pytest
 from bench import figures
 from bench.figures import FIGURES, FOLDER, latency, replay, results, roofline, style, timeline, visits
 from bench.figures.__main__ import main
-from bench.values import Record
+from bench.report import Record
 from fiddler.cli.replay import CacheOptions
 from fiddler.store.routing import load
 

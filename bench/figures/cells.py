@@ -2,12 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
-from typing import TYPE_CHECKING
 
-from bench.figures import results
-
-if TYPE_CHECKING:
-    from bench.policies import Cell
+from bench.report import Record, read
 
 RESULTS = "policies-virtual"
 MACHINE, ROUTING = "rtx4090-desktop", "fitted"
@@ -16,14 +12,12 @@ WHERE = f"One sequence on {MACHINE}, simulated, in virtual time; {ROUTING} routi
 BOUND = "Dashed, the physical bound: what Fiddler reads, each reader at its full rate, nothing else taking time."
 
 
-def load() -> "list[Cell]":
+def load() -> list[Record]:
     """Return the committed cells."""
-    from bench.policies import Cell, Place
-
-    return [Cell(**{**cell, "place": Place(**cell["place"])}) for cell in results.load(RESULTS)["cells"]]
+    return list(read(RESULTS).cells)
 
 
-def shown(cells: "Iterable[Cell]") -> "list[Cell]":
+def shown(cells: Iterable[Record]) -> list[Record]:
     """Return those of one sequence on `MACHINE`. Raises `ValueError` if there are none."""
     wanted = (MACHINE, ROUTING, 1)
     found = [c for c in cells if (c.place.machine, c.place.routing, c.place.n_sequences) == wanted]
@@ -32,17 +26,17 @@ def shown(cells: "Iterable[Cell]") -> "list[Cell]":
     return found
 
 
-def models(cells: "Sequence[Cell]") -> list[str]:
+def models(cells: Sequence[Record]) -> list[str]:
     """Return the models, in their order."""
     return list(dict.fromkeys(cell.place.model for cell in cells))
 
 
-def shares(cells: "Sequence[Cell]") -> list[float]:
+def shares(cells: Sequence[Record]) -> list[float]:
     """Return the shares of experts on the GPU, the least first."""
     return sorted({cell.place.resident for cell in cells})
 
 
-def ranked(cells: "Sequence[Cell]") -> list[str]:
+def ranked(cells: Sequence[Record]) -> list[str]:
     """Return the systems, the fastest first, by their mean over all places."""
     speeds: dict[str, list[float]] = {}
     for cell in cells:
@@ -50,6 +44,6 @@ def ranked(cells: "Sequence[Cell]") -> list[str]:
     return sorted(speeds, key=lambda system: -geometric_mean(speeds[system]))
 
 
-def bound(cell: "Cell") -> float:
+def bound(cell: Record) -> float:
     """Return the tokens per second that a cell's reads allow."""
     return cell.tokens_per_s / cell.of_bound

@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bench.figures import results, style
-from bench.values import Record
+from bench.report import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,13 +5,12 @@ from math import log
 from typing import TYPE_CHECKING
 
 from bench.figures import cells, style
+from bench.report import Record
 from fiddler.cli.curves import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from bench.policies import Cell
 
 BOUND = "bound"
 LOOKS = {
@@ -42,7 +41,7 @@ def draw() -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", place: "Sequence[Cell]") -> None:
+def _panel(axes: "Axes", place: Sequence[Record]) -> None:
     shares, lines = cells.shares(place), _lines(place)
     for name, speeds in lines.items():
         axes.plot(shares, speeds, **LOOKS.get(name, OTHERS))
@@ -57,7 +56,7 @@ def _panel(axes: "Axes", place: "Sequence[Cell]") -> None:
     _names(axes, {name: speeds[-1] for name, speeds in lines.items() if name in LOOKS}, shares[-1])
 
 
-def _lines(place: "Sequence[Cell]") -> dict[str, list[float]]:
+def _lines(place: Sequence[Record]) -> dict[str, list[float]]:
     """Return speeds by share, of every system and of the bound."""
     ordered = sorted(place, key=lambda cell: cell.place.resident)
     lines = {BOUND: [cells.bound(cell) for cell in ordered if cell.system == cells.OURS]}

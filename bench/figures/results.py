@@ -1,19 +1,14 @@
 """The committed results that pictures are drawn from."""
 
-from bench.values import RESULTS, Record, label, read
+from bench.report import Record, label, read
 
 MACHINE = "2core-epyc"
 """The machine whose measurements are shown: how their files' names end."""
 
 
-def load(name: str) -> Record:
-    """Return the report of a bench by the name of its file."""
-    return read(RESULTS / f"{name}.json")
-
-
 def measured(bench: str) -> Record:
     """Return the report of a bench on `MACHINE`."""
-    return load(f"{bench}-{MACHINE}")
+    return read(f"{bench}-{MACHINE}")
 
 
 def measured_on(report: Record) -> str:

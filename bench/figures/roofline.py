@@ -6,7 +6,7 @@ from math import atan, degrees
 from typing import TYPE_CHECKING, Any
 
 from bench.figures import results, style
-from bench.values import Record
+from bench.report import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
