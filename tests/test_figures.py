@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
 from bench import figures
-from bench.figures import FIGURES, FOLDER, latency, replay, results, roofline, style, timeline, visits
+from bench.figures import FIGURES, FOLDER, latency, replay, results, roofline, style, timeline
 from bench.figures.__main__ import main
 from bench.report import Record
 from fiddler.cli.replay import CacheOptions
-from fiddler.store.routing import load
 
 ROOT = FOLDER.parents[1]
 MOST_BYTES = 200_000
@@ -66,12 +64,12 @@ def test_a_picture_is_a_whole_svg_of_a_page_s_width(drawn: Path, name: str, fold
     assert file.stat().st_size < MOST_BYTES
 
 
-@pytest.mark.parametrize("name", ["latency", "roofline", "systems", "resident", "visits"])
+@pytest.mark.parametrize("name", ["latency", "roofline", "systems", "resident"])
 def test_a_committed_picture_shows_the_committed_results(drawn: Path, name: str) -> None:
     assert (drawn / f"{name}.svg").read_bytes() == (FOLDER / f"{name}.svg").read_bytes(), "run `make figures`"
 
 
-@pytest.mark.parametrize("name", ["latency", "visits"])
+@pytest.mark.parametrize("name", ["latency", "roofline"])
 def test_the_same_picture_is_the_same_bytes(drawn: Path, tmp_path: Path, name: str) -> None:
     (again,) = figures.write([name], tmp_path)
 
@@ -158,11 +156,3 @@ def test_who_did_not_run_is_named(tmp_path: Path) -> None:
 
     assert [label.get_text() for label in axes.get_yticklabels()] == ["peer", "fiddler"]
     assert "did not run" in [text.get_text() for text in axes.texts]
-
-
-def test_shares_of_visits_are_of_each_layer() -> None:
-    shares = visits.by_domain(load(replay.TRACE))
-
-    assert set(shares) == {"scripture", "jargon", "dictionary", "python", "manual", "chat"}
-    assert all(np.allclose(share.sum(axis=1), 1.0) for share in shares.values())
-    assert visits.busiest(np.full((2, 16), 1 / 16)) == visits.BUSIEST

@@ -22,7 +22,6 @@ FIGURES: Mapping[str, str] = {
     "systems": "speed by system, simulated",
     "resident": "speed by the share of experts on the GPU, simulated",
     "replay": "reads by cache policy and size, replayed",
-    "visits": "who visits which experts, recorded",
 }
 """What a picture shows, by the name of its file and of its module here."""
 
