@@ -153,7 +153,7 @@ def expert_rate(
     """Measure whole SwiGLU experts, gate and up as one matrix, `AT_ONCE` to a layer, `n_rows` rows each."""
     n_bytes = 6 * hidden * intermediate
     n_layers = -(-set_bytes // n_bytes // AT_ONCE)
-    experts = [_expert(hidden, intermediate) for _ in range(n_layers * AT_ONCE)]
+    experts = [expert(hidden, intermediate) for _ in range(n_layers * AT_ONCE)]
     device = CpuDevice(lambda _, expert: experts[expert], (SWIGLU,), kernels)
     loads = [Load(i, i * n_rows, (i + 1) * n_rows) for i in range(AT_ONCE)]
     rows = torch.full((AT_ONCE * n_rows, hidden), 0.5, dtype=torch.bfloat16)
@@ -163,7 +163,8 @@ def expert_rate(
     return ExpertRate(hidden, intermediate, n_rows, rate(calls, n_bytes * len(experts), passes))
 
 
-def _expert(hidden: int, intermediate: int) -> ExpertWeights:
+def expert(hidden: int, intermediate: int) -> ExpertWeights:
+    """Return a gated expert in bfloat16, gate and up as one matrix."""
     up = torch.full((2 * intermediate, hidden), 0.01, dtype=torch.bfloat16)
     return ExpertWeights((up,), torch.full((hidden, intermediate), 0.01, dtype=torch.bfloat16))
 
@@ -191,7 +192,7 @@ def measure(
     rates: list[Rate] = []
     experts: list[ExpertRate] = []
     for hidden, inner in shapes.values():
-        sample = _expert(hidden, inner)
+        sample = expert(hidden, inner)
         kernels = calibrated_kernels([*sample.up, sample.down], config)
         for n_rows in rows:
             rates += kernel_rates((2 * inner, hidden), n_rows, set_bytes, passes)

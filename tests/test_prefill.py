@@ -10,7 +10,6 @@ from bench import kernels, prefill
 from bench.ceilings import Ceilings
 from bench.prefill_prompts import Reading, grid
 from bench.report import Spread
-from bench.schemas import problems
 from fiddler.cost.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -32,7 +31,6 @@ def test_a_run_of_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     sizes = ["--lengths", "6,20", "--chunks", "8,16", "--repeats", "2", "--set-mib", "1"]
     prefill.main(["--demo", *sizes, "--calibration-dir", str(tmp_path), "--json", str(file)])
     report: dict[str, Any] = json.loads(file.read_text())
-    assert problems(report) == []
     assert [(cell["n_input"], cell["chunk_tokens"]) for cell in report["cells"]] == [(6, 8), (20, 8), (20, 16)]
     few, many = (cell["expert_bytes"] for cell in report["cells"][:0:-1])
     assert few < many  # each chunk reads its experts
@@ -67,5 +65,4 @@ def test_a_large_matmul_is_timed_and_reported(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     kernels.main(["--shape", "16x8", "--rows", "1", "--passes", "1", "--set-mib", "1", "--json", str(file)])
     report = json.loads(file.read_text())
-    assert problems(report) == []
     assert report["gemm_flop_per_s"]["high"] > 0.0

@@ -1,10 +1,9 @@
 """The share of what the machine could do at most that a reading reached.
 
-`Bound` is what `fiddler simulate` and `bench/policies.py` hold a run against: the longest of three reads, of the
+`Bound` is what `fiddler simulate` and `bench.policies` hold a run against: the longest of three reads, of the
 bytes that were really read, each at its full rate. Here the rates are the machine's own ceilings, as `facts`
 measures them in the same run: the best of several ways to read host memory, a copy from pinned memory alone, and
-the best way to read the GPU's memory. `of_kernel_bound` has the rates of the kernels in place of the memories', as
-the machine descriptions that `fiddler simulate` takes have them, and is never lower.
+the best way to read the GPU's memory.
 
 The CPU's reads and the link's come from the same memory, which is not counted: both may be beyond reach at once.
 
@@ -13,9 +12,7 @@ and sequence, at the reading's mean context. Where a step was two waves, each re
 counted.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from bench.gpu.running import Reading
 from fiddler.cost.shape import ModelShape
@@ -29,12 +26,6 @@ class Rates:
     cpu: float
     link: float
     gpu: float
-
-
-def rates(facts: Mapping[str, Any]) -> dict[str, Rates]:
-    """Return the rates of both kinds from what `facts` has found. Raises `KeyError` for what it has not."""
-    found = facts["rates"]
-    return {kind: Rates(**found[kind]) for kind in ("ceilings", "kernels")}
 
 
 def bound(reading: Reading, shape: ModelShape, n_sequences: int, context: float, per_s: Rates) -> Bound:

@@ -1,4 +1,4 @@
-"""Whether what runs on this GPU is right: the tests that need one, and tokens beside those of transformers."""
+"""Whether what runs on this GPU is right: the tests that need one."""
 
 import os
 import subprocess
@@ -9,8 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import bench
-from bench.gpu.agreement import agreement
-from bench.gpu.context import Context, said
+from bench.gpu.context import Context
 
 ROOT = Path(bench.__file__).parents[1]
 COUNTS = ("tests", "failures", "errors", "skipped")
@@ -19,19 +18,11 @@ LINES = 12
 
 
 def checks(ctx: Context) -> dict[str, Any]:
-    """Run both; either fails alone."""
-    found: dict[str, Any] = {}
-    for name, check in (("tests", tests), ("agreement", agreement)):
-        try:
-            found[name] = check(ctx)
-        except Exception as error:  # the other is worth having without it
-            found["failed"] = {**found.get("failed", {}), name: said(error)}
-        ctx.keep("checks", **found)
-    return found
-
-
-def tests(ctx: Context) -> dict[str, Any]:
     """Run the tests in a process of its own, on the same GPU; returns how many there were and how they ended."""
+    return {"tests": _tests(ctx)}
+
+
+def _tests(ctx: Context) -> dict[str, Any]:
     paths = [path for path in ctx.sizes.tests if (ROOT / path).exists()]
     if not paths:
         return {"paths": paths, "exit_code": None, "says": "there are no such tests here"}

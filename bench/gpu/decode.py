@@ -23,6 +23,7 @@ from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from bench.gpu.systems import options
 from fiddler import Engine
+from fiddler.cost.lanes import LANES
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -53,7 +54,7 @@ class Decoding:
     """All readings of a run."""
 
     ctx: Context
-    rates: dict[str, Rates]
+    rates: Rates
     cells: dict[tuple[str, float, str], _Cell] = field(default_factory=lambda: defaultdict(_Cell))
 
     def place(self, place: Place, until_s: float) -> None:
@@ -135,25 +136,19 @@ class Decoding:
                 "tokens_per_s": spread(r.tokens_per_s for r in readings if r.tokens_per_s is not None),
                 "hits": spread(known) if known else None,
                 "read_bytes_per_token": {
-                    lane: spread(reading.read_bytes[lane] for reading in readings)
-                    for lane in ("cpu", "gpu", "link")
+                    lane: spread(reading.read_bytes[lane] for reading in readings) for lane in LANES
                 },
-                **self._of_bounds(spec, n, readings),
+                **self._of_bound(spec, n, readings),
             }
 
-    def _of_bounds(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
+    def _of_bound(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
         if not all(bounds.knows_bytes(reading, n) for reading in readings):
-            return {"of_bound": None, "of_kernel_bound": None, "bound_s": None}
-        shape, sizes, shares, longest = sizes_of(spec), self.ctx.sizes, {}, None
-        for kind, per_s in self.rates.items():
-            found = [bounds.bound(r, shape, n, sizes.n_prompt + (1 + r.n_tokens / n) / 2, per_s) for r in readings]
-            shares[kind] = spread(
-                one.seconds * (reading.tokens_per_s or 0.0) for one, reading in zip(found, readings, strict=True)
-            )
-            longest = longest or {
-                lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in ("cpu", "link", "gpu")
-            }
-        return {"of_bound": shares["ceilings"], "of_kernel_bound": shares["kernels"], "bound_s": longest}
+            return {"of_bound": None, "bound_s": None}
+        shape, n_prompt = sizes_of(spec), self.ctx.sizes.n_prompt
+        found = [bounds.bound(r, shape, n, n_prompt + (1 + r.n_tokens / n) / 2, self.rates) for r in readings]
+        shares = [b.seconds * (r.tokens_per_s or 0.0) for b, r in zip(found, readings, strict=True)]
+        lanes = {lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in LANES}
+        return {"of_bound": spread(shares), "bound_s": lanes}
 
 
 @dataclass(slots=True)

@@ -1,15 +1,17 @@
-"""The GPU by itself: what it reads and multiplies at most, and what launches take."""
+"""The GPU by itself: what it reads and multiplies at most, what the link carries, and what launches take."""
 
-from collections.abc import Callable
-from importlib import import_module
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.gpu.clock import Work, spread, took, until
 from bench.gpu.context import Context
+from fiddler.devices.gpu import Gpu, Stream
 
+TOGETHER = 4
+"""Copies that are queued at once, so that the link does not rest between them."""
 N_KERNELS = 40
 """Of a graph: about as many as a layer's dense part has."""
 
@@ -48,25 +50,23 @@ def multiplying(ctx: Context) -> dict[str, Any]:
     return {"size": n, "flop_per_s": max(2.0 * n**3 / seconds for seconds in taken)}
 
 
-def launches(ctx: Context) -> dict[str, Any]:
-    """Measure launches in a row: what one keeps the host for, and how far apart the GPU gets to them.
+def link(ctx: Context) -> dict[str, Any]:
+    """Measure copies of `copy_bytes` from and to pinned memory; GB/s."""
+    gpu, n, passes = ctx.gpu, ctx.sizes.copy_bytes, ctx.sizes.passes
+    host, there = gpu.pinned(n, dtype=torch.uint8).fill_(1), torch.empty(n, dtype=torch.uint8, device=gpu.device)
+    up = [_gbs(gpu, gpu.link, there, host) for _ in range(passes)]
+    down = [_gbs(gpu, gpu.down, host, there) for _ in range(passes)]
+    return {"copy_bytes": n, "to_gpu_gbs": spread(up), "to_host_gbs": spread(down)}
 
-    Of a kernel of Triton's, of one of torch's, and of a graph of `N_KERNELS` of torch's.
-    """
-    gpu, n = ctx.gpu, ctx.sizes.launches
-    x = torch.zeros(1, device=gpu.device)
-    ways: dict[str, Callable[[], Work]] = {
-        "torch kernel": lambda: lambda: x.add_(1.0),
-        "triton kernel": lambda: _triton(ctx, x),
-        "graph": lambda: _graph(ctx, x),
-    }
-    found = dict[str, Any]()
-    for name, make in ways.items():
-        try:
-            found[name] = _launched(ctx, make(), n)
-        except Exception as error:  # each has its own: no Triton, no compiler, what cannot be recorded
-            found[name] = {"unavailable": f"{type(error).__name__}: {error}"}
-    return {"n_launches": n, "n_kernels_of_graph": N_KERNELS, **found}
+
+def _gbs(gpu: Gpu, stream: Stream, to: Tensor, source: Tensor) -> float:
+    return to.nbytes / took(gpu, stream, lambda: to.copy_(source, non_blocking=True), TOGETHER) / 1e9
+
+
+def launches(ctx: Context) -> dict[str, Any]:
+    """Measure replays of a graph of `N_KERNELS` in a row: what one keeps the host for, and the GPU."""
+    graph = _launched(ctx, _graph(ctx, torch.zeros(1, device=ctx.gpu.device)), ctx.sizes.launches)
+    return {"n_launches": ctx.sizes.launches, "n_kernels_of_graph": N_KERNELS, "graph": graph}
 
 
 def _launched(ctx: Context, work: Work, n: int) -> dict[str, float]:
@@ -78,13 +78,6 @@ def _launched(ctx: Context, work: Work, n: int) -> dict[str, float]:
         gpu.launch(work)
     host_s = perf_counter() - began_s
     return {"host_s": host_s / n, "gpu_s": until(gpu.main.mark()).since(until(began)) / n}
-
-
-def _triton(ctx: Context, x: torch.Tensor) -> Work:
-    if ctx.gpu.device.type != "cuda":
-        raise RuntimeError(f"Triton has no kernels for {ctx.gpu.device}")
-    touch: Any = import_module("bench.gpu.empty_kernel").touch
-    return lambda: touch[(1,)](x)
 
 
 def _graph(ctx: Context, x: torch.Tensor) -> Work:

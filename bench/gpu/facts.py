@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from bench.gpu import bounds, described, device, host, link, recording, slots
+from bench.gpu import described, device, host, recording, slots
 from bench.gpu.bounds import Rates
 from bench.gpu.context import Context, said
 
 Section = Callable[[Context], Any]
 SECTIONS: Mapping[str, Section] = {
-    "link": link.link,
-    "beside": link.beside,
-    "pageable": link.pageable,
-    "pinning": link.pinning,
+    "link": device.link,
     "host": host.host,
     "host_experts": host.experts,
     "dispatch": host.dispatch,
@@ -37,9 +34,8 @@ def facts(ctx: Context) -> dict[str, Any]:
     found = _sections(ctx, SECTIONS)
     try:
         found["rates"] = _rates(found)
-        ceiling_gbs = found["rates"]["ceilings"]["cpu"] / 1e9
         for row in found["host_experts"]:
-            row["of_ceiling"] = row["gbs"]["median"] / ceiling_gbs
+            row["of_ceiling"] = row["gbs"]["median"] / found["rates"]["cpu"] * 1e9
         host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = {"gpu": ctx.gpu.memory().total, "host": host_bytes}
         file = ctx.beside / f"machine-{ctx.label}.json"
@@ -64,22 +60,18 @@ def _sections(ctx: Context, asked: Mapping[str, Section]) -> dict[str, Any]:
     return found
 
 
-def _rates(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _rates(found: Mapping[str, Any]) -> dict[str, float]:
     """Return the rates that bounds go by, bytes a second; see `bench.gpu.bounds`."""
-    link_gbs = found["link"]["to_gpu_gbs"]
     # An expert's kernels may read faster than any of the plain ways: then they are the ceiling.
-    cpu, gpu = described.best(found["host_experts"])[0], described.best(found["slot_experts"])[0]
-    return {
-        "ceilings": {
-            "cpu": max(found["host"]["read_gbs"], cpu) * 1e9,
-            "link": link_gbs["high"] * 1e9,
-            "gpu": max(found["gpu"]["read_gbs"], gpu) * 1e9,
-        },
-        "kernels": {"cpu": cpu * 1e9, "link": link_gbs["median"] * 1e9, "gpu": gpu * 1e9},
+    gbs = {
+        "cpu": max(found["host"]["read_gbs"], described.best(found["host_experts"])[0]),
+        "link": found["link"]["to_gpu_gbs"]["high"],
+        "gpu": max(found["gpu"]["read_gbs"], described.best(found["slot_experts"])[0]),
     }
+    return {reader: 1e9 * rate for reader, rate in gbs.items()}
 
 
-def rates_of(ctx: Context) -> dict[str, Rates]:
+def rates_of(ctx: Context) -> Rates:
     """Return the rates that a run before has found on this machine, or measure them now."""
     known = ctx.known("facts")
     if known is None or "rates" not in known:
@@ -87,4 +79,4 @@ def rates_of(ctx: Context) -> dict[str, Rates]:
         ctx.keep("facts", rates=_rates(found))
         known = ctx.known("facts")
     assert known is not None
-    return bounds.rates(known)
+    return Rates(**known["rates"])

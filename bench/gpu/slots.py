@@ -9,7 +9,7 @@ import torch
 from bench import kernels
 from bench.gpu.clock import busy, spread, took
 from bench.gpu.context import Context
-from bench.gpu.host import TINY, expert
+from bench.gpu.host import TINY
 from fiddler.devices.arena import Arena
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import Picked, SlotExperts, Stack, Visits
@@ -25,7 +25,7 @@ class Slots:
     """Slots full of experts of one shape; each run visits other ones, so that none comes from a cache."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, int], nbytes: int) -> None:
-        sample = expert(*shape)
+        sample = kernels.expert(*shape)
         self.layout = BlockLayout.of(sample)
         self.expert_bytes, self.hidden = sample.nbytes, shape[0]
         n = max(AT_ONCE, -(-nbytes // self.layout.nbytes))

@@ -88,8 +88,8 @@ def _prediction(timeline: Mapping[str, Any]) -> Verdict:
 
 
 def _overhead(timeline: Mapping[str, Any]) -> Verdict:
-    seconds = (timeline.get("overhead") or {}).get("overhead_s")
-    claim, goal = "host overhead of a layer, with graphs", f"at most {OVERHEAD_S * 1e6:.0f} us"
+    seconds = (timeline.get("run") or {}).get("nobody_s_a_layer")
+    claim, goal = "seconds of a layer in which nothing works", f"at most {OVERHEAD_S * 1e6:.0f} us"
     found = "" if seconds is None else f"{seconds * 1e6:.1f} us"
     return Verdict(claim, goal, found, seconds, _at_most(seconds, OVERHEAD_S))
 
@@ -114,20 +114,6 @@ def _tests(checks: Mapping[str, Any]) -> Verdict:
     return Verdict(claim, goal, says, float(n_failed), met)
 
 
-def _agreement(checks: Mapping[str, Any]) -> Verdict:
-    rows, claim, goal = (
-        (checks.get("agreement") or {}).get("rows", ()),
-        "tokens of transformers",
-        "all, but for rounding",
-    )
-    if not rows:
-        return Verdict(claim, goal, "", None, None)
-    wrong = [f"{row['architecture']} ({row['way']})" for row in rows if not row["agrees"]]
-    n_equal, n = sum(row["n_equal"] for row in rows), sum(row["n_tokens"] for row in rows)
-    says = f"{n_equal} of {n} equal" + (f"; beyond rounding: {', '.join(wrong)}" if wrong else "")
-    return Verdict(claim, goal, says, float(len(wrong)), not wrong)
-
-
 def _least(claim: str, goal: float, cells: Sequence[tuple[float, str]]) -> Verdict:
     if not cells:
         return Verdict(claim, f"at least {goal:.2f}", "", None, None)
@@ -143,7 +129,6 @@ def _at_most(value: float | None, goal: float) -> bool | None:
 
 _JUDGES: tuple[tuple[str, Callable[[Mapping[str, Any]], Verdict]], ...] = (
     ("checks", _tests),
-    ("checks", _agreement),
     ("decode", _of_bound),
     ("decode", _over_best),
     ("timeline", _prediction),

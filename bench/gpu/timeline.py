@@ -1,7 +1,5 @@
-"""A run as it happened: lanes side by side, predictions and what came of them, and the host's part of a layer."""
+"""A run as it happened: lanes side by side, predictions and what came of them, and when nobody worked."""
 
-import sys
-import traceback
 from typing import Any
 
 import anyio
@@ -10,7 +8,6 @@ from bench.gpu import overlap
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import sizes_of, vocabulary
-from bench.gpu.overhead import overhead
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
 from fiddler.cli import timeline as drawing
@@ -18,17 +15,8 @@ from fiddler.trace import Trace
 
 
 def timeline(ctx: Context) -> dict[str, Any]:
-    """Record a model that does not fit while it decodes, draw it, and measure the host's part of a layer."""
-    found: dict[str, Any] = {}
-    for name, measure in (("run", _run), ("overhead", overhead)):
-        try:
-            found[name] = measure(ctx)
-        except Exception as error:  # the other is worth having without it
-            traceback.print_exc(file=sys.stderr)
-            found["failed"] = {**found.get("failed", {}), name: said(error)}
-        ctx.shelf.tidy()
-        ctx.keep("timeline", **found)
-    return found
+    """Record a model that does not fit while it decodes, and draw it."""
+    return {"run": _run(ctx)}
 
 
 def _run(ctx: Context) -> dict[str, Any]:
