@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
-from bench import kernels, latency
+from bench import kernels, latency, lookahead
 from bench.contest import ours
 from bench.contest.workload import Run, Workload
 from bench.report import Spread, table
@@ -34,6 +34,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 MACHINE = {"cpu", "n_cores", "isa", "ram_gib", "torch", "transformers", "fiddler", "threads", "commit", "date"}
 QUICK = ["--set-mib", "1"]
+VARIANTS = ("1 hidden as the experts get it", "1, two layers ahead", "transitions, of other domains")
 
 
 def tiny(name: str, folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
@@ -190,6 +191,18 @@ def _latency(folder: Path, tmp_path: Path, *options: str, peers: str = "eager") 
     latency.main(["--model", str(folder), *short, *QUICK, *options, "--json", str(file)])
     report: dict[str, Any] = json.loads(file.read_text())
     return report
+
+
+def test_lookahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"one": [[*range(100, 112)]], "other": [[*range(300, 312)]]}
+    monkeypatch.setattr(lookahead, "held_out", lambda *_: texts.items())
+    lookahead.main(["--json", str(tmp_path / "lookahead.json")])
+    report = json.loads((tmp_path / "lookahead.json").read_text())
+    assert report["n_tokens"] == {"one": 12, "other": 12}
+    recall = report["recall"]
+    assert recall["the look-ahead"] == recall["1 hidden as the experts get it, x1"]  # the model's routers are plain
+    assert all(recall[f"{name}, x1"]["mean"] <= recall[f"{name}, x2"]["mean"] for name in VARIANTS)
+    assert "Visits known a layer early" in capsys.readouterr().out
 
 
 def test_prompts_repeat_and_differ_by_seed() -> None:
