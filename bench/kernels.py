@@ -9,6 +9,7 @@ larger than any cache, as the experts of a model are.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -116,6 +117,50 @@ def gemm_flop_per_s(set_bytes: int = SET_BYTES, passes: int = PASSES) -> Spread:
     n = min(GEMM_SIZE, isqrt(set_bytes // 6))
     x, weight = (torch.full((n, n), value, dtype=torch.bfloat16) for value in (0.5, 0.01))
     return rate([lambda: linear(x, weight, None)], 2 * n**3, passes).scaled(1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Of each limit the best pass counts."""
+
+    gemm: Spread
+    """Operations per second of a large bf16 matmul."""
+    ways_to_read: dict[str, Spread]
+    """GB/s by way."""
+
+    @property
+    def flop_per_s(self) -> float:
+        """The most operations per second."""
+        return self.gemm.high
+
+    @property
+    def gbs(self) -> float:
+        """The most GB/s."""
+        return ceiling(self.ways_to_read)
+
+    def also(self, ways: dict[str, Spread]) -> "Ceilings":
+        """Return the same with further ways to read."""
+        return Ceilings(self.gemm, self.ways_to_read | ways)
+
+    def or_better(self, other: "Ceilings") -> "Ceilings":
+        """Return the better of two measurements of each."""
+        ways = {way: _better(spread, other.ways_to_read[way]) for way, spread in self.ways_to_read.items()}
+        return Ceilings(_better(self.gemm, other.gemm), ways)
+
+
+def ceilings(set_bytes: int, passes: int = PASSES) -> Ceilings:
+    """Measure with all of this thread's torch threads, on matrices and memory of `set_bytes`."""
+    return Ceilings(gemm_flop_per_s(set_bytes, passes), read_ceiling(set_bytes, passes))
+
+
+def ceilings_aside(set_bytes: int) -> Ceilings:
+    """Measure in a thread that ends: OpenMP workers that stay behind keep an engine's from waiting actively."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ceilings, set_bytes).result()
+
+
+def _better(one: Spread, other: Spread) -> Spread:
+    return max(one, other, key=lambda spread: spread.high)
 
 
 def copies(out: int, columns: int, set_bytes: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

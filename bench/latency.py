@@ -19,14 +19,14 @@ from typing import Any
 import anyio
 import torch
 
-from bench import ceilings, checkpoints, kernels, machine
-from bench.ceilings import Ceilings
-from bench.contest import limits, scenarios, shown
+from bench import checkpoints, kernels, machine
+from bench.contest import limits, shown
 from bench.contest.contest import Contest, contest
 from bench.contest.rates import Limit, Results, rows
-from bench.contest.scenarios import SCENARIOS, Sizes
-from bench.peers import PEERS
+from bench.kernels import Ceilings
+from bench.peers.known import PEERS
 from bench.report import result, write_json
+from bench.workload import PAPER, SCENARIOS, Sizes, workloads
 from fiddler import ConfigError, EngineConfig
 
 LIMIT_PASSES = 3
@@ -53,7 +53,7 @@ async def measure(settings: Settings) -> dict[str, Any]:
         asked = [
             Results(scenario, workload)
             for scenario in settings.scenarios
-            for workload in scenarios.workloads(scenario, settings.sizes, found.n_vocabulary)
+            for workload in workloads(scenario, settings.sizes, found.n_vocabulary)
         ]
         made: Ceilings | None = None
         for seed in range(settings.repeats + 1):
@@ -84,7 +84,7 @@ async def _better_ceilings(found: Contest, settings: Settings, best: Ceilings | 
     """
     if found.probe is None:
         return None
-    now = await found.probe.call(partial(ceilings.measure, settings.set_bytes, LIMIT_PASSES))
+    now = await found.probe.call(partial(kernels.ceilings, settings.set_bytes, LIMIT_PASSES))
     return now if best is None else best.or_better(now)
 
 
@@ -180,7 +180,7 @@ def _scenarios(text: str) -> tuple[str, ...]:
 
 
 def _lengths(axis: int, text: str) -> tuple[int, ...]:
-    return scenarios.PAPER[axis] if text == "paper" else _numbers(text)
+    return PAPER[axis] if text == "paper" else _numbers(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

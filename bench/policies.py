@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from bench import machine
-from bench.report import heading, table, write_json
+from bench.report import heading, result, table, write_json
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
@@ -175,7 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens each sequence makes")
     parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args(arguments)
     work = Work(options.prompt, options.new)
     jobs = [(place, system, work) for place in places(options) for system in options.systems]
@@ -191,13 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nOurs over the best other: least {min(v.over_best for v in found):.3f}, mean {mean:.3f}")
     print(heading(about))
     if options.json is not None:
-        report = {"bench": "policies", "machine": about, "virtual": True, "work": work, "verdicts": found}
-        write_json(options.json, report | {"cells": cells})
-    if options.plot is not None:
-        from bench.figures import style, systems
-
-        with style.applied():
-            style.save(systems.picture(cells), options.plot)
+        fields = {"work": work, "verdicts": found, "cells": cells}
+        write_json(options.json, result("policies", about, virtual=True, **fields))
 
 
 if __name__ == "__main__":

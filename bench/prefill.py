@@ -22,10 +22,10 @@ from typing import Any
 import anyio
 import torch
 
-from bench import ceilings, checkpoints, kernels, machine
-from bench.ceilings import Ceilings
-from bench.prefill_prompts import Grid, Reading, grid, read
+from bench import checkpoints, kernels, machine
+from bench.kernels import Ceilings
 from bench.report import Spread, heading, result, table, write_json
+from bench.workload import Workload
 from fiddler import Engine, EngineConfig
 from fiddler.cost.shape import ModelShape
 
@@ -59,6 +59,62 @@ class Cell:
     of_gemm: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One prompt read to its first token."""
+
+    first_token_s: float
+    expert_bytes: int
+    """Of weights, as often as they were read."""
+    n_expert_rows: int
+    """Visits of a token to an expert."""
+
+
+Grid = dict[tuple[int, int], list[Reading]]
+"""By (prompt length, chunk size)."""
+
+
+def grid(lengths: Sequence[int], chunks: Sequence[int], max_context: int) -> Grid:
+    """Return the cells to run, empty: of the chunks that hold a whole prompt only the smallest."""
+    cells: Grid = {}
+    for length in dict.fromkeys(min(length, max_context - 1) for length in lengths):
+        smaller = [chunk for chunk in chunks if chunk < length]
+        whole = [chunk for chunk in chunks if chunk >= length]
+        cells |= {(length, chunk): [] for chunk in (*smaller, *sorted(whole)[:1])}
+    return cells
+
+
+async def read_all(engine: Engine, cells: Grid, repeats: int, n_vocabulary: int) -> None:
+    """Let an engine read a prompt for every cell in each repeat and in a first one, which warms up.
+
+    The cells of one length read the same prompts.
+    """
+    for seed in range(repeats + 1):
+        for (n_input, chunk_tokens), readings in cells.items():
+            (prompt,) = Workload(1, n_input, 1, n_vocabulary).prompts(seed)
+            _cut(engine, chunk_tokens)
+            reading = await _read(engine, prompt)
+            if seed:
+                readings.append(reading)
+
+
+def _cut(engine: Engine, chunk_tokens: int) -> None:
+    """Let an idle engine cut prompts otherwise: engines side by side would share the cores among their threads."""
+    assert engine._loop is not None
+    engine._loop._chunk_tokens = chunk_tokens
+
+
+async def _read(engine: Engine, prompt: list[int]) -> Reading:
+    before = engine.statistics()
+    made = await engine.generate(prompt, max_new_tokens=1, do_sample=False)
+    after = engine.statistics()
+    return Reading(
+        made.timing.first_token_s,
+        after.expert_bytes - before.expert_bytes,
+        after.n_expert_rows - before.n_expert_rows,
+    )
+
+
 def flop(shape: ModelShape, n_input: int, n_expert_rows: int) -> int:
     """Return the operations of reading a prompt of `n_input` tokens to its first token."""
     dense = shape.n_layers * shape.dense_weights + shape.n_dense_layers * shape.plain_weights
@@ -68,9 +124,9 @@ def flop(shape: ModelShape, n_input: int, n_expert_rows: int) -> int:
 def measure(settings: Settings) -> dict[str, Any]:
     """Run everything and return the report. Raises `ConfigError` for a model whose sizes cannot be read."""
     shape = ModelShape.from_config(json.loads((settings.folder / "config.json").read_text()))
-    before = ceilings.measure_aside(settings.set_bytes)
-    cells = anyio.run(_read, settings, shape.vocab)
-    best = before.or_better(ceilings.measure_aside(settings.set_bytes))
+    before = kernels.ceilings_aside(settings.set_bytes)
+    cells = anyio.run(_opened, settings, shape.vocab)
+    best = before.or_better(kernels.ceilings_aside(settings.set_bytes))
     return result(
         "prefill",
         machine.describe(),
@@ -83,10 +139,10 @@ def measure(settings: Settings) -> dict[str, Any]:
     )
 
 
-async def _read(settings: Settings, n_vocabulary: int) -> Grid:
+async def _opened(settings: Settings, n_vocabulary: int) -> Grid:
     async with Engine(settings.folder, settings.config) as engine:
         cells = grid(settings.lengths, settings.chunks, engine.max_context)
-        await read(engine, cells, settings.repeats, n_vocabulary)
+        await read_all(engine, cells, settings.repeats, n_vocabulary)
     return cells
 
 

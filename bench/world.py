@@ -9,6 +9,7 @@ prediction to be exact, as a share of the data sheet's DRAM bandwidth. `--routin
 """
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,16 +20,16 @@ import numpy as np
 
 from bench import machine
 from bench.report import heading, result, table, write_json
-from bench.world_published import Cell, World
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
 from fiddler.cache.synthetic import Habits, SyntheticRouting, read_counts
 from fiddler.cost.machine import FIGURES, Machine
-from fiddler.cost.shape import ModelShape
+from fiddler.cost.shape import DENSE_BYTES, ModelShape
 from fiddler.engine.simulation import Report, Setting, simulate
 from fiddler.scheduler.systems import System, system
 
+WORLD = Path(__file__).parent / "world.json"
 OTHER_TEXT = range(100, 116)
 """The sequences whose visits a static placement goes by; none of them is run."""
 OTHER_TOKENS = 256
@@ -39,6 +40,61 @@ STREAMED = "deepspeed-mii"
 """The one system that is not simulated: it copies all weights for every token, and nothing else counts."""
 
 Kind = Literal["assumed", "data sheet"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One published speed, in tokens per second, and what it was measured with."""
+
+    table: str
+    system: str
+    machine: str
+    model: str
+    slots: int
+    lengths: str
+    """The name of a list of (prompt, made) tokens; the speed is the mean over it."""
+    metric: Literal["decode", "end-to-end"]
+    published: float
+    source: str
+    gpu_layers: int | None = None
+    """Layers that the GPU has whole, of a system that runs the others on the CPU with all they have."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """`world.json`, its constants without their sources."""
+
+    constants: Mapping[str, Any]
+    machines: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]
+    systems: Mapping[str, Mapping[str, Any]]
+    lengths: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def load(cls, file: Path = WORLD) -> "World":
+        """Read the file."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        named = {key: _values(content[key]) for key in ("constants", "machines", "models", "systems", "lengths")}
+        return cls(**named, cells=tuple(Cell(**cell) for cell in content["cells"]))
+
+    def shape(self, model: str) -> ModelShape:
+        """Return a model's shape with the weights that it was run with."""
+        values = self.models[model]
+        shape = ModelShape.load(values.get("shape", model))
+        return replace(shape, name=model, bytes_per_weight=values["bytes_per_weight"])
+
+    def cpu_share(self, cell: Cell) -> float | None:
+        """Return what the system's kernels read, as a share of the DRAM bandwidth; `None` if they read nothing."""
+        few_bits = self.models[cell.model]["bytes_per_weight"] < DENSE_BYTES
+        share = self.systems[cell.system].get("cpu_share_4bit" if few_bits else "cpu_share")
+        return None if share is None else float(share)
+
+
+def _values(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    return found["value"] if "value" in found else {key: _values(value) for key, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

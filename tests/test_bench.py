@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import fiddler
 from bench import kernels, latency, lookahead
 from bench.contest import ours
-from bench.contest.workload import Run, Workload
 from bench.report import Spread, table
+from bench.workload import Run, Workload
 from fiddler import EngineConfig, Token
 from fiddler.devices.native import native
 from fiddler.models.loaded import load

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bench import kernels, prefill
-from bench.ceilings import Ceilings
-from bench.prefill_prompts import Reading, grid
+from bench.kernels import Ceilings
+from bench.prefill import Reading, grid
 from bench.report import Spread
 from fiddler.cost.shape import ModelShape
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.contest.limits import overhead_table, parts_table
 from bench.contest.rates import OURS, Row
-from bench.peers import PEERS
+from bench.peers.known import PEERS
 from bench.report import Spread, Table, heading, table
 
 CACHED_BYTES = 32 << 20

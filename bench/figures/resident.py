@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from math import log
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench.figures import cells, style
 from bench.report import Record
 from fiddler.cli.curves import spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BOUND = "bound"
 LOOKS = {
@@ -27,7 +25,7 @@ GAP = 0.075
 """Between two names, as a share of a panel's height."""
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed run."""
     found = cells.shown(cells.load())
     lines = (f"{cells.WHERE} Pale: other systems.", cells.BOUND)
@@ -41,7 +39,7 @@ def draw() -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", place: Sequence[Record]) -> None:
+def _panel(axes: Axes, place: Sequence[Record]) -> None:
     shares, lines = cells.shares(place), _lines(place)
     for name, speeds in lines.items():
         axes.plot(shares, speeds, **LOOKS.get(name, OTHERS))
@@ -65,7 +63,7 @@ def _lines(place: Sequence[Record]) -> dict[str, list[float]]:
     return lines
 
 
-def _names(axes: "Axes", ends: dict[str, float], last: float) -> None:
+def _names(axes: Axes, ends: dict[str, float], last: float) -> None:
     """Name the lines where they end, apart from each other."""
     low, high = (log(limit) for limit in axes.get_ylim())
     names = sorted(ends, key=ends.__getitem__)

@@ -1,25 +1,23 @@
 """Every system in every place: tokens per second, a column a model, a row a share of experts on the GPU."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench.figures import cells, style
 from bench.report import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARGIN = 1.25
 """Left and right of what is shown, as a factor."""
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed run."""
     return picture(cells.load())
 
 
-def picture(run: Sequence[Record]) -> "Figure":
+def picture(run: Sequence[Record]) -> Figure:
     """Return the picture of a run of `bench.policies`. Raises `ValueError` as `cells.shown` does."""
     found = cells.shown(run)
     models, shares, order = cells.models(found), cells.shares(found), cells.ranked(found)[::-1]
@@ -37,7 +35,7 @@ def picture(run: Sequence[Record]) -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", place: Mapping[str, Record], order: Sequence[str]) -> None:
+def _panel(axes: Axes, place: Mapping[str, Record], order: Sequence[str]) -> None:
     for row, system in enumerate(order):
         ours = system == cells.OURS
         speed = place[system].tokens_per_s
@@ -47,7 +45,7 @@ def _panel(axes: "Axes", place: Mapping[str, Record], order: Sequence[str]) -> N
     style.rows(axes, order, cells.OURS)
 
 
-def _scale(axes: "Axes", column: Sequence[Record]) -> None:
+def _scale(axes: Axes, column: Sequence[Record]) -> None:
     """Let a model's panels show all its speeds and bounds."""
     low = min(cell.tokens_per_s for cell in column) / MARGIN
     high = max(cells.bound(cell) if cell.system == cells.OURS else cell.tokens_per_s for cell in column) * MARGIN

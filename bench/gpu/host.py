@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bench import ceilings, kernels
+from bench import kernels
 from bench.gpu.clock import spread
 from bench.gpu.context import Context
 from bench.report import Spread
@@ -18,7 +18,7 @@ TINY = (64, 32)
 
 def host(ctx: Context) -> dict[str, Any]:
     """Measure what the host reads and multiplies at most: the best pass of several ways, in a thread of its own."""
-    found = ceilings.measure_aside(ctx.sizes.read_bytes)
+    found = kernels.ceilings_aside(ctx.sizes.read_bytes)
     return {
         "read_gbs": found.gbs,
         "ways_to_read": {way: spread([one.low, one.median, one.high]) for way, one in found.ways_to_read.items()},

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from bench.contest.workload import UnavailableError, Workload
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import prompts
-from bench.peers import gguf_file, installed
+from bench.peers import gguf_file
 from bench.peers.llama_cpp import LlamaCppPeer
+from bench.peers.peer import installed
+from bench.workload import UnavailableError, Workload
 from tools import synthesize
 
 NAME = "llama.cpp"

@@ -19,7 +19,7 @@ from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import as_transformers, sizes_of, vocabulary
 from bench.gpu.running import prompts
-from bench.peers import steps
+from bench.peers.peer import Picks, timed
 from fiddler import Engine
 
 PEERS = ("eager", "grouped_mm")
@@ -113,13 +113,13 @@ def _theirs(model: Any, asked: Sequence[list[int]], made: Sequence[list[int]], p
     cache, device = DynamicCache(config=model.config), model.device
     first, rest = torch.tensor(asked, device=device), torch.tensor(made, device=device)
 
-    def forward(ids: torch.Tensor) -> steps.Picks:
+    def forward(ids: torch.Tensor) -> Picks:
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        picks: steps.Picks = logits[:, -1].argmax(-1).tolist()
+        picks: Picks = logits[:, -1].argmax(-1).tolist()
         return picks
 
-    step: Callable[[int], steps.Picks] = lambda i: forward(rest[:, i, None])  # noqa: E731
-    rate = steps.timed(lambda: forward(first), step, len(made[0]), patience_s).decode_tokens_per_s
+    step: Callable[[int], Picks] = lambda i: forward(rest[:, i, None])  # noqa: E731
+    rate = timed(lambda: forward(first), step, len(made[0]), patience_s).decode_tokens_per_s
     assert rate is not None
     return rate
 
