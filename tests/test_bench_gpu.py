@@ -207,7 +207,7 @@ def test_what_was_not_measured_is_neither() -> None:
 def test_the_bound_is_the_longest_read() -> None:
     shape = ModelShape.load("qwen3-30b-a3b")
     read = {"cpu": 4e9, "gpu": 1e9, "link": 2e9}
-    reading = Reading(1.0, 5.0, 10, 10, read, {"cpu": 1.0, "gpu": 1.0, "link": 0.05}, 0.5)
+    reading = Reading(1.0, 5.0, [], 10, read, {"cpu": 1.0, "gpu": 1.0, "link": 0.05}, 0.5)
     found = bounds.bound(reading, shape, 1, 0.0, Rates(cpu=4e10, link=2e10, gpu=1e12))
     assert (found.cpu_s, found.link_s) == (0.1, 0.05)  # no more than the link was busy
     dense = shape.resident_bytes - shape.head_bytes

@@ -48,6 +48,12 @@ class _Cell:
     first_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     unavailable: str | None = None
 
+    def about(self) -> dict[str, Any]:
+        """Return all but the readings."""
+        opening_s = spread(self.opening_s) if self.opening_s else None
+        about = {"n_slots": self.n_slots, "gpu_bytes": self.gpu_bytes, "unavailable": self.unavailable}
+        return {**about, "n_turns": len(self.opening_s), "opening_s": opening_s}
+
 
 @dataclass(slots=True)
 class Decoding:
@@ -85,12 +91,16 @@ class Decoding:
 
     def rows(self) -> dict[str, Any]:
         """Return every cell's rows."""
-        items = list(self.cells.items())
-        return {
-            "places": [_about(key, cell) for key, cell in items],
-            "decode": [row for key, cell in items for row in self._decoded(key, cell)],
-            "first_token": [row for key, cell in items for row in _first(key, cell)],
-        }
+        found: dict[str, list[dict[str, Any]]] = {"places": [], "decode": [], "first_token": []}
+        for (spec, budget, name), cell in self.cells.items():
+            place = {"model": spec, "budget_gib": budget, "system": name}
+            found["places"].append({**place, "n_experts": sizes_of(spec).total_experts, **cell.about()})
+            found["decode"] += ({**place, **row} for row in self._decoded(spec, cell))
+            found["first_token"] += (
+                {**place, "n_prompt": n_prompt, "n_readings": len(seconds), "first_token_s": spread(seconds)}
+                for n_prompt, seconds in cell.first_s.items()
+            )
+        return found
 
     def _turn(self, place: Place, name: str, *, first: bool) -> None:
         cell = self.cells[*place, name]
@@ -120,17 +130,13 @@ class Decoding:
             if first:
                 await _firsts(asking, ctx, cell)
 
-    def _decoded(self, key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
-        spec, budget, name = key
+    def _decoded(self, spec: str, cell: _Cell) -> Iterator[dict[str, Any]]:
         for n, every in cell.decoded.items():
             readings = [reading for reading in every if reading.tokens_per_s is not None]
             if not readings:
                 continue
             known = [reading.hits for reading in readings if reading.hits is not None]
             yield {
-                "model": spec,
-                "budget_gib": budget,
-                "system": name,
                 "n_sequences": n,
                 "n_readings": len(readings),
                 "tokens_per_s": spread(r.tokens_per_s for r in readings if r.tokens_per_s is not None),
@@ -194,31 +200,3 @@ def decode(ctx: Context) -> dict[str, Any]:
         decoding.place(place, perf_counter() + left_s / (len(places) - number))
     decoding.write(llama=decoding.beside_llama())
     return decoding.rows()
-
-
-def _about(key: tuple[str, float, str], cell: _Cell) -> dict[str, Any]:
-    spec, budget, name = key
-    return {
-        "model": spec,
-        "budget_gib": budget,
-        "system": name,
-        "n_slots": cell.n_slots,
-        "n_experts": sizes_of(spec).total_experts,
-        "gpu_bytes": cell.gpu_bytes,
-        "n_turns": len(cell.opening_s),
-        "opening_s": spread(cell.opening_s) if cell.opening_s else None,
-        "unavailable": cell.unavailable,
-    }
-
-
-def _first(key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
-    spec, budget, name = key
-    for n_prompt, seconds in cell.first_s.items():
-        yield {
-            "model": spec,
-            "budget_gib": budget,
-            "system": name,
-            "n_prompt": n_prompt,
-            "n_readings": len(seconds),
-            "first_token_s": spread(seconds),
-        }

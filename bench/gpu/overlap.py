@@ -1,6 +1,7 @@
 """What a recorded run says of its lanes: how long they worked side by side, how right plans were, who waited."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 from statistics import median, quantiles
 from typing import Any
@@ -43,12 +44,10 @@ def length(intervals: Iterable[Interval]) -> float:
 
 def since(trace: Trace, start_s: float) -> Trace:
     """Return what of a run began at `start_s` or later, in seconds from there."""
-    spans = [
-        Span(s.lane, s.name, s.wave, s.layer, s.start_s - start_s, s.end_s - start_s, s.predicted_s)
-        for s in trace.spans
-        if s.start_s >= start_s
-    ]
-    return Trace(spans=spans, decisions=list(_moved(trace.decisions, start_s)))
+    spans = [replace(s, start_s=s.start_s - start_s, end_s=s.end_s - start_s) for s in trace.spans]
+    decisions = [replace(d, at_s=d.at_s - start_s) for d in trace.decisions]
+    later = [s for s in spans if s.start_s >= 0.0], [d for d in decisions if d.at_s >= 0.0]
+    return Trace(spans=later[0], decisions=later[1])
 
 
 def decoding(trace: Trace, n_before: int, top_k: int) -> Trace:
@@ -62,13 +61,6 @@ def decoding(trace: Trace, n_before: int, top_k: int) -> Trace:
         raise RuntimeError("no layer of a decoding step was decided")
     found = since(trace, made[0].at_s)
     return Trace(spans=found.spans, decisions=[d for d in found.decisions if d.n_rows <= top_k])
-
-
-def _moved(decisions: Iterable[Decision], start_s: float) -> Iterator[Decision]:
-    for d in decisions:
-        if d.at_s >= start_s:
-            counts = d.wave, d.layer, d.n_rows, d.n_cpu, d.n_gpu, d.n_fetch
-            yield Decision(d.at_s - start_s, *counts, d.predicted_s, d.measured_s)
 
 
 def lanes(trace: Trace) -> dict[str, Any]:

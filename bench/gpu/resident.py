@@ -9,6 +9,7 @@ within a turn Fiddler is first, for it makes the tokens.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import anyio
@@ -18,7 +19,7 @@ from transformers import DynamicCache
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import as_transformers, sizes_of, vocabulary
-from bench.gpu.running import prompts
+from bench.gpu.running import prompts, read
 from bench.peers.peer import Picks, timed
 from fiddler import Engine
 
@@ -58,42 +59,21 @@ async def _resident(ctx: Context) -> dict[str, Any]:
 
 async def _turn(ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: _Speeds) -> None:
     asked = prompts(n, ctx.sizes.n_prompt, vocabulary(ctx.sizes.few), turn)
-    made, rate = await _ours(engine, asked, ctx.sizes.n_new)
-    if turn:
-        speeds.by_system.setdefault(OURS, []).append(rate)
+    ours = await read(engine, asked, ctx.sizes.n_new, inf)
+    if turn and ours.tokens_per_s is not None:
+        speeds.by_system.setdefault(OURS, []).append(ours.tokens_per_s)
     for name in PEERS[turn % len(PEERS) :] + PEERS[: turn % len(PEERS)]:
         if name in speeds.unavailable:
             continue
         try:
             theirs.set_experts_implementation(name)
             with _their_attention():
-                rate = _theirs(theirs, asked, made, ctx.sizes.patience_s)
+                rate = _theirs(theirs, asked, ours.tokens, ctx.sizes.patience_s)
         except Exception as error:  # an implementation that this torch or GPU does not have
             speeds.unavailable[name] = said(error)
         else:
             if turn:
                 speeds.by_system.setdefault(name, []).append(rate)
-
-
-async def _ours(engine: Engine, asked: Sequence[list[int]], n_new: int) -> tuple[list[list[int]], float]:
-    """Return an engine's tokens, and those a second after the first of each."""
-    made: list[list[int]] = [[] for _ in asked]
-    times: list[float] = []
-
-    async def consume(number: int) -> None:
-        options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": []}
-        async for token in engine.generate_stream(asked[number], **options):
-            made[number].append(token.id)
-            times.append(token.made_s)
-            if len(made[number]) == 1:
-                firsts.append(times[-1])
-
-    firsts: list[float] = []
-    async with anyio.create_task_group() as group:
-        for number in range(len(asked)):
-            group.start_soon(consume, number)
-    later = [at for at in times if at > max(firsts)]
-    return made, len(later) / (max(later) - max(firsts))
 
 
 @contextmanager
