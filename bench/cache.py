@@ -9,21 +9,17 @@ traces called `tuning`; the others are held out. The sequences of a trace run on
 made-up model.
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
 
 from bench import machine
-from bench.report import result, write_json
-from fiddler.cache.compare import BOUNDS, MakePolicy, compare
+from bench.report import command, finish, listing, result, side_by_side
+from fiddler.cache.compare import MakePolicy, compare
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.recorded import Recording, RoutingTrace, visits
 from fiddler.cache.static import by_popularity
@@ -142,10 +138,7 @@ def _counts(recordings: Sequence[Recording], n_experts: Sequence[int]) -> list[l
 def measure(names: Sequence[str], settings: Settings, n_processes: int) -> list[Cell]:
     """Replay everything, in this process where `n_processes` is 0."""
     jobs = [(name, share, settings) for name in names for share in SHARES]
-    if not n_processes:
-        return [cell for job in jobs for cell in play(*job)]
-    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
-        return [cell for cells in pool.map(play, *zip(*jobs, strict=True)) for cell in cells]
+    return [cell for cells in side_by_side(play, jobs, n_processes) for cell in cells]
 
 
 def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
@@ -161,45 +154,19 @@ def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
                 yield Summary(policy, group, mean(ratios), median(ratios), max(ratios))
 
 
-def render(found: Sequence[Summary]) -> str:
-    """Return the summaries as a Markdown table, the policy that reads least first."""
-    groups = [*dict.fromkeys(summary.traces for summary in found)]
-    by_name = {(summary.policy, summary.traces): summary for summary in found}
-    policies = sorted(
-        dict.fromkeys(summary.policy for summary in found), key=lambda name: by_name[name, "all"].mean
-    )
-    rows = [
-        [
-            f"*{policy}*" if policy in BOUNDS else policy,
-            *(f"{s.mean:.2f} / {s.median:.2f}" for s in (by_name[policy, group] for group in groups)),
-            f"{by_name[policy, 'all'].worst:.2f}",
-        ]
-        for policy in policies
-    ]
-    header = ["reads / Belady's: mean / median", *groups, "worst"]
-    return "\n".join(_line(row) for row in [header, ["---", *("---:" for _ in header[1:])], *rows])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.splitlines()[0])
+    parser = command("cache", __doc__)
     parser.add_argument("--tokens", type=int, default=128, help="of each made-up sequence (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=4, help="made up of each shape (default: %(default)s)")
     parser.add_argument("--half-life", type=float, default=EngineConfig().half_life)
     parser.add_argument("--traces", nargs="+", choices=traces(), default=traces(), metavar="NAME")
     parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     settings = Settings(options.tokens, options.sequences, options.half_life)
     cells = measure(options.traces, settings, options.processes)
-    found = list(summaries(cells))
-    print(render(found))
-    if options.json is not None:
-        fields: dict[str, Any] = {"settings": settings, "summary": found, "cells": cells}
-        write_json(options.json, result("cache", machine.describe(), virtual=False, **fields))
+    found = sorted(summaries(cells), key=lambda summary: (summary.traces, summary.mean))
+    report = result("cache", machine.describe(), virtual=False, settings=settings, summary=found, cells=cells)
+    finish(options, report, listing("Reads beside Belady's", found))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import machine
-from bench.report import Spread, heading, result, table, write_json
+from bench.report import Spread, command, finish, result, table
 from fiddler.config import EngineConfig
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels
@@ -271,7 +271,6 @@ def render(report: dict[str, Any]) -> str:
     columns = ("rows", "GB/s (spread)", "of ceiling")
     return "\n".join(
         [
-            heading(report["machine"]),
             table("Reading memory; the ceiling is the best pass", ("way", "GB/s (spread)", "of ceiling"), ways),
             f"\nLarge bf16 matmul: {report['gemm_flop_per_s'].scaled(1e-12):.2f} TFLOP/s",
             table("One matmul", ("weight [out, in], kernel", *columns), kernels),
@@ -292,14 +291,13 @@ def _shape(text: str) -> tuple[str, tuple[int, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser = command("kernels", __doc__)
     parser.add_argument("--shape", type=_shape, action="append", help="a model's name or HIDDENxINTERMEDIATE")
     parser.add_argument("--rows", default="1,2,4,8,16", help="row counts (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--set-mib", type=int, default=SET_BYTES >> 20, help="weights per measurement, in MiB")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -307,9 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [int(n) for n in options.rows.split(",")]
     config = EngineConfig(calibration_dir=options.calibration_dir)
     report = measure(shapes, rows, options.set_mib << 20, options.passes, config)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    finish(options, report, render(report))
 
 
 if __name__ == "__main__":

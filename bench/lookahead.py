@@ -10,7 +10,6 @@ something else.
 """
 
 import random
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import machine
-from bench.report import heading, result, table, write_json
+from bench.report import command, finish, result, table
 from fiddler import DEMO
 from fiddler.models import seam
 from fiddler.models.loaded import adopt
@@ -173,11 +172,10 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = command("lookahead", __doc__)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="of the demo model's text")
     parser.add_argument("--windows", type=int, default=8, help="of each domain")
     parser.add_argument("--tokens", type=int, default=256, help="of each window")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -189,14 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for domain, windows in held_out(options.cache, options.windows, options.tokens)
         }
         found = {"recall": measure(model, texts), "demo_us": {n: costs(model, lookahead, n) for n in (1, 64)}}
-    where = machine.describe()
+    n_tokens = {domain: sum(len(window[0].index) for window in windows) for domain, windows in texts.items()}
+    report = result("lookahead", machine.describe(), virtual=False, n_tokens=n_tokens, **found)
     recalls = [(name, f"{own['mean']:.3f}") for name, own in found["recall"].items() if name != "chance"]
-    print(heading(where), table("Visits known a layer early", ("by", "share"), recalls), sep="\n")
-    for n, own in found["demo_us"].items():
-        print(f"{n} rows: asking {own['look_ahead_us']} us, a layer's dense part {own['dense_part_us']} us")
-    if options.json is not None:
-        n_tokens = {domain: sum(len(window[0].index) for window in windows) for domain, windows in texts.items()}
-        write_json(options.json, result("lookahead", where, virtual=False, n_tokens=n_tokens, **found))
+    asked = [(f"{n}", f"{own['look_ahead_us']}", f"{own['dense_part_us']}") for n, own in found["demo_us"].items()]
+    costs_table = table("Microseconds", ("rows", "to ask", "a layer's dense part"), asked)
+    finish(options, report, table("Visits known a layer early", ("by", "share"), recalls), costs_table)
 
 
 if __name__ == "__main__":

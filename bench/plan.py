@@ -7,16 +7,14 @@ running every division of the loads on `Lanes`. A layer's time is its shortest o
 layers as a model's layers take turns.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
 from bench import machine
-from bench.report import heading, result, table, write_json
+from bench.report import command, finish, listing, result
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, best_cut
 from tests.scheduler.instances import Instance, instances
 from tests.scheduler.oracle import best_s
@@ -80,37 +78,17 @@ def measure(loads: Sequence[int], n_layers: int, repeats: int, n_seeds: int) -> 
     )
 
 
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    times = [
-        (str(t.n_loads), f"{t.median_us:.0f}", f"{t.p90_us:.0f}", f"{t.worst_us:.0f}") for t in report["times"]
-    ]
-    found = [(r.planner, f"{r.mean:.4f}", f"{r.p99:.4f}", f"{r.worst:.4f}") for r in report["ratios"]]
-    n_seeds = report["settings"]["seeds"]
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            table("Planning a layer", ("loads", "median us", "p90 us", "worst us"), times),
-            table(
-                f"Makespan / best, {n_seeds} layers of 1 to 10 loads", ("planner", "mean", "p99", "worst"), found
-            ),
-        ]
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
+    parser = command("plan", __doc__)
     parser.add_argument("--loads", default="8,32,128", help="experts of a layer (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=200, help="timed of each size (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3000, help="compared with the best (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     loads = [int(n) for n in options.loads.split(",")]
     report = measure(loads, options.layers, options.repeats, options.seeds)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    ratios_title = f"Makespan / best, {options.seeds} layers of 1 to 10 loads"
+    finish(options, report, listing("Planning a layer", report["times"]), listing(ratios_title, report["ratios"]))
 
 
 if __name__ == "__main__":

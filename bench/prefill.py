@@ -11,7 +11,6 @@ before and after, the better counts. Prompts are random and new in every repeat.
 repeat, on one engine, so that whatever else the machine does hits all alike; a first turn warms up.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch
 
 from bench import checkpoints, kernels, machine
 from bench.kernels import Ceilings
-from bench.report import Spread, heading, result, table, write_json
+from bench.report import Spread, command, finish, listing, result
 from bench.workload import Workload
 from fiddler import Engine, EngineConfig
 from fiddler.cost.shape import ModelShape
@@ -166,40 +165,12 @@ def cell(shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, rea
     )
 
 
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    settings, gemm = report["settings"], report["gemm_flop_per_s"].high / 1e12
-    rows = [
-        (
-            str(c.n_input),
-            str(c.chunk_tokens),
-            f"{c.first_token_s:.3f}",
-            f"{c.tokens_per_s:.0f}",
-            f"{c.expert_bytes / 1e9:.2f}",
-            f"{c.gbs:.1f}",
-            f"{c.of_ceiling:.0%}",
-            f"{c.tflop_per_s:.3f}",
-            f"{c.of_gemm:.0%}",
-        )
-        for c in report["cells"]
-    ]
-    header = ("tokens", "a chunk", "first token s", "tokens/s", "GB of experts", "GB/s", "of ceiling")
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            f"{settings['model']}, {settings['repeats']} repeats; limits measured in this run: "
-            f"large bf16 matmul {gemm:.2f} TFLOP/s, reading {report['read_ceiling_gbs']:.1f} GB/s",
-            table("Reading a prompt", (*header, "TFLOP/s", "of matmul"), rows),
-        ]
-    )
-
-
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("prefill", __doc__)
     checkpoints.add_options(parser)
     parser.add_argument("--lengths", type=_numbers, default="128,512,2048", help="of prompts, in tokens")
     parser.add_argument("--chunks", type=_numbers, default="128,512,2048", help="in tokens")
@@ -207,7 +178,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
     parser.add_argument("--set-mib", type=int, help="MiB to find a limit with (default: the model's, at most 1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -221,9 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=EngineConfig(threads=options.threads, calibration_dir=options.calibration_dir),
     )
     report = measure(settings)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    limits = (
+        f"{folder.name}; limits measured in this run: large bf16 matmul "
+        f"{report['gemm_flop_per_s'].high / 1e12:.2f} TFLOP/s, reading {report['read_ceiling_gbs']:.1f} GB/s"
+    )
+    finish(options, report, limits, listing("Reading a prompt", report["cells"]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Numbers for people (tables) and for machines (JSON): how they are shown, written, and read again."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,6 +55,16 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     return "\n".join(["", title, *text])
 
 
+def listing(title: str, cells: Sequence[Any]) -> str:
+    """Return a table of cells, dataclasses of one kind: a column a field, named as in the JSON."""
+    rows = [[_shown(value) for value in _fields(cell).values()] for cell in cells]
+    return table(title, [*_fields(cells[0])], rows)
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float | Spread) else str(value)
+
+
 def heading(machine: dict[str, Any]) -> str:
     """Return two lines that say where and with what the numbers were taken."""
     isa = " ".join(machine["isa"])
@@ -75,6 +88,30 @@ def write_json(file: Path, value: Any) -> None:
     """Write a report; dataclasses inside are written by their fields."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=1, default=_fields) + "\n")
+
+
+def command(name: str, about: str) -> ArgumentParser:
+    """Return what reads the command line of `bench.name`; `--json` keeps the report."""
+    made = ArgumentParser(
+        prog=f"python -m bench.{name}", description=about, formatter_class=RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="keep the result")
+    return made
+
+
+def finish(options: Namespace, report: Mapping[str, Any], *shown: str) -> None:
+    """Print a report under the heading of its machine, and keep it if that was asked for."""
+    print(heading(report["machine"]), *shown, sep="\n")
+    if options.json is not None:
+        write_json(options.json, report)
+
+
+def side_by_side(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], n_processes: int) -> list[Any]:
+    """Return what `work` makes of each job, by processes side by side; in this one where `n_processes` is 0."""
+    if not n_processes:
+        return [work(*job) for job in jobs]
+    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
+        return list(pool.map(work, *zip(*jobs, strict=True)))
 
 
 def _fields(value: Any) -> Any:

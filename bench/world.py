@@ -8,7 +8,6 @@ what data sheets alone would say (no efficiency, no host), and the rate at which
 prediction to be exact, as a share of the data sheet's DRAM bandwidth. `--routing` takes counts of Mixtral's visits.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bench import machine
-from bench.report import heading, result, table, write_json
+from bench.report import command, finish, result, table
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
@@ -264,12 +263,11 @@ def order_right(speeds: Sequence[tuple[float, float]]) -> bool:
     return all((a[0] - b[0]) * (a[1] - b[1]) > 0.0 for a in speeds for b in speeds if a[0] != b[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command("world", __doc__)
     parser.add_argument("--routing", type=Path, help="counts of visits to Mixtral's experts, by layer")
     parser.add_argument("--table", default="", help="only tables whose title has this in it")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     world = World.load()
     predictor = Predictor(world, None if options.routing is None else read_counts(options.routing))
     tables: dict[str, list[Row]] = {}
@@ -280,13 +278,11 @@ def main() -> None:
         orders[title] = order_right([(row.cell.published, row.predicted) for row in rows])
         right = "right" if orders[title] else "WRONG"
         print(table(f"{title}: order {right}", header, map(_line, rows)), flush=True)
-    where = machine.describe()
-    print(f"\n{heading(where)}")
-    if options.json is not None:
-        routing = "made up" if options.routing is None else options.routing.name
-        cells = [row for rows in tables.values() for row in rows]
-        found = result("world", where, virtual=True, routing=routing, order_right=orders, cells=cells)
-        write_json(options.json, found)
+    routing = "made up" if options.routing is None else options.routing.name
+    cells = [row for rows in tables.values() for row in rows]
+    finish(
+        options, result("world", machine.describe(), virtual=True, routing=routing, order_right=orders, cells=cells)
+    )
 
 
 def _line(row: Row) -> tuple[str, ...]:

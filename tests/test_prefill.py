@@ -34,7 +34,7 @@ def test_a_run_of_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [(cell["n_input"], cell["chunk_tokens"]) for cell in report["cells"]] == [(6, 8), (20, 8), (20, 16)]
     few, many = (cell["expert_bytes"] for cell in report["cells"][:0:-1])
     assert few < many  # each chunk reads its experts
-    assert "of matmul" in capsys.readouterr().out
+    assert "of_gemm" in capsys.readouterr().out
 
 
 def test_of_chunks_that_hold_a_whole_prompt_one_is_run_and_a_prompt_fits_the_context() -> None:
