@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import anyio
-import torch
 
 from bench import checkpoints, kernels, machine
 from bench.kernels import Ceilings
@@ -175,20 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=_numbers, default="128,512,2048", help="of prompts, in tokens")
     parser.add_argument("--chunks", type=_numbers, default="128,512,2048", help="in tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--set-mib", type=int, help="MiB to find a limit with (default: the model's, at most 1024)")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     folder = checkpoints.folder(options)
     settings = Settings(
         folder=folder,
         lengths=options.lengths,
         chunks=options.chunks,
         repeats=options.repeats,
-        set_bytes=options.set_mib << 20 if options.set_mib else checkpoints.set_bytes(folder, kernels.SET_BYTES),
-        config=EngineConfig(threads=options.threads, calibration_dir=options.calibration_dir),
+        set_bytes=checkpoints.set_bytes(options, folder),
+        config=checkpoints.config(options),
     )
     report = measure(settings)
     limits = (

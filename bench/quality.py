@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.quality_forced import Texts
-from bench.quality_paths import BASE, PATHS, Path, Promise
+from bench.quality_paths import BASE, PATHS, Path, Promise, Texts
 from bench.report import command, finish, result, table
 from fiddler import DEMO
 from fiddler.models.text import Text

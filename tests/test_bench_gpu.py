@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bench import machine
-from bench.gpu import bounds, checks, command, decode, llama, overlap, summary, systems
-from bench.gpu.bounds import Rates
+from bench.gpu import __main__ as command
+from bench.gpu import checks, decode, llama, summary, timeline
 from bench.gpu.context import Context
+from bench.gpu.facts import Rates
 from bench.gpu.running import Reading
 from bench.gpu.sizes import QUICK, Sizes
 from bench.report import Record, label
@@ -149,7 +150,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_system_that_fails_stops_no_other_and_is_not_asked_again(tmp_path: Path) -> None:
-    out, options = tmp_path / "out", systems.options
+    out, options = tmp_path / "out", decode.options_of
 
     def broken(name: str) -> dict[str, Any]:
         return {"slots": -1} if name == "hybrimoe" else options(name)
@@ -157,7 +158,7 @@ def test_a_system_that_fails_stops_no_other_and_is_not_asked_again(tmp_path: Pat
     facts = {"rates": {"cpu": 1e9, "link": 1e9, "gpu": 1e9}}
     out.mkdir()
     (out / f"gpu-facts-{LABEL}.json").write_text(json.dumps(facts))  # as a run before has left it
-    with patch.object(decode, "options", broken):
+    with patch.object(decode, "options_of", broken):
         assert run(out, "--only", "decode", "--systems", "fiddler,hybrimoe", "--rounds", "1") == 0
     ours, other = read(out, "decode")["places"]
     assert (ours["unavailable"], other["n_turns"]) == (None, 0)
@@ -208,24 +209,24 @@ def test_the_bound_is_the_longest_read() -> None:
     shape = ModelShape.load("qwen3-30b-a3b")
     read = {"cpu": 4e9, "gpu": 1e9, "link": 2e9}
     reading = Reading(1.0, 5.0, [], 10, read, {"cpu": 1.0, "gpu": 1.0, "link": 0.05}, 0.5)
-    found = bounds.bound(reading, shape, 1, 0.0, Rates(cpu=4e10, link=2e10, gpu=1e12))
+    found = decode.bound(reading, shape, 1, 0.0, Rates(cpu=4e10, link=2e10, gpu=1e12))
     assert (found.cpu_s, found.link_s) == (0.1, 0.05)  # no more than the link was busy
     dense = shape.resident_bytes - shape.head_bytes
     assert found.gpu_s == pytest.approx((1e9 + dense) / 1e12)
     assert found.seconds == 0.1
-    of_four = bounds.bound(reading, shape, 4, 0.0, Rates(1e12, 1e12, 1e12))
+    of_four = decode.bound(reading, shape, 4, 0.0, Rates(1e12, 1e12, 1e12))
     assert of_four.gpu_s == pytest.approx((1e9 + dense / 4) / 1e12)
     unheard = replace(reading, hits=None)
-    assert bounds.knows_bytes(unheard, 1)
-    assert not bounds.knows_bytes(unheard, 8)
-    whole = bounds.bound(unheard, shape, 1, 0.0, Rates(1e12, 1e12, 1e12)).gpu_s * 1e12 - dense
+    assert decode.knows_bytes(unheard, 1)
+    assert not decode.knows_bytes(unheard, 8)
+    whole = decode.bound(unheard, shape, 1, 0.0, Rates(1e12, 1e12, 1e12)).gpu_s * 1e12 - dense
     assert whole == pytest.approx(shape.n_layers * shape.top_k * shape.expert_bytes)
 
 
 def test_systems_are_options_that_an_engine_takes() -> None:
     for name in Sizes().systems:
-        EngineConfig(device="cuda", **systems.options(name))
-    assert EngineConfig(**systems.options("fiddler")) == EngineConfig()
+        EngineConfig(device="cuda", **decode.options_of(name))
+    assert EngineConfig(**decode.options_of("fiddler")) == EngineConfig()
 
 
 def job(lane: str, start_s: float, end_s: float, layer: int | None = None) -> Span:
@@ -237,17 +238,14 @@ def test_lanes_side_by_side() -> None:
     spans.append(job("link", 3.5, 7, 0))
     decisions = [Decision(2.0, 7, 0, 2, 1, 1, 0, 1.0, 2.0), Decision(6.0, 7, 1, 2, 1, 1, 1, 3.0, 2.0)]
     trace = Trace(spans=spans, decisions=decisions)
-    found = overlap.lanes(trace)
+    found = timeline.lanes(trace)
     assert found["busy_s"] == {"cpu": 3.0, "gpu": 4.0, "link": 3.5}
     assert found["overlap_s"]["all"] == 0.5
     assert sorted(found["overlap_s"].values()) == [0.5, 0.5, 1.5, 2.0]
     assert (found["wall_s"], found["nobody_s"]) == (7.0, 0.0)
-    assert overlap.gaps(trace) == [1.0]
-    assert overlap.layers(decisions) == [4.0]
-    assert overlap.prediction(decisions) == {"n_layers": 2, "median": 0.5, "p90": 0.5}
-    waited = Trace(spans=spans, decisions=[replace(decisions[0], n_fetch=1)])
-    assert overlap.gaps(waited) == []
-    assert [span.start_s for span in overlap.since(trace, 3.0).spans] == [0.0, 0.0, 0.5]
+    assert timeline.layers(decisions) == [4.0]
+    assert timeline.prediction(decisions) == {"n_layers": 2, "median": 0.5, "p90": 0.5}
+    assert [span.start_s for span in timeline.since(trace, 3.0).spans] == [0.0, 0.0, 0.5]
 
 
 def test_a_machine_names_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

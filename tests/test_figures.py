@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.figures import latency, replay, results, roofline, style, timeline
+from bench.figures import latency, replay, roofline, sources, style, timeline
 from bench.figures.__main__ import FIGURES, FOLDER, main, write
 from bench.report import Record
 from fiddler.cli.replay import CacheOptions
@@ -108,7 +108,7 @@ def test_every_picture_that_is_shown_is_there() -> None:
 
 
 def test_a_machine_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "MACHINE", "abacus")
+    monkeypatch.setattr(sources, "MEASURED_ON", "abacus")
 
     with pytest.raises(FileNotFoundError, match="kernels-abacus"):
         roofline.draw()
@@ -116,7 +116,7 @@ def test_a_machine_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_roof_is_the_lower_of_memory_and_matmul() -> None:
     rates = [{"hidden": 8, "intermediate": 4, "n_rows": n, "gbs": SPREAD} for n in (1, 64)]
-    report = {**results.measured("kernels"), "read_ceiling_gbs": 20.0, "experts": [*map(record, rates)]}
+    report = {**sources.measured("kernels"), "read_ceiling_gbs": 20.0, "experts": [*map(record, rates)]}
     report["gemm_flop_per_s"] = {"median": 0.9e12, "low": 0.8e12, "high": 1e12}
     report["settings"] = {"shapes": {"small": [8, 4]}}
 
@@ -147,7 +147,7 @@ def test_who_did_not_run_is_named(tmp_path: Path) -> None:
         },
         {"system": "peer", "scenario": "single", "n_sequences": 1, "unavailable": "not installed"},
     ]
-    report = {**results.measured("latency-demo"), "systems": [*map(record, rows)]}
+    report = {**sources.measured("latency-demo"), "systems": [*map(record, rows)]}
     with style.applied():
         (axes,) = latency.picture([record(report)]).axes
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import bench
 from bench import quality
-from bench import quality_forced as forced
+from bench import quality_paths as forced
 from bench.quality import Outcome, broken
 from bench.quality_paths import PATHS
 from fiddler.config import EngineConfig

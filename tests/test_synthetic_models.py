@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import machine
 from bench.synthetic.memory import in_memory, loader
-from bench.synthetic.replayed import Replay
-from bench.synthetic.routings import drawn, recorded
+from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler import ConfigError, Engine, EngineConfig
 from fiddler.cache.recorded import RoutingTrace

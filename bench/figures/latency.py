@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.figures import results, style
+from bench.figures import sources, style
 from bench.report import Record
 
 MODELS = ("qwen3", "mixtral", "demo")
@@ -25,7 +25,7 @@ Speeds = Mapping[tuple[str, str], Record]
 
 def draw() -> Figure:
     """Return the picture of the committed runs."""
-    return picture([results.measured(f"latency-{model}") for model in MODELS])
+    return picture([sources.measured(f"latency-{model}") for model in MODELS])
 
 
 def picture(reports: Sequence[Record]) -> Figure:
@@ -34,7 +34,7 @@ def picture(reports: Sequence[Record]) -> Figure:
     systems = list(dict.fromkeys(row.system for report in reports for row in report.systems))[::-1]
     loads = list(dict.fromkeys(load for own in found for _, load in own))
     lines = (
-        f"{results.measured_on(reports[0])}.",
+        f"{sources.measured_on(reports[0])}.",
         "Tokens after the first of each sequence; medians, bars from low to high, systems in turns in one run.",
     )
     height = MARGINS_INCHES + ROW_INCHES * len(systems) * len(loads)

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.figures import results, style
+from bench.figures import sources, style
 from bench.report import Record
 
 LOOKS = ((style.GREEN, "o"), (style.BLUE, "s"), (style.PURPLE, "^"))
@@ -42,7 +42,7 @@ class Roof:
 
 def draw() -> Figure:
     """Return the picture of the committed measurement."""
-    return picture(results.measured("kernels"))
+    return picture(sources.measured("kernels"))
 
 
 def picture(report: Record) -> Figure:
@@ -52,7 +52,7 @@ def picture(report: Record) -> Figure:
     rows, and its GFLOP/s are rows times the GB/s of weights.
     """
     lines = (
-        f"{results.measured_on(report)}.",
+        f"{sources.measured_on(report)}.",
         "Whole SwiGLU experts in bfloat16, read from memory, not from a cache; medians, bars from low to high.",
     )
     figure = style.figure(4.6, "Experts on the CPU under the machine's roofs", lines)

@@ -14,16 +14,17 @@ from typing import Any
 
 import anyio
 
-from bench.gpu import bounds, llama
-from bench.gpu.bounds import Rates
+from bench.gpu import llama
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
-from bench.gpu.facts import rates_of
+from bench.gpu.facts import Rates, rates_of
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
-from bench.gpu.systems import options
 from fiddler import Engine
 from fiddler.cost.lanes import LANES
+from fiddler.cost.shape import ModelShape
+from fiddler.engine.bounds import Bound
+from fiddler.scheduler.systems import system
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -116,7 +117,7 @@ class Decoding:
     async def _open(self, place: Place, name: str, cell: _Cell, first: bool) -> None:
         ctx, (spec, budget) = self.ctx, place
         free, began_s = ctx.gpu.memory().free, perf_counter()
-        async with Engine(ctx.shelf.loader(spec), ctx.engine(budget, **options(name))) as engine:
+        async with Engine(ctx.shelf.loader(spec), ctx.engine(budget, **options_of(name))) as engine:
             cell.opening_s.append(perf_counter() - began_s)
             cell.n_slots = engine.statistics().n_slots
             asking = _Asking(engine, ctx, vocabulary(spec))
@@ -148,10 +149,10 @@ class Decoding:
             }
 
     def _of_bound(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
-        if not all(bounds.knows_bytes(reading, n) for reading in readings):
+        if not all(knows_bytes(reading, n) for reading in readings):
             return {"of_bound": None, "bound_s": None}
         shape, n_prompt = sizes_of(spec), self.ctx.sizes.n_prompt
-        found = [bounds.bound(r, shape, n, n_prompt + (1 + r.n_tokens / n) / 2, self.rates) for r in readings]
+        found = [bound(r, shape, n, n_prompt + (1 + r.n_tokens / n) / 2, self.rates) for r in readings]
         shares = [b.seconds * (r.tokens_per_s or 0.0) for b, r in zip(found, readings, strict=True)]
         lanes = {lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in LANES}
         return {"of_bound": spread(shares), "bound_s": lanes}
@@ -200,3 +201,50 @@ def decode(ctx: Context) -> dict[str, Any]:
         decoding.place(place, perf_counter() + left_s / (len(places) - number))
     decoding.write(llama=decoding.beside_llama())
     return decoding.rows()
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of `EngineConfig` that make an engine decide as a system does. Raises `ConfigError`.
+
+    One engine, one cache, one set of kernels, other decisions. Not as in the originals: fiddler-2024 overlaps CPU
+    and GPU, and places experts uniformly and not by popularity; who streams experts through buffers of its own
+    passes them through our cache, which admits by its policy; ktransformers' one graph a step, AMX kernels
+    and deferral are not there. The real llama.cpp is `bench.gpu.llama`.
+    """
+    placed = system(name)
+    names = ("planner", "policy", "half_life", "prefetch", "promote", "waves")
+    chosen = {option: getattr(placed, option) for option in names}
+    return chosen | ({"slots": 0} if placed.order == "nobody" else {})
+
+
+def bound(reading: Reading, shape: ModelShape, n_sequences: int, context: float, per_s: Rates) -> Bound:
+    """Return the bound for a token; `context` is the mean number of tokens that a sequence attends to.
+
+    The longest of three reads of the bytes that were really read, each at its full rate: the ceilings that `facts`
+    measures in the same run. The CPU and the link share one memory, which is not counted. The dense part counts
+    once a step, less the embedding, of which a token reads a row; keys and values once a step and sequence.
+    """
+    dense = shape.resident_bytes - (0 if shape.tied else shape.head_bytes)
+    kept = n_sequences * context * (shape.n_layers + shape.n_dense_layers) * shape.kv_bytes_per_token
+    read = reading.read_bytes
+    return Bound(
+        read["cpu"] / per_s.cpu,
+        # A promotion counts when it starts, and may still be under way at the end: no more than was moved.
+        min(read["link"] / per_s.link, reading.busy_s["link"]),
+        (_gpu_bytes(reading, shape, n_sequences) + (dense + kept) / n_sequences) / per_s.gpu,
+    )
+
+
+def _gpu_bytes(reading: Reading, shape: ModelShape, n_sequences: int) -> float:
+    """Return the experts' bytes that the GPU read for a token.
+
+    Where every expert is in a slot nobody counts them; for one sequence they are known all the same.
+    """
+    if reading.hits is None and n_sequences == 1:
+        return shape.n_layers * shape.top_k * shape.expert_bytes
+    return reading.read_bytes["gpu"]
+
+
+def knows_bytes(reading: Reading, n_sequences: int) -> bool:
+    """Whether a reading says what was read."""
+    return reading.hits is not None or n_sequences == 1

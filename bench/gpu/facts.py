@@ -5,23 +5,23 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import machine
-from bench.gpu import device, host, recording, slots
-from bench.gpu.bounds import Rates
+from bench.gpu import device, recording, slots
 from bench.gpu.context import Context, said
 from fiddler.cost.machine import Machine
 
 Section = Callable[[Context], Any]
 SECTIONS: Mapping[str, Section] = {
     "link": device.link,
-    "host": host.host,
-    "host_experts": host.experts,
-    "dispatch": host.dispatch,
+    "host": device.host,
+    "host_experts": device.experts,
+    "dispatch": device.dispatch,
     "gpu": device.reading,
     "multiplying": device.multiplying,
     "launches": device.launches,
@@ -29,6 +29,17 @@ SECTIONS: Mapping[str, Section] = {
     "slot_launch": slots.launch,
     "recording": recording.recording,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What bounds go by, bytes a second."""
+
+    cpu: float
+    link: float
+    gpu: float
+
+
 NEEDED = ("link", "host", "host_experts", "gpu", "slot_experts")
 """By `rates`."""
 
@@ -71,7 +82,7 @@ def _sections(ctx: Context, asked: Mapping[str, Section]) -> dict[str, Any]:
 
 
 def _rates(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return the rates that bounds go by, bytes a second; see `bench.gpu.bounds`."""
+    """Return the rates that bounds go by, bytes a second."""
     # An expert's kernels may read faster than any of the plain ways: then they are the ceiling.
     gbs = {
         "cpu": max(found["host"]["read_gbs"], best(found["host_experts"])[0]),

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from bench.synthetic.memory import in_memory
-from bench.synthetic.replayed import Replay
-from bench.synthetic.routings import drawn, recorded
+from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig

@@ -12,6 +12,7 @@ device, from positions that lie there: nothing in it waits, and a recorded graph
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,13 +22,18 @@ from greenlet import getcurrent
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bench.synthetic.shapes import Shape
 from fiddler.cache.recorded import Recording, RoutingTrace, guesses
+from fiddler.cache.synthetic import PUBLISHED, SyntheticRouting
 from fiddler.errors import ConfigError
 from fiddler.models.captured import CapturedCache
 from fiddler.models.kv import SequenceKV, WaveCache
 from fiddler.models.kv_arena import KvArena
 from fiddler.models.seam import ExpertsModule, Forward
+from fiddler.store.routing import load
 
+DEMO = Path(__file__).resolve().parents[1] / "traces" / "demo.safetensors"
+"""Recorded with the demo model, whose layers and experts the tiny shape has."""
 Step = WaveCache | CapturedCache
 """What tells one forward from another, and whose rows it has."""
 
@@ -166,3 +172,20 @@ def _table(parts: Sequence[NDArray[Any]]) -> Tensor | None:
     if not parts:
         return None
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(list(parts)).swapaxes(0, 1)))
+
+
+def recorded(file: Path = DEMO) -> RoutingTrace:
+    """Read a recording (`fiddler.store.routing`). Raises `ConfigError`."""
+    return load(file)
+
+
+def drawn(shape: Shape, n_sequences: int, n_tokens: int) -> RoutingTrace:
+    """Draw sequences of so many tokens for a shape, with a made-up look-ahead.
+
+    Experts are as popular and recur as often as in published replays of other models.
+    """
+    sizes = shape.sizes
+    made = SyntheticRouting(sizes.n_layers, sizes.n_experts, sizes.top_k, PUBLISHED)
+    sequences = [made.sequence(number, n_tokens) for number in range(n_sequences)]
+    recordings = (Recording(str(i), 0, rows, ahead=guesses(rows, seed=i)) for i, rows in enumerate(sequences))
+    return RoutingTrace(shape.name, (sizes.n_experts,) * sizes.n_layers, tuple(recordings))

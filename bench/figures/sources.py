@@ -1,20 +1,33 @@
-"""What the pictures of whole systems show of a run of `bench.policies`: one sequence on one machine."""
+"""What pictures are drawn from: committed measurements of one machine, and the run of `bench.policies`."""
 
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
 
-from bench.report import Record, read
+from bench.report import Record, label, read
 
-RESULTS = "policies-virtual"
+MEASURED_ON = "2core-epyc"
+"""The machine whose measurements are shown: how their files' names end."""
 MACHINE, ROUTING = "rtx4090-desktop", "fitted"
+"""What is shown of the simulations, one sequence of it."""
 OURS = "fiddler"
 WHERE = f"One sequence on {MACHINE}, simulated, in virtual time; {ROUTING} routing."
 BOUND = "Dashed, the physical bound: what Fiddler reads, each reader at its full rate, nothing else taking time."
 
 
+def measured(bench: str) -> Record:
+    """Return the report of a bench on that machine."""
+    return read(f"{bench}-{MEASURED_ON}")
+
+
+def measured_on(report: Record) -> str:
+    """Say on what, with what and when a report was measured."""
+    day = report.machine.date.partition("T")[0]
+    return f"Measured on {label(report)}; torch {report.machine.torch}; {day}"
+
+
 def load() -> list[Record]:
     """Return the committed cells."""
-    return list(read(RESULTS).cells)
+    return list(read("policies-virtual").cells)
 
 
 def shown(cells: Iterable[Record]) -> list[Record]:
