@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 
@@ -48,30 +49,8 @@ class Settings:
     chunk_tokens: int = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One policy on one trace with one number of slots."""
-
-    trace: str
-    policy: str
-    resident: float
-    n_slots: int
-    n_hits: int
-    n_misses: int
-    n_tokens: int
-    ratio: float
-    """Misses over Belady's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A policy's ratios over all sizes of some traces."""
-
-    policy: str
-    traces: str
-    mean: float
-    median: float
-    worst: float
+Cell = dict[str, Any]
+"""One policy on one trace with one number of slots; its ratio is of misses over Belady's."""
 
 
 def traces() -> list[str]:
@@ -106,16 +85,16 @@ def play(name: str, share: float, settings: Settings) -> list[Cell]:
     n_slots = round(share * sum(trace.n_experts))
     played = list(visits(trace.recordings, settings.chunk_tokens))
     return [
-        Cell(
-            trace=name,
-            policy=score.policy,
-            resident=share,
-            n_slots=n_slots,
-            n_hits=score.replay.n_hits,
-            n_misses=score.replay.n_misses,
-            n_tokens=score.replay.n_tokens,
-            ratio=score.ratio,
-        )
+        {
+            "trace": name,
+            "policy": score.policy,
+            "resident": share,
+            "n_slots": n_slots,
+            "n_hits": score.replay.n_hits,
+            "n_misses": score.replay.n_misses,
+            "n_tokens": score.replay.n_tokens,
+            "ratio": score.ratio,
+        }
         for score in compare(played, _policies(trace, other, settings), [n_slots])
     ]
 
@@ -141,17 +120,18 @@ def measure(names: Sequence[str], settings: Settings, n_processes: int) -> list[
     return [cell for cells in side_by_side(play, jobs, n_processes) for cell in cells]
 
 
-def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
+def summaries(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     """Yield each policy's ratios over each half of the recorded traces, over the made-up ones, and over all."""
-    names = dict.fromkeys(cell.trace for cell in cells)
+    names = dict.fromkeys(cell["trace"] for cell in cells)
     sets = {set_: [name for name in names if name.endswith(set_) and name not in HALVES] for set_ in HABITS}
     groups = {name: [name] for name in names if name in HALVES}
     groups |= {f"made up, {set_}": members for set_, members in sets.items() if members} | {"all": [*names]}
-    for policy in dict.fromkeys(cell.policy for cell in cells):
+    for policy in dict.fromkeys(cell["policy"] for cell in cells):
         for group, members in groups.items():
-            ratios = [cell.ratio for cell in cells if cell.policy == policy and cell.trace in members]
+            ratios = [cell["ratio"] for cell in cells if cell["policy"] == policy and cell["trace"] in members]
             if ratios:
-                yield Summary(policy, group, mean(ratios), median(ratios), max(ratios))
+                spread = {"mean": mean(ratios), "median": median(ratios), "worst": max(ratios)}
+                yield {"policy": policy, "traces": group, **spread}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -164,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = Settings(options.tokens, options.sequences, options.half_life)
     cells = measure(options.traces, settings, options.processes)
-    found = sorted(summaries(cells), key=lambda summary: (summary.traces, summary.mean))
+    found = sorted(summaries(cells), key=lambda summary: (summary["traces"], summary["mean"]))
     report = result("cache", machine.describe(), virtual=False, settings=settings, summary=found, cells=cells)
     finish(options, report, listing("Reads beside Belady's", found))
 

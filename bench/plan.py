@@ -8,7 +8,6 @@ layers as a model's layers take turns.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
@@ -22,31 +21,12 @@ from tests.scheduler.oracle import best_s
 PLANNERS: dict[str, Planner] = {"best_cut": best_cut, "all_cpu": all_cpu, "all_fetch": all_fetch}
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Microseconds of `best_cut` for layers of one size."""
-
-    n_loads: int
-    median_us: float
-    p90_us: float
-    worst_us: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ratios:
-    """Makespans of a planner, as multiples of the best."""
-
-    planner: str
-    mean: float
-    p99: float
-    worst: float
-
-
-def plan_times(n_loads: int, n_layers: int, repeats: int) -> Times:
+def plan_times(n_loads: int, n_layers: int, repeats: int) -> dict[str, float]:
     """Measure `best_cut` on layers of `n_loads` experts."""
     layers = instances(range(n_layers), n_loads)
     times = sorted(map(min, zip(*([_seconds(given) for given in layers] for _ in range(repeats)), strict=True)))
-    return Times(n_loads, 1e6 * median(times), 1e6 * times[round(0.9 * (n_layers - 1))], 1e6 * times[-1])
+    found = {"median_us": median(times), "p90_us": times[round(0.9 * (n_layers - 1))], "worst_us": times[-1]}
+    return {"n_loads": n_loads, **{name: 1e6 * seconds for name, seconds in found.items()}}
 
 
 def _seconds(given: Instance) -> float:
@@ -55,14 +35,15 @@ def _seconds(given: Instance) -> float:
     return perf_counter() - started
 
 
-def ratios(n_seeds: int) -> list[Ratios]:
+def ratios(n_seeds: int) -> list[dict[str, Any]]:
     """Compare every planner with the best plan, on layers of one to ten experts."""
     layers = instances(range(n_seeds))
     best = [best_s(given) for given in layers]
     found = []
     for name, planner in PLANNERS.items():
         each = sorted(given.plan(planner).predicted_s / s for given, s in zip(layers, best, strict=True))
-        found.append(Ratios(name, mean(each), each[round(0.99 * (n_seeds - 1))], each[-1]))
+        p99 = each[round(0.99 * (n_seeds - 1))]
+        found.append({"planner": name, "mean": mean(each), "p99": p99, "worst": each[-1]})
     return found
 
 

@@ -41,23 +41,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One prompt length in chunks of one size; rates are of the median time."""
-
-    n_input: int
-    chunk_tokens: int
-    first_token_s: Spread
-    tokens_per_s: float
-    """Of the prompt."""
-    expert_bytes: int
-    gbs: float
-    """Of expert weights."""
-    of_ceiling: float
-    tflop_per_s: float
-    of_gemm: float
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
     """One prompt read to its first token."""
 
@@ -144,24 +127,26 @@ async def _opened(settings: Settings, n_vocabulary: int) -> Grid:
     return cells
 
 
-def cell(shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, readings: Sequence[Reading]) -> Cell:
-    """Return what the repeats of one cell come to."""
+def cell(
+    shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, readings: Sequence[Reading]
+) -> dict[str, Any]:
+    """Return what the repeats of one cell come to; rates are of the median time."""
     first_s = Spread.of(reading.first_token_s for reading in readings)
     expert_bytes = round(median(reading.expert_bytes for reading in readings))
     n_rows = round(median(reading.n_expert_rows for reading in readings))
     gbs = expert_bytes / first_s.median / 1e9
     flop_per_s = flop(shape, n_input, n_rows) / first_s.median
-    return Cell(
-        n_input=n_input,
-        chunk_tokens=chunk_tokens,
-        first_token_s=first_s,
-        tokens_per_s=n_input / first_s.median,
-        expert_bytes=expert_bytes,
-        gbs=gbs,
-        of_ceiling=gbs / best.gbs,
-        tflop_per_s=flop_per_s / 1e12,
-        of_gemm=flop_per_s / best.flop_per_s,
-    )
+    return {
+        "n_input": n_input,
+        "chunk_tokens": chunk_tokens,
+        "first_token_s": first_s,
+        "tokens_per_s": n_input / first_s.median,
+        "expert_bytes": expert_bytes,
+        "gbs": gbs,
+        "of_ceiling": gbs / best.gbs,
+        "tflop_per_s": flop_per_s / 1e12,
+        "of_gemm": flop_per_s / best.flop_per_s,
+    }
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
 
 
 def listing(title: str, cells: Sequence[Any]) -> str:
-    """Return a table of cells, dataclasses of one kind: a column a field, named as in the JSON."""
+    """Return a table of cells, mappings or dataclasses of one kind: a column a field, named as in the JSON."""
     rows = [[_shown(value) for value in _fields(cell).values()] for cell in cells]
     return table(title, [*_fields(cells[0])], rows)
 
@@ -114,7 +114,9 @@ def side_by_side(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], n_pr
         return list(pool.map(work, *zip(*jobs, strict=True)))
 
 
-def _fields(value: Any) -> Any:
+def _fields(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 

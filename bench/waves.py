@@ -8,7 +8,8 @@ those that ship with Fiddler, the same sequences on both sides.
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from bench import machine
 from bench.report import command, finish, listing, result
@@ -24,25 +25,8 @@ MACHINES = ("fiddler-env1", "fiddler-env2", "rtx4090-desktop", "h100-server")
 SEQUENCES = (1, 2, 8, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One model on one machine with some sequences. Speeds are virtual tokens per second."""
-
-    model: str
-    machine: str
-    n_sequences: int
-    one_tokens_per_s: float
-    auto_tokens_per_s: float
-    one_first_token_s: float
-    auto_first_token_s: float
-    of_bound: float
-    """Of the chosen waves: the physical bound's share of the time taken."""
-    n_steps_in_two_waves: int
-    prediction_error: float
-
-
-def measure(shape: ModelShape, name: str, n_sequences: int, options: Namespace) -> Cell:
-    """Simulate one cell both ways."""
+def measure(shape: ModelShape, name: str, n_sequences: int, options: Namespace) -> dict[str, Any]:
+    """Simulate one cell both ways; `of_bound` is of the chosen waves: how near to what their reads allow."""
     where = Machine.load(name)
     routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
     made = [routing.sequence(i, options.prompt + options.new) for i in range(n_sequences)]
@@ -54,18 +38,18 @@ def measure(shape: ModelShape, name: str, n_sequences: int, options: Namespace) 
         return simulate(Setting(shape=shape, machine=where, n_slots=slots, system=system), prompts)
 
     one, auto = run("one"), run("auto")
-    return Cell(
-        model=shape.name,
-        machine=name,
-        n_sequences=n_sequences,
-        one_tokens_per_s=one.tokens_per_s,
-        auto_tokens_per_s=auto.tokens_per_s,
-        one_first_token_s=one.first_token_s,
-        auto_first_token_s=auto.first_token_s,
-        of_bound=auto.of_bound,
-        n_steps_in_two_waves=auto.n_steps_in_two_waves,
-        prediction_error=auto.prediction_error,
-    )
+    return {
+        "model": shape.name,
+        "machine": name,
+        "n_sequences": n_sequences,
+        "one_tokens_per_s": one.tokens_per_s,
+        "auto_tokens_per_s": auto.tokens_per_s,
+        "one_first_token_s": one.first_token_s,
+        "auto_first_token_s": auto.first_token_s,
+        "of_bound": auto.of_bound,
+        "n_steps_in_two_waves": auto.n_steps_in_two_waves,
+        "prediction_error": auto.prediction_error,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [measure(shape, name, n, options) for shape in models for name in MACHINES for n in SEQUENCES]
     setting = {"prompt": options.prompt, "new": options.new, "resident": options.resident}
     report = result("waves", machine.describe(), virtual=True, setting=setting, cells=cells)
-    gains = [cell.auto_tokens_per_s / cell.one_tokens_per_s for cell in cells]
+    gains = [cell["auto_tokens_per_s"] / cell["one_tokens_per_s"] for cell in cells]
     shown = listing("One wave or two, simulated, virtual time", cells)
     finish(options, report, shown, f"\nGains are {min(gains):.4f} to {max(gains):.4f}")
 

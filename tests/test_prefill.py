@@ -50,8 +50,13 @@ def test_rates_are_of_the_median_time_and_shares_of_the_best_pass() -> None:
     best = Ceilings(Spread(1e4, 5e3, 2e4), {"one": Spread(1.0, 1.0, 4.0), "other": Spread(2.0, 2.0, 2.0)})
     readings = [Reading(seconds, 8_000_000_000, 40) for seconds in (4.0, 1.0, 2.0)]
     cell = prefill.cell(SHAPE, best, 10, 5, readings)
-    assert (cell.first_token_s.median, cell.tokens_per_s, cell.gbs, cell.of_ceiling) == (2.0, 5.0, 4.0, 1.0)
-    assert cell.of_gemm == pytest.approx(prefill.flop(SHAPE, 10, 40) / 2.0 / 2e4)
+    assert (cell["first_token_s"].median, cell["tokens_per_s"], cell["gbs"], cell["of_ceiling"]) == (
+        2.0,
+        5.0,
+        4.0,
+        1.0,
+    )
+    assert cell["of_gemm"] == pytest.approx(prefill.flop(SHAPE, 10, 40) / 2.0 / 2e4)
 
 
 def test_the_better_of_two_measurements_counts() -> None:

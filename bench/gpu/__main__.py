@@ -12,8 +12,7 @@ import argparse
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,24 +74,17 @@ def run(ctx: Context, parts: Mapping[str, Part]) -> int:
     """Run parts one after the other; returns 1 where one failed, otherwise 0."""
     code = 0
     for name, part in parts.items():
-        with _announced(name):
-            try:
-                ctx.keep(name, **part(ctx), complete=True)
-            except Exception as error:  # the other parts are worth having without it
-                traceback.print_exc(file=sys.stderr)
-                ctx.keep(name, error=said(error))
-                code = 1
-            ctx.shelf.tidy()
-        print(f"written to {ctx.file(name)}", flush=True)
+        began_s = perf_counter()
+        print(f"\n{name} …", flush=True)
+        try:
+            ctx.keep(name, **part(ctx), complete=True)
+        except Exception as error:  # the other parts are worth having without it
+            traceback.print_exc(file=sys.stderr)
+            ctx.keep(name, error=said(error))
+            code = 1
+        ctx.shelf.tidy()
+        print(f"{name} took {perf_counter() - began_s:.0f} s, written to {ctx.file(name)}", flush=True)
     return code
-
-
-@contextmanager
-def _announced(name: str) -> Iterator[None]:
-    began_s = perf_counter()
-    print(f"\n{name} …", flush=True)
-    yield
-    print(f"{name} took {perf_counter() - began_s:.0f} s", flush=True)
 
 
 def slug(name: str) -> str:
@@ -103,14 +95,7 @@ def slug(name: str) -> str:
 
 def _sizes(options: argparse.Namespace) -> Sizes:
     sizes = QUICK if options.quick else FULL
-    asked = {
-        "models": options.models,
-        "budgets_gib": options.budgets,
-        "systems": options.systems,
-        "minutes": options.minutes,
-        "rounds": options.rounds,
-        "chunk_tokens": options.chunk_tokens,
-    }
+    asked = {name: value for name, value in vars(options).items() if name in Sizes.__dataclass_fields__}
     return replace(sizes, **{name: value for name, value in asked.items() if value is not None})
 
 
@@ -123,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results")
     parser.add_argument("--label", type=slug, help="names the files (default: the GPU's name)")
     parser.add_argument("--models", type=_names, help=f"NAME[:layers=N],… of {', '.join(NAMES)}")
-    parser.add_argument("--budgets", type=_numbers, help="GiB of GPU memory, N,N,…")
+    parser.add_argument("--budgets", dest="budgets_gib", type=_numbers, help="GiB of GPU memory, N,N,…")
     parser.add_argument("--systems", type=_names, help="as `fiddler simulate --list` has them, with fiddler")
     parser.add_argument("--minutes", type=float, help="that the run may take")
     parser.add_argument("--rounds", type=int, help="turns of every system")

@@ -152,15 +152,11 @@ def _check(trace: RoutingTrace, recordings: Sequence[Recording], n_experts: Sequ
     widths = {recording.experts.shape[2] for recording in recordings}
     if not recordings or kinds != wanted or len(kinds) != 1 or widths != {top_k}:
         raise ConfigError(
-            f"the routing is of {len(recordings)} sequences that visit {_listed(widths)} of {_listed(kinds)} "
-            f"experts in {trace.model or 'a model'}; this one visits {top_k} of {_listed(wanted)}"
+            f"the routing is of {len(recordings)} sequences that visit {sorted(widths)} of {sorted(kinds)} "
+            f"experts in {trace.model or 'a model'}; this one visits {top_k} of {sorted(wanted)}"
         )
     if len({recording.weights is None for recording in recordings}) > 1:
         raise ConfigError("some sequences of the routing have weights and some have not: all must, or none")
-
-
-def _listed(numbers: set[int]) -> str:
-    return " or ".join(map(str, sorted(numbers))) or "none"
 
 
 def _ahead(recording: Recording, seed: int) -> NDArray[np.int16]:
