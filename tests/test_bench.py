@@ -99,7 +99,7 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = {("native", 1), ("native", 4)} if native() is not None else set()
     assert {(r["kernel"], r["n_rows"]) for r in report["kernels"]} == anywhere | ours
     assert [e["n_rows"] for e in report["experts"]] == [1, 4]
-    assert "of ceiling" in capsys.readouterr().out
+    assert "of_ceiling" in capsys.readouterr().out
 
 
 SCENARIOS = ("single", "concurrent", "prefill", "beam")

@@ -121,7 +121,7 @@ def _check_timeline(out: Path, found: dict[str, Any]) -> None:
     assert json.loads((out / run["files"]["json"]).read_text())["traceEvents"]
     assert (out / run["files"]["png"]).read_bytes().startswith(b"\x89PNG")
     assert run["prediction"]["p90"] >= run["prediction"]["median"] >= 0.0
-    assert 0.0 <= run["nobody_s_a_layer"] <= run["layer_wall_s"]["high"]
+    assert 0.0 <= run["nobody_s_a_layer"] <= run["lanes"]["wall_s"]
 
 
 def test_without_a_gpu_it_says_so(

@@ -127,4 +127,4 @@ def dispatch(ctx: Context) -> dict[str, Any]:
 def _rate(shape: tuple[int, int], n_rows: int, nbytes: int, passes: int) -> Spread:
     sample = kernels.expert(*shape)
     picked = calibrated_kernels([*sample.up, sample.down], EngineConfig())
-    return kernels.expert_rate(*shape, n_rows, picked, nbytes, passes).gbs
+    return kernels.expert_rate(*shape, n_rows, picked, nbytes, passes)

@@ -8,7 +8,6 @@ within a turn Fiddler is first, for it makes the tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -29,12 +28,10 @@ TURNS = 4
 """The first, in which kernels are compiled and graphs recorded, does not count."""
 
 
-@dataclass(slots=True)
-class _Speeds:
-    """Decoded tokens a second by system and turn, and why one did not run."""
-
-    by_system: dict[str, list[float]] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
+Speeds = dict[str, list[float]]
+"""Decoded tokens a second, by system and turn."""
+Failed = dict[str, str]
+"""Why a system did not run."""
 
 
 def resident(ctx: Context) -> dict[str, Any]:
@@ -49,31 +46,33 @@ async def _resident(ctx: Context) -> dict[str, Any]:
         n_slots = engine.statistics().n_slots
         theirs = as_transformers(ctx.shelf.loaded(), spec, ctx.gpu.device)
         for n in ctx.sizes.n_sequences:
-            speeds = _Speeds()
+            speeds, failed = Speeds(), Failed()
             for turn in range(TURNS):
-                await _turn(ctx, engine, theirs, n, turn, speeds)
-            rows.append(_row(n, speeds))
+                await _turn(ctx, engine, theirs, n, turn, speeds, failed)
+            rows.append(_row(n, speeds, failed))
             ctx.keep("resident", model=spec, n_slots=n_slots, n_experts=total, rows=rows)
     return {"model": spec, "n_slots": n_slots, "n_experts": total, "rows": rows}
 
 
-async def _turn(ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: _Speeds) -> None:
+async def _turn(
+    ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: Speeds, failed: Failed
+) -> None:
     asked = prompts(n, ctx.sizes.n_prompt, vocabulary(ctx.sizes.few), turn)
     ours = await read(engine, asked, ctx.sizes.n_new, inf)
     if turn and ours.tokens_per_s is not None:
-        speeds.by_system.setdefault(OURS, []).append(ours.tokens_per_s)
+        speeds.setdefault(OURS, []).append(ours.tokens_per_s)
     for name in PEERS[turn % len(PEERS) :] + PEERS[: turn % len(PEERS)]:
-        if name in speeds.unavailable:
+        if name in failed:
             continue
         try:
             theirs.set_experts_implementation(name)
             with _their_attention():
                 rate = _theirs(theirs, asked, ours.tokens, ctx.sizes.patience_s)
         except Exception as error:  # an implementation that this torch or GPU does not have
-            speeds.unavailable[name] = said(error)
+            failed[name] = said(error)
         else:
             if turn:
-                speeds.by_system.setdefault(name, []).append(rate)
+                speeds.setdefault(name, []).append(rate)
 
 
 @contextmanager
@@ -104,12 +103,12 @@ def _theirs(model: Any, asked: Sequence[list[int]], made: Sequence[list[int]], p
     return rate
 
 
-def _row(n: int, speeds: _Speeds) -> dict[str, Any]:
-    ran = {name: spread(rates) for name, rates in speeds.by_system.items()}
+def _row(n: int, speeds: Speeds, failed: Failed) -> dict[str, Any]:
+    ran = {name: spread(rates) for name, rates in speeds.items()}
     others = [ran[name]["median"] for name in PEERS if name in ran]
     return {
         "n_sequences": n,
         "tokens_per_s": ran,
-        "unavailable": speeds.unavailable,
+        "unavailable": failed,
         "over_best": ran[OURS]["median"] / max(others) if others else None,
     }
