@@ -45,7 +45,7 @@ format: $(VENV)/.dev
 figures: $(VENV)/.dev
 	$(RUN) bench.figures
 
-# Every number of README and docs, from committed results.
+# Every table of README and docs, from committed results.
 documents: $(VENV)/.dev
 	$(RUN) bench.documents
 

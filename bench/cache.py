@@ -9,12 +9,9 @@ traces called `tuning`; the others are held out. The sequences of a trace run on
 made-up model.
 """
 
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -22,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench import machine
-from bench.report import result, write_json
-from fiddler.cache.compare import BOUNDS, MakePolicy, compare
+from bench.report import command, finish, listing, result, side_by_side
+from fiddler.cache.compare import MakePolicy, compare
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.recorded import Recording, RoutingTrace, visits
 from fiddler.cache.static import by_popularity
@@ -52,30 +49,8 @@ class Settings:
     chunk_tokens: int = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One policy on one trace with one number of slots."""
-
-    trace: str
-    policy: str
-    resident: float
-    n_slots: int
-    n_hits: int
-    n_misses: int
-    n_tokens: int
-    ratio: float
-    """Misses over Belady's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A policy's ratios over all sizes of some traces."""
-
-    policy: str
-    traces: str
-    mean: float
-    median: float
-    worst: float
+Cell = dict[str, Any]
+"""One policy on one trace with one number of slots; its ratio is of misses over Belady's."""
 
 
 def traces() -> list[str]:
@@ -110,16 +85,16 @@ def play(name: str, share: float, settings: Settings) -> list[Cell]:
     n_slots = round(share * sum(trace.n_experts))
     played = list(visits(trace.recordings, settings.chunk_tokens))
     return [
-        Cell(
-            trace=name,
-            policy=score.policy,
-            resident=share,
-            n_slots=n_slots,
-            n_hits=score.replay.n_hits,
-            n_misses=score.replay.n_misses,
-            n_tokens=score.replay.n_tokens,
-            ratio=score.ratio,
-        )
+        {
+            "trace": name,
+            "policy": score.policy,
+            "resident": share,
+            "n_slots": n_slots,
+            "n_hits": score.replay.n_hits,
+            "n_misses": score.replay.n_misses,
+            "n_tokens": score.replay.n_tokens,
+            "ratio": score.ratio,
+        }
         for score in compare(played, _policies(trace, other, settings), [n_slots])
     ]
 
@@ -142,64 +117,36 @@ def _counts(recordings: Sequence[Recording], n_experts: Sequence[int]) -> list[l
 def measure(names: Sequence[str], settings: Settings, n_processes: int) -> list[Cell]:
     """Replay everything, in this process where `n_processes` is 0."""
     jobs = [(name, share, settings) for name in names for share in SHARES]
-    if not n_processes:
-        return [cell for job in jobs for cell in play(*job)]
-    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
-        return [cell for cells in pool.map(play, *zip(*jobs, strict=True)) for cell in cells]
+    return [cell for cells in side_by_side(play, jobs, n_processes) for cell in cells]
 
 
-def summaries(cells: Sequence[Cell]) -> Iterator[Summary]:
+def summaries(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     """Yield each policy's ratios over each half of the recorded traces, over the made-up ones, and over all."""
-    names = dict.fromkeys(cell.trace for cell in cells)
+    names = dict.fromkeys(cell["trace"] for cell in cells)
     sets = {set_: [name for name in names if name.endswith(set_) and name not in HALVES] for set_ in HABITS}
     groups = {name: [name] for name in names if name in HALVES}
     groups |= {f"made up, {set_}": members for set_, members in sets.items() if members} | {"all": [*names]}
-    for policy in dict.fromkeys(cell.policy for cell in cells):
+    for policy in dict.fromkeys(cell["policy"] for cell in cells):
         for group, members in groups.items():
-            ratios = [cell.ratio for cell in cells if cell.policy == policy and cell.trace in members]
+            ratios = [cell["ratio"] for cell in cells if cell["policy"] == policy and cell["trace"] in members]
             if ratios:
-                yield Summary(policy, group, mean(ratios), median(ratios), max(ratios))
-
-
-def render(found: Sequence[Summary]) -> str:
-    """Return the summaries as a Markdown table, the policy that reads least first."""
-    groups = [*dict.fromkeys(summary.traces for summary in found)]
-    by_name = {(summary.policy, summary.traces): summary for summary in found}
-    policies = sorted(
-        dict.fromkeys(summary.policy for summary in found), key=lambda name: by_name[name, "all"].mean
-    )
-    rows = [
-        [
-            f"*{policy}*" if policy in BOUNDS else policy,
-            *(f"{s.mean:.2f} / {s.median:.2f}" for s in (by_name[policy, group] for group in groups)),
-            f"{by_name[policy, 'all'].worst:.2f}",
-        ]
-        for policy in policies
-    ]
-    header = ["reads / Belady's: mean / median", *groups, "worst"]
-    return "\n".join(_line(row) for row in [header, ["---", *("---:" for _ in header[1:])], *rows])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+                spread = {"mean": mean(ratios), "median": median(ratios), "worst": max(ratios)}
+                yield {"policy": policy, "traces": group, **spread}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.splitlines()[0])
+    parser = command("cache", __doc__)
     parser.add_argument("--tokens", type=int, default=128, help="of each made-up sequence (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=4, help="made up of each shape (default: %(default)s)")
     parser.add_argument("--half-life", type=float, default=EngineConfig().half_life)
     parser.add_argument("--traces", nargs="+", choices=traces(), default=traces(), metavar="NAME")
     parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     settings = Settings(options.tokens, options.sequences, options.half_life)
     cells = measure(options.traces, settings, options.processes)
-    found = list(summaries(cells))
-    print(render(found))
-    if options.json is not None:
-        fields: dict[str, Any] = {"settings": settings, "summary": found, "cells": cells}
-        write_json(options.json, result("cache", machine.describe(), virtual=False, **fields))
+    found = sorted(summaries(cells), key=lambda summary: (summary["traces"], summary["mean"]))
+    report = result("cache", machine.describe(), virtual=False, settings=settings, summary=found, cells=cells)
+    finish(options, report, listing("Reads beside Belady's", found))
 
 
 if __name__ == "__main__":

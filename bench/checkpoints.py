@@ -1,13 +1,17 @@
-"""Which checkpoint a bench runs, as its command line says."""
+"""Which checkpoint a bench runs, and with what, as its command line says."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import fiddler
+from fiddler import EngineConfig
 from tools import synthesize
 
 CACHE = Path.home() / ".cache" / "fiddler-bench"
-LEAST_BYTES = 16 << 20
+LEAST_BYTES, MOST_BYTES = 16 << 20, 1 << 30
 """Below this, reading is timed by what a call takes."""
 
 
@@ -20,6 +24,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="for synthetic checkpoints (default: %(default)s)"
     )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what the engine chooses)")
+    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
+    parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 1024)")
 
 
 def folder(options: Namespace) -> Path:
@@ -35,7 +42,14 @@ def folder(options: Namespace) -> Path:
     return synthesize.write(synthesize.config_of(spec), options.cache / spec.replace(":", "-"))
 
 
-def set_bytes(checkpoint: Path, at_most: int) -> int:
+def set_bytes(options: Namespace, checkpoint: Path) -> int:
     """Return how many bytes to read to find a limit: a model that fits in the cache is read from there."""
     n_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return min(at_most, max(n_bytes, LEAST_BYTES))
+    return options.set_mib << 20 if options.set_mib else min(MOST_BYTES, max(n_bytes, LEAST_BYTES))
+
+
+def config(options: Namespace, **chosen: Any) -> EngineConfig:
+    """Return the engine's configuration; this process takes as many threads."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return EngineConfig(threads=options.threads, calibration_dir=options.calibration_dir, **chosen)

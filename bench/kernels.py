@@ -9,6 +9,7 @@ larger than any cache, as the experts of a model are.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import machine
-from bench.report import Spread, heading, result, table, write_json
+from bench.report import Spread, command, finish, listing, result
 from fiddler.config import EngineConfig
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels
@@ -43,27 +44,6 @@ AT_ONCE = 8
 SWIGLU = ExpertFormula(gated=True, activation=F.silu)
 
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A kernel's GB/s on weights of one shape and one row count."""
-
-    kernel: str
-    out: int
-    columns: int
-    n_rows: int
-    gbs: Spread
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRate:
-    """The GB/s of whole experts as the engine runs them, with the kernels that the calibration picks."""
-
-    hidden: int
-    intermediate: int
-    n_rows: int
-    gbs: Spread
 
 
 def rate(calls: Sequence[Call], n_bytes: int, passes: int) -> Spread:
@@ -118,6 +98,50 @@ def gemm_flop_per_s(set_bytes: int = SET_BYTES, passes: int = PASSES) -> Spread:
     return rate([lambda: linear(x, weight, None)], 2 * n**3, passes).scaled(1e9)
 
 
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Of each limit the best pass counts."""
+
+    gemm: Spread
+    """Operations per second of a large bf16 matmul."""
+    ways_to_read: dict[str, Spread]
+    """GB/s by way."""
+
+    @property
+    def flop_per_s(self) -> float:
+        """The most operations per second."""
+        return self.gemm.high
+
+    @property
+    def gbs(self) -> float:
+        """The most GB/s."""
+        return ceiling(self.ways_to_read)
+
+    def also(self, ways: dict[str, Spread]) -> "Ceilings":
+        """Return the same with further ways to read."""
+        return Ceilings(self.gemm, self.ways_to_read | ways)
+
+    def or_better(self, other: "Ceilings") -> "Ceilings":
+        """Return the better of two measurements of each."""
+        ways = {way: _better(spread, other.ways_to_read[way]) for way, spread in self.ways_to_read.items()}
+        return Ceilings(_better(self.gemm, other.gemm), ways)
+
+
+def ceilings(set_bytes: int, passes: int = PASSES) -> Ceilings:
+    """Measure with all of this thread's torch threads, on matrices and memory of `set_bytes`."""
+    return Ceilings(gemm_flop_per_s(set_bytes, passes), read_ceiling(set_bytes, passes))
+
+
+def ceilings_aside(set_bytes: int) -> Ceilings:
+    """Measure in a thread that ends: OpenMP workers that stay behind keep an engine's from waiting actively."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ceilings, set_bytes).result()
+
+
+def _better(one: Spread, other: Spread) -> Spread:
+    return max(one, other, key=lambda spread: spread.high)
+
+
 def copies(out: int, columns: int, set_bytes: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Return equal matrices `[out, columns]` that together hold at least `set_bytes`."""
     n = -(-set_bytes // (dtype.itemsize * out * columns))
@@ -126,8 +150,8 @@ def copies(out: int, columns: int, set_bytes: int, dtype: torch.dtype = torch.bf
 
 def kernel_rates(
     shape: tuple[int, int], n_rows: int, set_bytes: int, passes: int, dtype: torch.dtype = torch.bfloat16
-) -> list[Rate]:
-    """Measure every kernel that can multiply `n_rows` rows by a matrix of `shape` `[out, in]`."""
+) -> dict[str, Spread]:
+    """Measure the GB/s of every kernel that can multiply `n_rows` rows by a matrix of `shape` `[out, in]`."""
     out, columns = shape
     weights = copies(out, columns, set_bytes, dtype)
     x = torch.full((n_rows, columns), 0.5, dtype=dtype)
@@ -141,29 +165,27 @@ def kernel_rates(
     if n_rows == 1:
         kernels["mv"] = lambda w: lambda: torch.mv(w, x[0])
     n_bytes = sum(w.nbytes for w in weights)
-    return [
-        Rate(name, out, columns, n_rows, rate([bind(w) for w in weights], n_bytes, passes))
-        for name, bind in kernels.items()
-    ]
+    return {name: rate([bind(w) for w in weights], n_bytes, passes) for name, bind in kernels.items()}
 
 
 def expert_rate(
     hidden: int, intermediate: int, n_rows: int, kernels: Kernels, set_bytes: int, passes: int
-) -> ExpertRate:
-    """Measure whole SwiGLU experts, gate and up as one matrix, `AT_ONCE` to a layer, `n_rows` rows each."""
+) -> Spread:
+    """Measure whole SwiGLU experts as the engine runs them, `AT_ONCE` to a layer, `n_rows` rows each; GB/s."""
     n_bytes = 6 * hidden * intermediate
     n_layers = -(-set_bytes // n_bytes // AT_ONCE)
-    experts = [_expert(hidden, intermediate) for _ in range(n_layers * AT_ONCE)]
+    experts = [expert(hidden, intermediate) for _ in range(n_layers * AT_ONCE)]
     device = CpuDevice(lambda _, expert: experts[expert], (SWIGLU,), kernels)
     loads = [Load(i, i * n_rows, (i + 1) * n_rows) for i in range(AT_ONCE)]
     rows = torch.full((AT_ONCE * n_rows, hidden), 0.5, dtype=torch.bfloat16)
     out = empty_results(rows)
     layers = [experts[start : start + AT_ONCE] for start in range(0, len(experts), AT_ONCE)]
     calls = [partial(device.run, 0, loads, layer, rows, out) for layer in layers]
-    return ExpertRate(hidden, intermediate, n_rows, rate(calls, n_bytes * len(experts), passes))
+    return rate(calls, n_bytes * len(experts), passes)
 
 
-def _expert(hidden: int, intermediate: int) -> ExpertWeights:
+def expert(hidden: int, intermediate: int) -> ExpertWeights:
+    """Return a gated expert in bfloat16, gate and up as one matrix."""
     up = torch.full((2 * intermediate, hidden), 0.01, dtype=torch.bfloat16)
     return ExpertWeights((up,), torch.full((hidden, intermediate), 0.01, dtype=torch.bfloat16))
 
@@ -176,7 +198,7 @@ def attainable_gbs(
     The limit for whoever has these matrices to multiply: nothing between the kernels takes any time.
     """
     best = {
-        shape: max(r.gbs.median for r in kernel_rates(shape, n_rows, set_bytes, passes, dtype))
+        shape: max(gbs.median for gbs in kernel_rates(shape, n_rows, set_bytes, passes, dtype).values())
         for shape in sorted(set(shapes))
     }
     sizes = [out * columns for out, columns in shapes]
@@ -188,49 +210,30 @@ def measure(
 ) -> dict[str, Any]:
     """Measure everything and return the report."""
     ways = read_ceiling(set_bytes, passes)
-    rates: list[Rate] = []
-    experts: list[ExpertRate] = []
+    limit = ceiling(ways)
+    rates: list[dict[str, Any]] = []
+    experts: list[dict[str, Any]] = []
     for hidden, inner in shapes.values():
-        sample = _expert(hidden, inner)
+        sample = expert(hidden, inner)
         kernels = calibrated_kernels([*sample.up, sample.down], config)
         for n_rows in rows:
-            rates += kernel_rates((2 * inner, hidden), n_rows, set_bytes, passes)
-            rates += kernel_rates((hidden, inner), n_rows, set_bytes, passes)
-            experts.append(expert_rate(hidden, inner, n_rows, kernels, set_bytes, passes))
+            for out, columns in ((2 * inner, hidden), (hidden, inner)):
+                for name, gbs in kernel_rates((out, columns), n_rows, set_bytes, passes).items():
+                    about = {"kernel": name, "out": out, "columns": columns, "n_rows": n_rows}
+                    rates.append({**about, "gbs": gbs, "of_ceiling": gbs.median / limit})
+            gbs = expert_rate(hidden, inner, n_rows, kernels, set_bytes, passes)
+            about = {"hidden": hidden, "intermediate": inner, "n_rows": n_rows}
+            experts.append({**about, "gbs": gbs, "of_ceiling": gbs.median / limit})
     return result(
         "kernels",
         machine.describe(),
         virtual=False,
         settings={"set_bytes": set_bytes, "passes": passes, "shapes": shapes, "rows": list(rows)},
-        read_ceiling_gbs=ceiling(ways),
+        read_ceiling_gbs=limit,
         ways_to_read=ways,
         gemm_flop_per_s=gemm_flop_per_s(set_bytes, passes),
         kernels=rates,
         experts=experts,
-    )
-
-
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    limit = report["read_ceiling_gbs"]
-    ways = [(way, f"{s:.1f}", f"{s.high / limit:.0%}") for way, s in report["ways_to_read"].items()]
-    kernels = [
-        (f"[{r.out}, {r.columns}] {r.kernel}", str(r.n_rows), f"{r.gbs:.1f}", f"{r.gbs.median / limit:.0%}")
-        for r in report["kernels"]
-    ]
-    experts = [
-        (f"({e.hidden}, {e.intermediate})", str(e.n_rows), f"{e.gbs:.1f}", f"{e.gbs.median / limit:.0%}")
-        for e in report["experts"]
-    ]
-    columns = ("rows", "GB/s (spread)", "of ceiling")
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            table("Reading memory; the ceiling is the best pass", ("way", "GB/s (spread)", "of ceiling"), ways),
-            f"\nLarge bf16 matmul: {report['gemm_flop_per_s'].scaled(1e-12):.2f} TFLOP/s",
-            table("One matmul", ("weight [out, in], kernel", *columns), kernels),
-            table("A whole SwiGLU expert", ("(hidden, intermediate)", *columns), experts),
-        ]
     )
 
 
@@ -246,14 +249,13 @@ def _shape(text: str) -> tuple[str, tuple[int, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser = command("kernels", __doc__)
     parser.add_argument("--shape", type=_shape, action="append", help="a model's name or HIDDENxINTERMEDIATE")
     parser.add_argument("--rows", default="1,2,4,8,16", help="row counts (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--set-mib", type=int, default=SET_BYTES >> 20, help="weights per measurement, in MiB")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -261,9 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [int(n) for n in options.rows.split(",")]
     config = EngineConfig(calibration_dir=options.calibration_dir)
     report = measure(shapes, rows, options.set_mib << 20, options.passes, config)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    ways = [{"way": way, "gbs": gbs} for way, gbs in report["ways_to_read"].items()]
+    gemm = f"\nLarge bf16 matmul: {report['gemm_flop_per_s'].scaled(1e-12):.2f} TFLOP/s"
+    tables = [listing("Reading memory; the ceiling is the best pass", ways), gemm]
+    tables += [listing("One matmul", report["kernels"]), listing("A whole SwiGLU expert", report["experts"])]
+    finish(options, report, *tables)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from typing import Any
 import anyio
 import torch
 
-from bench import ceilings, checkpoints, kernels, machine
-from bench.ceilings import Ceilings
-from bench.contest import limits, scenarios, shown
+from bench import checkpoints, kernels, machine
+from bench.contest import limits, shown
 from bench.contest.contest import Contest, contest
 from bench.contest.rates import Limit, Results, rows
-from bench.contest.scenarios import SCENARIOS, Sizes
-from bench.peers import PEERS
-from bench.report import result, write_json
+from bench.kernels import Ceilings
+from bench.peers.known import PEERS
+from bench.report import command, finish, result
+from bench.workload import PAPER, SCENARIOS, Sizes, workloads
 from fiddler import ConfigError, EngineConfig
 
 LIMIT_PASSES = 3
@@ -53,7 +53,7 @@ async def measure(settings: Settings) -> dict[str, Any]:
         asked = [
             Results(scenario, workload)
             for scenario in settings.scenarios
-            for workload in scenarios.workloads(scenario, settings.sizes, found.n_vocabulary)
+            for workload in workloads(scenario, settings.sizes, found.n_vocabulary)
         ]
         made: Ceilings | None = None
         for seed in range(settings.repeats + 1):
@@ -84,7 +84,7 @@ async def _better_ceilings(found: Contest, settings: Settings, best: Ceilings | 
     """
     if found.probe is None:
         return None
-    now = await found.probe.call(partial(ceilings.measure, settings.set_bytes, LIMIT_PASSES))
+    now = await found.probe.call(partial(kernels.ceilings, settings.set_bytes, LIMIT_PASSES))
     return now if best is None else best.or_better(now)
 
 
@@ -110,21 +110,15 @@ def _parts(found: Contest, asked: Sequence[Results], made: Ceilings, set_bytes: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench/latency.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("latency", __doc__)
     checkpoints.add_options(parser)
     _add_options(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         report = anyio.run(measure, _settings(options))
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
-    print(shown.render(report))
-    if options.json:
-        write_json(options.json, report)
+    finish(options, report, shown.render(report))
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -141,29 +135,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--compare", type=_names, default=tuple(PEERS), help=f"of {','.join(PEERS)}; or none (default: all)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: what the engine chooses)")
     parser.add_argument("--kernels", choices=("auto", "linear"), default="auto")
-    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--set-mib", type=int, help="MiB read to find a limit (default: the model's, at most 1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     folder = checkpoints.folder(options)
-    limit_bytes = checkpoints.set_bytes(folder, kernels.SET_BYTES)
     return Settings(
         folder=folder,
         scenarios=options.scenario,
         sizes=Sizes(options.input_tokens, options.output_tokens, options.concurrency, options.beams),
         repeats=options.repeats,
         peers=options.compare,
-        set_bytes=options.set_mib << 20 if options.set_mib else limit_bytes,
-        config=EngineConfig(
-            device=options.device,
-            threads=options.threads,
-            kernels=options.kernels,
-            calibration_dir=options.calibration_dir,
-        ),
+        set_bytes=checkpoints.set_bytes(options, folder),
+        config=checkpoints.config(options, device=options.device, kernels=options.kernels),
     )
 
 
@@ -180,7 +164,7 @@ def _scenarios(text: str) -> tuple[str, ...]:
 
 
 def _lengths(axis: int, text: str) -> tuple[int, ...]:
-    return scenarios.PAPER[axis] if text == "paper" else _numbers(text)
+    return PAPER[axis] if text == "paper" else _numbers(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -7,16 +7,13 @@ running every division of the loads on `Lanes`. A layer's time is its shortest o
 layers as a model's layers take turns.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
 from bench import machine
-from bench.report import heading, result, table, write_json
+from bench.report import command, finish, listing, result
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch, best_cut
 from tests.scheduler.instances import Instance, instances
 from tests.scheduler.oracle import best_s
@@ -24,31 +21,12 @@ from tests.scheduler.oracle import best_s
 PLANNERS: dict[str, Planner] = {"best_cut": best_cut, "all_cpu": all_cpu, "all_fetch": all_fetch}
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Microseconds of `best_cut` for layers of one size."""
-
-    n_loads: int
-    median_us: float
-    p90_us: float
-    worst_us: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ratios:
-    """Makespans of a planner, as multiples of the best."""
-
-    planner: str
-    mean: float
-    p99: float
-    worst: float
-
-
-def plan_times(n_loads: int, n_layers: int, repeats: int) -> Times:
+def plan_times(n_loads: int, n_layers: int, repeats: int) -> dict[str, float]:
     """Measure `best_cut` on layers of `n_loads` experts."""
     layers = instances(range(n_layers), n_loads)
     times = sorted(map(min, zip(*([_seconds(given) for given in layers] for _ in range(repeats)), strict=True)))
-    return Times(n_loads, 1e6 * median(times), 1e6 * times[round(0.9 * (n_layers - 1))], 1e6 * times[-1])
+    found = {"median_us": median(times), "p90_us": times[round(0.9 * (n_layers - 1))], "worst_us": times[-1]}
+    return {"n_loads": n_loads, **{name: 1e6 * seconds for name, seconds in found.items()}}
 
 
 def _seconds(given: Instance) -> float:
@@ -57,14 +35,15 @@ def _seconds(given: Instance) -> float:
     return perf_counter() - started
 
 
-def ratios(n_seeds: int) -> list[Ratios]:
+def ratios(n_seeds: int) -> list[dict[str, Any]]:
     """Compare every planner with the best plan, on layers of one to ten experts."""
     layers = instances(range(n_seeds))
     best = [best_s(given) for given in layers]
     found = []
     for name, planner in PLANNERS.items():
         each = sorted(given.plan(planner).predicted_s / s for given, s in zip(layers, best, strict=True))
-        found.append(Ratios(name, mean(each), each[round(0.99 * (n_seeds - 1))], each[-1]))
+        p99 = each[round(0.99 * (n_seeds - 1))]
+        found.append({"planner": name, "mean": mean(each), "p99": p99, "worst": each[-1]})
     return found
 
 
@@ -80,37 +59,17 @@ def measure(loads: Sequence[int], n_layers: int, repeats: int, n_seeds: int) -> 
     )
 
 
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    times = [
-        (str(t.n_loads), f"{t.median_us:.0f}", f"{t.p90_us:.0f}", f"{t.worst_us:.0f}") for t in report["times"]
-    ]
-    found = [(r.planner, f"{r.mean:.4f}", f"{r.p99:.4f}", f"{r.worst:.4f}") for r in report["ratios"]]
-    n_seeds = report["settings"]["seeds"]
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            table("Planning a layer", ("loads", "median us", "p90 us", "worst us"), times),
-            table(
-                f"Makespan / best, {n_seeds} layers of 1 to 10 loads", ("planner", "mean", "p99", "worst"), found
-            ),
-        ]
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
+    parser = command("plan", __doc__)
     parser.add_argument("--loads", default="8,32,128", help="experts of a layer (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=200, help="timed of each size (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3000, help="compared with the best (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     loads = [int(n) for n in options.loads.split(",")]
     report = measure(loads, options.layers, options.repeats, options.seeds)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    ratios_title = f"Makespan / best, {options.seeds} layers of 1 to 10 loads"
+    finish(options, report, listing("Planning a layer", report["times"]), listing(ratios_title, report["ratios"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whole systems side by side, simulated: tokens per second by every peer's rules and by ours, and what bytes allow.
 
-    python -m bench.policies [--models NAME …] [--machines NAME …] [--systems NAME …] [--json FILE] [--plot FILE]
+    python -m bench.policies [--models NAME …] [--machines NAME …] [--systems NAME …] [--json FILE]
 
 In virtual time, on made-up routing: `fitted` to what is published of real models and used for no tuning, or
 `looser`, on which ours was tuned. Every system begins with the experts in its slots that other text visited most.
@@ -8,16 +8,13 @@ In virtual time, on made-up routing: `fitted` to what is published of real model
 
 import argparse
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, product
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import geometric_mean
 
 from bench import machine
-from bench.report import heading, table, write_json
+from bench.report import command, finish, result, side_by_side, table
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
@@ -167,37 +164,24 @@ def render(cells: Sequence[Cell], systems: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("policies", __doc__)
     parser.add_argument("--models", nargs="+", default=shapes(), choices=shapes(), metavar="NAME")
     parser.add_argument("--machines", nargs="+", default=MACHINES, choices=MACHINES, metavar="NAME")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens each sequence makes")
     parser.add_argument("--processes", type=int, default=2, help="side by side; 0: this one")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args(arguments)
     work = Work(options.prompt, options.new)
     jobs = [(place, system, work) for place in places(options) for system in options.systems]
-    if options.processes:
-        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-            cells = list(pool.map(measure, *zip(*jobs, strict=True), chunksize=len(options.systems)))
-    else:
-        cells = [measure(*job) for job in jobs]
-    print(render(cells, options.systems))
-    found, about = verdicts(cells), machine.describe()
+    cells = side_by_side(measure, jobs, options.processes)
+    found = verdicts(cells)
+    report = result("policies", machine.describe(), virtual=True, work=work, verdicts=found, cells=cells)
+    shown = [render(cells, options.systems)]
     if found:
         mean = geometric_mean(v.over_best for v in found)
-        print(f"\nOurs over the best other: least {min(v.over_best for v in found):.3f}, mean {mean:.3f}")
-    print(heading(about))
-    if options.json is not None:
-        report = {"bench": "policies", "machine": about, "virtual": True, "work": work, "verdicts": found}
-        write_json(options.json, report | {"cells": cells})
-    if options.plot is not None:
-        from bench.figures import style, systems
-
-        with style.applied():
-            style.save(systems.picture(cells), options.plot)
+        shown.append(f"\nOurs over the best other: least {min(v.over_best for v in found):.3f}, mean {mean:.3f}")
+    finish(options, report, *shown)
 
 
 if __name__ == "__main__":

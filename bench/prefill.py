@@ -11,7 +11,6 @@ before and after, the better counts. Prompts are random and new in every repeat.
 repeat, on one engine, so that whatever else the machine does hits all alike; a first turn warms up.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,11 @@ from statistics import median
 from typing import Any
 
 import anyio
-import torch
 
-from bench import ceilings, checkpoints, kernels, machine
-from bench.ceilings import Ceilings
-from bench.prefill_prompts import Grid, Reading, grid, read
-from bench.report import Spread, heading, result, table, write_json
+from bench import checkpoints, kernels, machine
+from bench.kernels import Ceilings
+from bench.report import Spread, command, finish, listing, result
+from bench.workload import Workload
 from fiddler import Engine, EngineConfig
 from fiddler.cost.shape import ModelShape
 
@@ -43,20 +41,59 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One prompt length in chunks of one size; rates are of the median time."""
+class Reading:
+    """One prompt read to its first token."""
 
-    n_input: int
-    chunk_tokens: int
-    first_token_s: Spread
-    tokens_per_s: float
-    """Of the prompt."""
+    first_token_s: float
     expert_bytes: int
-    gbs: float
-    """Of expert weights."""
-    of_ceiling: float
-    tflop_per_s: float
-    of_gemm: float
+    """Of weights, as often as they were read."""
+    n_expert_rows: int
+    """Visits of a token to an expert."""
+
+
+Grid = dict[tuple[int, int], list[Reading]]
+"""By (prompt length, chunk size)."""
+
+
+def grid(lengths: Sequence[int], chunks: Sequence[int], max_context: int) -> Grid:
+    """Return the cells to run, empty: of the chunks that hold a whole prompt only the smallest."""
+    cells: Grid = {}
+    for length in dict.fromkeys(min(length, max_context - 1) for length in lengths):
+        smaller = [chunk for chunk in chunks if chunk < length]
+        whole = [chunk for chunk in chunks if chunk >= length]
+        cells |= {(length, chunk): [] for chunk in (*smaller, *sorted(whole)[:1])}
+    return cells
+
+
+async def read_all(engine: Engine, cells: Grid, repeats: int, n_vocabulary: int) -> None:
+    """Let an engine read a prompt for every cell in each repeat and in a first one, which warms up.
+
+    The cells of one length read the same prompts.
+    """
+    for seed in range(repeats + 1):
+        for (n_input, chunk_tokens), readings in cells.items():
+            (prompt,) = Workload(1, n_input, 1, n_vocabulary).prompts(seed)
+            _cut(engine, chunk_tokens)
+            reading = await _read(engine, prompt)
+            if seed:
+                readings.append(reading)
+
+
+def _cut(engine: Engine, chunk_tokens: int) -> None:
+    """Let an idle engine cut prompts otherwise: engines side by side would share the cores among their threads."""
+    assert engine._loop is not None
+    engine._loop._chunk_tokens = chunk_tokens
+
+
+async def _read(engine: Engine, prompt: list[int]) -> Reading:
+    before = engine.statistics()
+    made = await engine.generate(prompt, max_new_tokens=1, do_sample=False)
+    after = engine.statistics()
+    return Reading(
+        made.timing.first_token_s,
+        after.expert_bytes - before.expert_bytes,
+        after.n_expert_rows - before.n_expert_rows,
+    )
 
 
 def flop(shape: ModelShape, n_input: int, n_expert_rows: int) -> int:
@@ -68,9 +105,9 @@ def flop(shape: ModelShape, n_input: int, n_expert_rows: int) -> int:
 def measure(settings: Settings) -> dict[str, Any]:
     """Run everything and return the report. Raises `ConfigError` for a model whose sizes cannot be read."""
     shape = ModelShape.from_config(json.loads((settings.folder / "config.json").read_text()))
-    before = ceilings.measure_aside(settings.set_bytes)
-    cells = anyio.run(_read, settings, shape.vocab)
-    best = before.or_better(ceilings.measure_aside(settings.set_bytes))
+    before = kernels.ceilings_aside(settings.set_bytes)
+    cells = anyio.run(_opened, settings, shape.vocab)
+    best = before.or_better(kernels.ceilings_aside(settings.set_bytes))
     return result(
         "prefill",
         machine.describe(),
@@ -83,59 +120,33 @@ def measure(settings: Settings) -> dict[str, Any]:
     )
 
 
-async def _read(settings: Settings, n_vocabulary: int) -> Grid:
+async def _opened(settings: Settings, n_vocabulary: int) -> Grid:
     async with Engine(settings.folder, settings.config) as engine:
         cells = grid(settings.lengths, settings.chunks, engine.max_context)
-        await read(engine, cells, settings.repeats, n_vocabulary)
+        await read_all(engine, cells, settings.repeats, n_vocabulary)
     return cells
 
 
-def cell(shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, readings: Sequence[Reading]) -> Cell:
-    """Return what the repeats of one cell come to."""
+def cell(
+    shape: ModelShape, best: Ceilings, n_input: int, chunk_tokens: int, readings: Sequence[Reading]
+) -> dict[str, Any]:
+    """Return what the repeats of one cell come to; rates are of the median time."""
     first_s = Spread.of(reading.first_token_s for reading in readings)
     expert_bytes = round(median(reading.expert_bytes for reading in readings))
     n_rows = round(median(reading.n_expert_rows for reading in readings))
     gbs = expert_bytes / first_s.median / 1e9
     flop_per_s = flop(shape, n_input, n_rows) / first_s.median
-    return Cell(
-        n_input=n_input,
-        chunk_tokens=chunk_tokens,
-        first_token_s=first_s,
-        tokens_per_s=n_input / first_s.median,
-        expert_bytes=expert_bytes,
-        gbs=gbs,
-        of_ceiling=gbs / best.gbs,
-        tflop_per_s=flop_per_s / 1e12,
-        of_gemm=flop_per_s / best.flop_per_s,
-    )
-
-
-def render(report: dict[str, Any]) -> str:
-    """Return the report as text."""
-    settings, gemm = report["settings"], report["gemm_flop_per_s"].high / 1e12
-    rows = [
-        (
-            str(c.n_input),
-            str(c.chunk_tokens),
-            f"{c.first_token_s:.3f}",
-            f"{c.tokens_per_s:.0f}",
-            f"{c.expert_bytes / 1e9:.2f}",
-            f"{c.gbs:.1f}",
-            f"{c.of_ceiling:.0%}",
-            f"{c.tflop_per_s:.3f}",
-            f"{c.of_gemm:.0%}",
-        )
-        for c in report["cells"]
-    ]
-    header = ("tokens", "a chunk", "first token s", "tokens/s", "GB of experts", "GB/s", "of ceiling")
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            f"{settings['model']}, {settings['repeats']} repeats; limits measured in this run: "
-            f"large bf16 matmul {gemm:.2f} TFLOP/s, reading {report['read_ceiling_gbs']:.1f} GB/s",
-            table("Reading a prompt", (*header, "TFLOP/s", "of matmul"), rows),
-        ]
-    )
+    return {
+        "n_input": n_input,
+        "chunk_tokens": chunk_tokens,
+        "first_token_s": first_s,
+        "tokens_per_s": n_input / first_s.median,
+        "expert_bytes": expert_bytes,
+        "gbs": gbs,
+        "of_ceiling": gbs / best.gbs,
+        "tflop_per_s": flop_per_s / 1e12,
+        "of_gemm": flop_per_s / best.flop_per_s,
+    }
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -143,31 +154,27 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("prefill", __doc__)
     checkpoints.add_options(parser)
     parser.add_argument("--lengths", type=_numbers, default="128,512,2048", help="of prompts, in tokens")
     parser.add_argument("--chunks", type=_numbers, default="128,512,2048", help="in tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--calibration-dir", type=Path, help="default: where the engine keeps it")
-    parser.add_argument("--set-mib", type=int, help="MiB to find a limit with (default: the model's, at most 1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     folder = checkpoints.folder(options)
     settings = Settings(
         folder=folder,
         lengths=options.lengths,
         chunks=options.chunks,
         repeats=options.repeats,
-        set_bytes=options.set_mib << 20 if options.set_mib else checkpoints.set_bytes(folder, kernels.SET_BYTES),
-        config=EngineConfig(threads=options.threads, calibration_dir=options.calibration_dir),
+        set_bytes=checkpoints.set_bytes(options, folder),
+        config=checkpoints.config(options),
     )
     report = measure(settings)
-    print(render(report))
-    if options.json:
-        write_json(options.json, report)
+    limits = (
+        f"{folder.name}; limits measured in this run: large bf16 matmul "
+        f"{report['gemm_flop_per_s'].high / 1e12:.2f} TFLOP/s, reading {report['read_ceiling_gbs']:.1f} GB/s"
+    )
+    finish(options, report, limits, listing("Reading a prompt", report["cells"]))
 
 
 if __name__ == "__main__":

@@ -11,23 +11,20 @@ Deferral is refused below 6 experts a token; here it is forced on a model with 2
 token visits: the worst case, not the case it is meant for.
 """
 
-import argparse
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import exp, log
-from pathlib import Path as File
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import machine
-from bench.quality_forced import Texts
-from bench.quality_paths import BASE, PATHS, Path, Promise
-from bench.report import heading, result, table, write_json
+from bench.quality_paths import BASE, PATHS, Path, Promise, Texts
+from bench.report import command, finish, result, table
 from fiddler import DEMO
 from fiddler.models.text import Text
 
@@ -142,19 +139,14 @@ def _verdict(one: Outcome) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("quality", __doc__)
     parser.add_argument("--tokens", type=int, default=256, help="of each module (default: %(default)s)")
-    parser.add_argument("--json", type=File, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     texts, n_bytes = texts_of(options.tokens)
     outcomes = measure(PATHS, texts, n_bytes)
-    where = machine.describe()
-    print(heading(where))
-    print(render(outcomes))
-    if options.json is not None:
-        fields: dict[str, Any] = {"modules": MODULES, "tokens": options.tokens, "n_bytes": n_bytes}
-        write_json(options.json, result("quality", where, virtual=False, **fields, paths=outcomes))
+    fields: dict[str, Any] = {"modules": MODULES, "tokens": options.tokens, "n_bytes": n_bytes, "paths": outcomes}
+    finish(options, result("quality", machine.describe(), virtual=False, **fields), render(outcomes))
     complaints = broken(outcomes)
     if complaints:
         raise SystemExit("\n".join(complaints))

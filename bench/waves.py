@@ -6,12 +6,13 @@ Everything is simulated, in virtual time, on made-up routing (`fiddler.cache.syn
 those that ship with Fiddler, the same sequences on both sides.
 """
 
-import argparse
-from dataclasses import dataclass, replace
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from bench import machine
-from bench.report import heading, result, table, write_json
+from bench.report import command, finish, listing, result
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.config import WaveMode
@@ -24,30 +25,8 @@ MACHINES = ("fiddler-env1", "fiddler-env2", "rtx4090-desktop", "h100-server")
 SEQUENCES = (1, 2, 8, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One model on one machine with some sequences. Speeds are virtual tokens per second."""
-
-    model: str
-    machine: str
-    n_sequences: int
-    one_tokens_per_s: float
-    auto_tokens_per_s: float
-    one_first_token_s: float
-    auto_first_token_s: float
-    of_bound: float
-    """Of the chosen waves: the physical bound's share of the time taken."""
-    n_steps_in_two_waves: int
-    prediction_error: float
-
-    @property
-    def gain(self) -> float:
-        """How many times faster than one wave always."""
-        return self.auto_tokens_per_s / self.one_tokens_per_s
-
-
-def measure(shape: ModelShape, name: str, n_sequences: int, options: argparse.Namespace) -> Cell:
-    """Simulate one cell both ways."""
+def measure(shape: ModelShape, name: str, n_sequences: int, options: Namespace) -> dict[str, Any]:
+    """Simulate one cell both ways; `of_bound` is of the chosen waves: how near to what their reads allow."""
     where = Machine.load(name)
     routing = SyntheticRouting(shape.n_layers, shape.n_experts, shape.top_k)
     made = [routing.sequence(i, options.prompt + options.new) for i in range(n_sequences)]
@@ -59,49 +38,33 @@ def measure(shape: ModelShape, name: str, n_sequences: int, options: argparse.Na
         return simulate(Setting(shape=shape, machine=where, n_slots=slots, system=system), prompts)
 
     one, auto = run("one"), run("auto")
-    return Cell(
-        model=shape.name,
-        machine=name,
-        n_sequences=n_sequences,
-        one_tokens_per_s=one.tokens_per_s,
-        auto_tokens_per_s=auto.tokens_per_s,
-        one_first_token_s=one.first_token_s,
-        auto_first_token_s=auto.first_token_s,
-        of_bound=auto.of_bound,
-        n_steps_in_two_waves=auto.n_steps_in_two_waves,
-        prediction_error=auto.prediction_error,
-    )
+    return {
+        "model": shape.name,
+        "machine": name,
+        "n_sequences": n_sequences,
+        "one_tokens_per_s": one.tokens_per_s,
+        "auto_tokens_per_s": auto.tokens_per_s,
+        "one_first_token_s": one.first_token_s,
+        "auto_first_token_s": auto.first_token_s,
+        "of_bound": auto.of_bound,
+        "n_steps_in_two_waves": auto.n_steps_in_two_waves,
+        "prediction_error": auto.prediction_error,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command("waves", __doc__)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=48, help="tokens each sequence makes")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts that has a slot")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     models = [ModelShape.load(name) for name in shapes()]
     cells = [measure(shape, name, n, options) for shape in models for name in MACHINES for n in SEQUENCES]
-    rows = [
-        (
-            f"{cell.model} on {cell.machine}, {cell.n_sequences}",
-            f"{cell.one_tokens_per_s:.2f}",
-            f"{cell.auto_tokens_per_s:.2f}",
-            f"{cell.gain:.3f}",
-            f"{cell.one_first_token_s:.2f}",
-            f"{cell.auto_first_token_s:.2f}",
-            f"{cell.of_bound:.2f}",
-        )
-        for cell in cells
-    ]
-    header = ("sequences", "one: tok/s", "chosen: tok/s", "ratio", "one: first s", "chosen: first s", "of bound")
-    print(table("One wave or two, simulated, virtual time", header, rows))
     setting = {"prompt": options.prompt, "new": options.new, "resident": options.resident}
-    where = machine.describe()
-    print(f"\nLeast ratio {min(cell.gain for cell in cells):.4f}, most {max(cell.gain for cell in cells):.4f}")
-    print(heading(where))
-    if options.json is not None:
-        write_json(options.json, result("waves", where, virtual=True, setting=setting, cells=cells))
+    report = result("waves", machine.describe(), virtual=True, setting=setting, cells=cells)
+    gains = [cell["auto_tokens_per_s"] / cell["one_tokens_per_s"] for cell in cells]
+    shown = listing("One wave or two, simulated, virtual time", cells)
+    finish(options, report, shown, f"\nGains are {min(gains):.4f} to {max(gains):.4f}")
 
 
 if __name__ == "__main__":

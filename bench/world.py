@@ -8,7 +8,7 @@ what data sheets alone would say (no efficiency, no host), and the rate at which
 prediction to be exact, as a share of the data sheet's DRAM bandwidth. `--routing` takes counts of Mixtral's visits.
 """
 
-import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,17 +18,17 @@ from typing import Any, Literal
 import numpy as np
 
 from bench import machine
-from bench.report import heading, result, table, write_json
-from bench.world_published import Cell, World
+from bench.report import command, finish, result, table
 from fiddler.cache.keys import Key
 from fiddler.cache.recorded import Recording, guesses
 from fiddler.cache.static import by_popularity
 from fiddler.cache.synthetic import Habits, SyntheticRouting, read_counts
 from fiddler.cost.machine import FIGURES, Machine
-from fiddler.cost.shape import ModelShape
+from fiddler.cost.shape import DENSE_BYTES, ModelShape
 from fiddler.engine.simulation import Report, Setting, simulate
 from fiddler.scheduler.systems import System, system
 
+WORLD = Path(__file__).parent / "world.json"
 OTHER_TEXT = range(100, 116)
 """The sequences whose visits a static placement goes by; none of them is run."""
 OTHER_TOKENS = 256
@@ -39,6 +39,61 @@ STREAMED = "deepspeed-mii"
 """The one system that is not simulated: it copies all weights for every token, and nothing else counts."""
 
 Kind = Literal["assumed", "data sheet"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One published speed, in tokens per second, and what it was measured with."""
+
+    table: str
+    system: str
+    machine: str
+    model: str
+    slots: int
+    lengths: str
+    """The name of a list of (prompt, made) tokens; the speed is the mean over it."""
+    metric: Literal["decode", "end-to-end"]
+    published: float
+    source: str
+    gpu_layers: int | None = None
+    """Layers that the GPU has whole, of a system that runs the others on the CPU with all they have."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """`world.json`, its constants without their sources."""
+
+    constants: Mapping[str, Any]
+    machines: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]
+    systems: Mapping[str, Mapping[str, Any]]
+    lengths: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def load(cls, file: Path = WORLD) -> "World":
+        """Read the file."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        named = {key: _values(content[key]) for key in ("constants", "machines", "models", "systems", "lengths")}
+        return cls(**named, cells=tuple(Cell(**cell) for cell in content["cells"]))
+
+    def shape(self, model: str) -> ModelShape:
+        """Return a model's shape with the weights that it was run with."""
+        values = self.models[model]
+        shape = ModelShape.load(values.get("shape", model))
+        return replace(shape, name=model, bytes_per_weight=values["bytes_per_weight"])
+
+    def cpu_share(self, cell: Cell) -> float | None:
+        """Return what the system's kernels read, as a share of the DRAM bandwidth; `None` if they read nothing."""
+        few_bits = self.models[cell.model]["bytes_per_weight"] < DENSE_BYTES
+        share = self.systems[cell.system].get("cpu_share_4bit" if few_bits else "cpu_share")
+        return None if share is None else float(share)
+
+
+def _values(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    return found["value"] if "value" in found else {key: _values(value) for key, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +263,11 @@ def order_right(speeds: Sequence[tuple[float, float]]) -> bool:
     return all((a[0] - b[0]) * (a[1] - b[1]) > 0.0 for a in speeds for b in speeds if a[0] != b[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command("world", __doc__)
     parser.add_argument("--routing", type=Path, help="counts of visits to Mixtral's experts, by layer")
     parser.add_argument("--table", default="", help="only tables whose title has this in it")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     world = World.load()
     predictor = Predictor(world, None if options.routing is None else read_counts(options.routing))
     tables: dict[str, list[Row]] = {}
@@ -224,13 +278,11 @@ def main() -> None:
         orders[title] = order_right([(row.cell.published, row.predicted) for row in rows])
         right = "right" if orders[title] else "WRONG"
         print(table(f"{title}: order {right}", header, map(_line, rows)), flush=True)
-    where = machine.describe()
-    print(f"\n{heading(where)}")
-    if options.json is not None:
-        routing = "made up" if options.routing is None else options.routing.name
-        cells = [row for rows in tables.values() for row in rows]
-        found = result("world", where, virtual=True, routing=routing, order_right=orders, cells=cells)
-        write_json(options.json, found)
+    routing = "made up" if options.routing is None else options.routing.name
+    cells = [row for rows in tables.values() for row in rows]
+    finish(
+        options, result("world", machine.describe(), virtual=True, routing=routing, order_right=orders, cells=cells)
+    )
 
 
 def _line(row: Row) -> tuple[str, ...]:

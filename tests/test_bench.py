@@ -12,11 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
-from bench import kernels, latency
+from bench import kernels, latency, lookahead
 from bench.contest import ours
-from bench.contest.workload import Run, Workload
 from bench.report import Spread, table
-from bench.schemas import problems
+from bench.workload import Run, Workload
 from fiddler import EngineConfig, Token
 from fiddler.devices.native import native
 from fiddler.models.loaded import load
@@ -35,6 +34,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 MACHINE = {"cpu", "n_cores", "isa", "ram_gib", "torch", "transformers", "fiddler", "threads", "commit", "date"}
 QUICK = ["--set-mib", "1"]
+VARIANTS = ("1 hidden as the experts get it", "1, two layers ahead", "transitions, of other domains")
 
 
 def tiny(name: str, folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
@@ -99,7 +99,7 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = {("native", 1), ("native", 4)} if native() is not None else set()
     assert {(r["kernel"], r["n_rows"]) for r in report["kernels"]} == anywhere | ours
     assert [e["n_rows"] for e in report["experts"]] == [1, 4]
-    assert "of ceiling" in capsys.readouterr().out
+    assert "of_ceiling" in capsys.readouterr().out
 
 
 SCENARIOS = ("single", "concurrent", "prefill", "beam")
@@ -190,8 +190,19 @@ def _latency(folder: Path, tmp_path: Path, *options: str, peers: str = "eager") 
     short = ["--input-tokens", "3", "--output-tokens", "4", "--repeats", "1", "--compare", peers]
     latency.main(["--model", str(folder), *short, *QUICK, *options, "--json", str(file)])
     report: dict[str, Any] = json.loads(file.read_text())
-    assert problems(report) == []
     return report
+
+
+def test_lookahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"one": [[*range(100, 112)]], "other": [[*range(300, 312)]]}
+    monkeypatch.setattr(lookahead, "held_out", lambda *_: texts.items())
+    lookahead.main(["--json", str(tmp_path / "lookahead.json")])
+    report = json.loads((tmp_path / "lookahead.json").read_text())
+    assert report["n_tokens"] == {"one": 12, "other": 12}
+    recall = report["recall"]
+    assert recall["the look-ahead"] == recall["1 hidden as the experts get it, x1"]  # the model's routers are plain
+    assert all(recall[f"{name}, x1"]["mean"] <= recall[f"{name}, x2"]["mean"] for name in VARIANTS)
+    assert "Visits known a layer early" in capsys.readouterr().out
 
 
 def test_prompts_repeat_and_differ_by_seed() -> None:

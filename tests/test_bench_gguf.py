@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fiddler
-from bench import checkpoints, peers
-from bench.contest.workload import UnavailableError, Workload
-from bench.peers import gguf_file, room
+from bench import checkpoints
+from bench.peers import gguf_file
+from bench.peers.known import open_peer
+from bench.workload import UnavailableError, Workload
 from tests.architectures import build
 
 Save = Callable[[PreTrainedModel], Path]
@@ -104,7 +105,7 @@ def turned_rows(n_rows: int, head_dim: int) -> list[int]:
 
 def logits_of_llama_cpp(folder: Path, prompts: list[list[int]]) -> Tensor:
     """Feed all prompts side by side, token by token; returns `[B, T, V]`."""
-    peer: Any = peers.open_peer("llama.cpp", folder, threads=1)
+    peer: Any = open_peer("llama.cpp", folder, threads=1)
     context = peer.context(len(prompts), len(prompts[0]))
     steps = [
         np.stack(context.decode([(ids[i], i, sequence, True) for sequence, ids in enumerate(prompts)]))
@@ -167,7 +168,7 @@ def test_a_file_that_failed_is_not_there(cache: Path, save: Save) -> None:
 
 def test_a_disk_without_room_is_noticed(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(build("mixtral"))
-    monkeypatch.setattr(room, "weight_bytes", lambda _: 1 << 60)
+    monkeypatch.setattr(gguf_file, "weight_bytes", lambda _: 1 << 60)
     with pytest.raises(UnavailableError, match="disk"):
         gguf_file.of(folder)
 

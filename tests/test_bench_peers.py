@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
-from bench import checkpoints, peers
-from bench.contest.workload import Run, UnavailableError, Workload
-from bench.peers import Peer, transformers_experts
+from bench import checkpoints
+from bench.peers import accelerate_disk, llama_cpp, transformers_experts
+from bench.peers.known import PEERS, open_peer
+from bench.peers.peer import Peer
+from bench.workload import Run, UnavailableError, Workload
 from tools import synthesize
 
 Opened = Callable[[str, Path], Peer]
@@ -58,13 +59,13 @@ def opened() -> Iterator[Opened]:
     """Open peers, and close them when the test ends."""
     kept: list[Peer] = []
 
-    def open_peer(name: str, folder: Path) -> Peer:
+    def opening(name: str, folder: Path) -> Peer:
         if name == "llama.cpp":
             pytest.importorskip("llama_cpp", reason="it compiles for minutes, so only the extra `peers` has it")
-        kept.append(peers.open_peer(name, folder, threads=1))
+        kept.append(open_peer(name, folder, threads=1))
         return kept[-1]
 
-    yield open_peer
+    yield opening
     for peer in kept:
         peer.close()
 
@@ -77,7 +78,7 @@ def run(peer: Peer, *, patience_s: float = FOREVER, **changes: int) -> Run:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", PEERS)
 def test_every_peer_makes_what_it_is_asked_for(
     name: str, model: str, folders: dict[str, Path], opened: Opened
 ) -> None:
@@ -90,7 +91,7 @@ def test_every_peer_makes_what_it_is_asked_for(
         assert min(done.first_token_s, done.decode_s) > 0
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", PEERS)
 def test_decoding_ends_with_the_patience_but_not_before_its_first_step(
     name: str, folders: dict[str, Path], opened: Opened
 ) -> None:
@@ -154,11 +155,14 @@ def test_gathering_where_memory_has_room(
             run(peer, **too_much)
 
 
-@pytest.mark.parametrize("name", ["eager", "accelerate-disk", "llama.cpp"])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("eager", transformers_experts), ("accelerate-disk", accelerate_disk), ("llama.cpp", llama_cpp)],
+)
 def test_a_peer_says_that_memory_has_no_room(
-    name: str, folders: dict[str, Path], opened: Opened, monkeypatch: pytest.MonkeyPatch
+    name: str, module: Any, folders: dict[str, Path], opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module(f"bench.peers.{peers.PEERS[name]}"), "free_bytes", lambda: 1000)
+    monkeypatch.setattr(module, "free_bytes", lambda: 1000)
     with pytest.raises(UnavailableError, match="GB of memory"):
         opened(name, folders["demo"])
 
@@ -175,12 +179,12 @@ def test_a_peer_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnavailableError, match=f"pip install {package}"):
-        peers.open_peer(name, folders["demo"], threads=1)
+        open_peer(name, folders["demo"], threads=1)
 
 
 def test_an_unknown_peer_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"no_such.*llama\.cpp"):
-        peers.open_peer("no_such", folders["demo"], threads=1)
+        open_peer("no_such", folders["demo"], threads=1)
 
 
 def test_what_accelerate_wrote_is_removed(folders: dict[str, Path], opened: Opened, cache: Path) -> None:

@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from bench import figures
-from bench.figures import FIGURES, FOLDER, latency, replay, results, roofline, style, timeline, visits
-from bench.figures.__main__ import main
-from bench.values import Record
+from bench.figures import latency, replay, roofline, sources, style, timeline
+from bench.figures.__main__ import FIGURES, FOLDER, main, write
+from bench.report import Record
 from fiddler.cli.replay import CacheOptions
-from fiddler.store.routing import load
 
 ROOT = FOLDER.parents[1]
 MOST_BYTES = 200_000
@@ -66,21 +63,21 @@ def test_a_picture_is_a_whole_svg_of_a_page_s_width(drawn: Path, name: str, fold
     assert file.stat().st_size < MOST_BYTES
 
 
-@pytest.mark.parametrize("name", ["latency", "roofline", "systems", "resident", "visits"])
+@pytest.mark.parametrize("name", ["latency", "roofline", "systems", "resident"])
 def test_a_committed_picture_shows_the_committed_results(drawn: Path, name: str) -> None:
     assert (drawn / f"{name}.svg").read_bytes() == (FOLDER / f"{name}.svg").read_bytes(), "run `make figures`"
 
 
-@pytest.mark.parametrize("name", ["latency", "visits"])
+@pytest.mark.parametrize("name", ["latency", "roofline"])
 def test_the_same_picture_is_the_same_bytes(drawn: Path, tmp_path: Path, name: str) -> None:
-    (again,) = figures.write([name], tmp_path)
+    (again,) = write([name], tmp_path)
 
     assert again.read_bytes() == (drawn / f"{name}.svg").read_bytes()
     assert b"Matplotlib" not in again.read_bytes()
 
 
 def test_a_png_says_neither_when_nor_by_what_it_was_made(tmp_path: Path) -> None:
-    file = style.save(figures.draw("roofline"), tmp_path / "roofline.png")
+    file = style.save(roofline.draw(), tmp_path / "roofline.png")
 
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert b"Software" not in file.read_bytes()
@@ -94,8 +91,6 @@ def test_only_what_was_named_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"'portrait' is none of the pictures: .*timeline"):
-        figures.draw("portrait")
     with pytest.raises(SystemExit):
         main(["--only", "portrait"])
     assert "timeline" in capsys.readouterr().err
@@ -113,15 +108,15 @@ def test_every_picture_that_is_shown_is_there() -> None:
 
 
 def test_a_machine_without_results_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "MACHINE", "abacus")
+    monkeypatch.setattr(sources, "MEASURED_ON", "abacus")
 
     with pytest.raises(FileNotFoundError, match="kernels-abacus"):
-        figures.draw("roofline")
+        roofline.draw()
 
 
 def test_the_roof_is_the_lower_of_memory_and_matmul() -> None:
     rates = [{"hidden": 8, "intermediate": 4, "n_rows": n, "gbs": SPREAD} for n in (1, 64)]
-    report = {**results.measured("kernels"), "read_ceiling_gbs": 20.0, "experts": [*map(record, rates)]}
+    report = {**sources.measured("kernels"), "read_ceiling_gbs": 20.0, "experts": [*map(record, rates)]}
     report["gemm_flop_per_s"] = {"median": 0.9e12, "low": 0.8e12, "high": 1e12}
     report["settings"] = {"shapes": {"small": [8, 4]}}
 
@@ -152,17 +147,9 @@ def test_who_did_not_run_is_named(tmp_path: Path) -> None:
         },
         {"system": "peer", "scenario": "single", "n_sequences": 1, "unavailable": "not installed"},
     ]
-    report = {**results.measured("latency-demo"), "systems": [*map(record, rows)]}
+    report = {**sources.measured("latency-demo"), "systems": [*map(record, rows)]}
     with style.applied():
         (axes,) = latency.picture([record(report)]).axes
 
     assert [label.get_text() for label in axes.get_yticklabels()] == ["peer", "fiddler"]
     assert "did not run" in [text.get_text() for text in axes.texts]
-
-
-def test_shares_of_visits_are_of_each_layer() -> None:
-    shares = visits.by_domain(load(replay.TRACE))
-
-    assert set(shares) == {"scripture", "jargon", "dictionary", "python", "manual", "chat"}
-    assert all(np.allclose(share.sum(axis=1), 1.0) for share in shares.values())
-    assert visits.busiest(np.full((2, 16), 1 / 16)) == visits.BUSIEST

@@ -1,6 +1,5 @@
 """Models made in memory: random experts that differ, routing that is the recording's, on every device."""
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM
 
 from bench import machine
-from bench.schemas import problems
-from bench.synthetic import command
 from bench.synthetic.memory import in_memory, loader
-from bench.synthetic.replayed import Replay
-from bench.synthetic.routings import drawn, recorded
+from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler import ConfigError, Engine, EngineConfig
 from fiddler.cache.recorded import RoutingTrace
@@ -28,10 +24,9 @@ from fiddler.engine import gpu_side, graphs
 from fiddler.models.loaded import ServableModel, load
 from fiddler.store.packed import PackedStore
 from tests.support.fake_gpu import FakeGpu
-from tests.support.tiny import save_tiny
 from tools import synthesize
 
-PUBLISHED = ("gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
+PUBLISHED = ("mixtral-8x7b", "qwen3-30b-a3b")
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "head_dim": 16,
@@ -69,18 +64,11 @@ def test_shapes_are_those_that_ship_with_fiddler(name: str) -> None:
     assert shape(name).sizes == ModelShape.load(name)
 
 
-def test_gpt_oss_is_what_transformers_takes_it_to_be() -> None:
-    own = shape("gpt-oss-20b").pretrained().to_dict()
-    default = GptOssConfig(num_hidden_layers=24, num_local_experts=32).to_dict()
-    assert {key for key in default if own[key] != default[key]} == {"dtype", "architectures", "_name_or_path"}
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_as_many_layers_as_are_asked_for(name: str) -> None:
     cut = shape(f"{name}:layers=2")
     config = cut.pretrained()
     assert config.num_hidden_layers == cut.sizes.n_layers == 2
-    assert len(config.layer_types if name == "gpt-oss-20b" else "ab") == 2
     assert cut.config["vocab_size"] < SHAPES[name].config["vocab_size"]
     assert shape(f"{name}:layers={SHAPES[name].sizes.n_layers}").config == SHAPES[name].config
 
@@ -109,11 +97,7 @@ def test_experts_are_finite_and_differ_in_every_row(name: str, dtype: Any) -> No
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_blocks_are_laid_out_as_those_of_a_checkpoint(name: str, tmp_path: Path) -> None:
     own = small(name)
-    if name == "gpt-oss-20b":
-        sizes: dict[str, Any] = {"num_experts_per_tok": 4, "num_local_experts": own.sizes.n_experts}
-        folder = save_tiny(tmp_path / name, "gpt_oss", dtype=torch.bfloat16, **sizes)
-    else:
-        folder = synthesize.write(dict(own.config), tmp_path / name)
+    folder = synthesize.write(dict(own.config), tmp_path / name)
     loaded, of_checkpoint = made(own), load(folder, EngineConfig(store="packed"))
     assert [store_of(loaded).layout(i) for i in range(3)] == [store_of(of_checkpoint).layout(i) for i in range(3)]
     assert (loaded.n_experts, loaded.top_k) == (of_checkpoint.n_experts, of_checkpoint.top_k)
@@ -136,16 +120,11 @@ def test_the_dense_part_is_initialised_as_transformers_does(name: str) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_bytes", lambda: 24 << 30)
-    whole = (
-        r"qwen3-30b-a3b takes 6\d\.\d GB of memory \(58\.0 of experts\), 2\.1 must stay free, and 25\.8 are there"
-    )
-    with pytest.raises(ConfigError, match=whole + r": make qwen3-30b-a3b:layers=18"):
+    whole = r"qwen3-30b-a3b takes 6\d\.\d GB of memory \(58\.0 of experts, 0\.0 of slots\), 2\.1 must stay"
+    with pytest.raises(ConfigError, match=whole + ".*qwen3-30b-a3b:layers=N"):
         made(shape("qwen3-30b-a3b"))
-    with pytest.raises(ConfigError, match=r"14\.5 of slots\).*:layers=15"):  # of a simulated accelerator
+    with pytest.raises(ConfigError, match=r"14\.5 of slots\)"):  # of a simulated accelerator
         made(shape("qwen3-30b-a3b"), device="sim")
-    monkeypatch.setattr(machine, "free_bytes", lambda: 3 << 30)
-    with pytest.raises(ConfigError, match="not one of its layers fits"):
-        made(shape("mixtral-8x7b:layers=1"))
 
 
 def test_there_is_no_file_to_map() -> None:
@@ -286,46 +265,11 @@ def _without_weights(trace: RoutingTrace) -> Any:
     return tuple(replace(recording, weights=None) for recording in trace.recordings)
 
 
-def test_a_recording_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+def test_a_recording_of_another_kind_of_model_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"24 sequences that visit 2 of 16 experts in .*; this one visits 8 of 128"
+        ConfigError, match=r"24 sequences that visit \[2\] of \[16\] experts in .*; this one visits 8 of \[128\]"
     ):
         in_memory(shape("qwen3-30b-a3b:layers=1"), EngineConfig(), routing=recorded())
     some = [*recorded().recordings[:1], *_without_weights(recorded())[1:]]
     with pytest.raises(ConfigError, match="all must, or none"):
         Replay(replace(recorded(), recordings=tuple(some)), (16,), 2)
-    counts = tmp_path / "counts.json"
-    counts.write_text(json.dumps({"expert_popularity": [[3, 1, 1, 1, 1, 1, 1, 9]] * 2}))
-    with pytest.raises(ConfigError, match="counts of 2 layers of 8 experts, where mixtral-8x7b has 32 of 8"):
-        drawn(shape("mixtral-8x7b"), 1, 1, counts=counts)
-    trace = drawn(shape("mixtral-8x7b:layers=2"), 2, 50, counts=counts)
-    visits = np.bincount(np.concatenate([r.experts.ravel() for r in trace.recordings]), minlength=8)
-    assert visits.argmax() == 7
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "synthetic.json"
-    sizes = ["--tokens", "4", "--prompt", "6", "--sequences", "2", "--repeats", "2", "--slots", "40"]
-    command.main(
-        [
-            "tiny:layers=2",
-            *sizes,
-            "--device",
-            "sim:rtx4090-desktop",
-            "--calibration-dir",
-            str(tmp_path),
-            "--json",
-            str(file),
-        ]
-    )
-    report: dict[str, Any] = json.loads(file.read_text())
-    assert problems(report) == []
-    assert (report["bench"], report["virtual"]) == ("synthetic", True)
-    assert report["settings"]["routing"] == "recorded with the demo model"
-    assert (report["model"]["n_layers"], report["n_slots"]) == (2, 32)
-    assert report["tokens_per_s"]["median"] > 0.0
-    assert 0.0 <= report["hit_share"]["median"] <= 1.0
-    assert "tiny:layers=2 in bfloat16 on sim:rtx4090-desktop, 2 of 6 + 4 tokens" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        command.main(["huge"])
-    assert "NAME[:layers=N]" in capsys.readouterr().err

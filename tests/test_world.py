@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.world import Predictor, invert, order_right
-from bench.world_published import WORLD, Cell, World
+from bench.world import WORLD, Cell, Predictor, World, invert, order_right
 from fiddler.cost.machine import FIGURES, machines
 from fiddler.scheduler.systems import SYSTEMS
 

@@ -13,8 +13,10 @@ import torch
 import fiddler
 from bench.contest import ours
 from bench.contest.rates import OURS, Results, speed
-from bench.contest.workload import Run, UnavailableError, Workload, decoding
-from bench.peers import Peer, forwards, open_peer
+from bench.peers import forwards
+from bench.peers.known import open_peer
+from bench.peers.peer import Peer
+from bench.workload import Run, UnavailableError, Workload, decoding
 from fiddler import Engine, EngineConfig
 
 T = TypeVar("T")

@@ -1,15 +1,14 @@
 """What the parts of a step could reach on this machine, and what they do reach."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
 from bench.contest.rates import Limit, Results
 from bench.kernels import attainable_gbs
-from bench.report import Spread, Table
+from bench.report import Spread
 from fiddler.models.loaded import ServableModel
 
 PASSES = 5
@@ -49,6 +48,21 @@ class Part:
     """What the best single kernels reach on these shapes at this row count, with nothing in between."""
     of_kernel: float
     of_ceiling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Medians over decoding steps."""
+
+    n_sequences: int
+    per_layer_us: float
+    """What a layer's call for experts takes beyond its kernels."""
+    routing_us: float
+    """Of it: grouping rows by expert and combining what comes back."""
+    kernels_us: float
+    """Of it: what kernels lose by running between other work."""
+    per_step_us: float
+    """Of a step outside the forward: scheduling, sampling, handing out tokens."""
 
 
 def sizes(loaded: ServableModel) -> Sizes:
@@ -120,53 +134,17 @@ def parts(size: Sizes, ceiling: float, results: Results, set_bytes: int) -> list
     return made
 
 
-def overhead(size: Sizes, results: Results) -> dict[str, Any]:
+def overhead(size: Sizes, results: Results) -> Overhead:
     """Return where a decoding step's time goes beside the weights, in microseconds.
 
     Per layer: the time inside the call for experts less that of the same experts' kernels alone. The dense part
     runs in between, cold, as it does in a whole model; a run without experts would find it in the caches.
     """
     n, steps, alone_s = size.n_layers, results.steps, results.alone_s
-    return asdict(
-        Overhead(
-            n_sequences=results.workload.n_sequences,
-            per_layer_us=median(s.experts_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
-            routing_us=median(s.experts_s - s.kernels_s for s in steps) / n * 1e6,
-            kernels_us=median(s.kernels_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
-            per_step_us=median(s.total_s - s.forward_s for s in steps) * 1e6,
-        )
+    return Overhead(
+        n_sequences=results.workload.n_sequences,
+        per_layer_us=median(s.experts_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
+        routing_us=median(s.experts_s - s.kernels_s for s in steps) / n * 1e6,
+        kernels_us=median(s.kernels_s - a for s, a in zip(steps, alone_s, strict=True)) / n * 1e6,
+        per_step_us=median(s.total_s - s.forward_s for s in steps) * 1e6,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Overhead:
-    """Medians over decoding steps."""
-
-    n_sequences: int
-    per_layer_us: float
-    """What a layer's call for experts takes beyond its kernels."""
-    routing_us: float
-    """Of it: grouping rows by expert and combining what comes back."""
-    kernels_us: float
-    """Of it: what kernels lose by running between other work."""
-    per_step_us: float
-    """Of a step outside the forward: scheduling, sampling, handing out tokens."""
-
-
-def parts_table(rows: Sequence[Part]) -> Table:
-    """Return title, header and rows."""
-    header = ("part of a step", "sequences", "ms", "GB/s", "best kernels GB/s", "of kernels", "of ceiling")
-    cells: list[tuple[str, ...]] = [
-        (p.part, str(p.n_sequences), f"{p.step_ms:.2f}", f"{p.gbs:.1f}", f"{p.kernel_gbs:.1f}",
-         f"{p.of_kernel:.0%}", f"{p.of_ceiling:.0%}")
-        for p in rows
-    ]  # fmt: skip
-    return "Decoding, part by part, beside its limits", header, cells
-
-
-def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return title, header and rows."""
-    header = ("microseconds", "sequences", "a layer", "routing, combining", "slower kernels", "a step outside")
-    names = ("per_layer_us", "routing_us", "kernels_us", "per_step_us")
-    cells = [("overhead", str(row["n_sequences"]), *(f"{row[name]:.0f}" for name in names)) for row in rows]
-    return "Time beside the kernels (goal: at most 150 us a layer)", header, cells

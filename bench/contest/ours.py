@@ -9,7 +9,7 @@ import anyio
 import torch
 from torch import Tensor, nn
 
-from bench.contest.workload import Run, Step, Workload
+from bench.workload import Run, Step, Workload
 from fiddler import Engine
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.lanes.channel import Channel

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from bench.contest.workload import Run, Step, Workload
 from bench.report import Spread
+from bench.workload import Run, Step, Workload
 
 OURS = "fiddler"
 

@@ -5,10 +5,9 @@ from itertools import groupby
 from math import inf
 from typing import Any
 
-from bench.contest.limits import overhead_table, parts_table
 from bench.contest.rates import OURS, Row
-from bench.peers import PEERS
-from bench.report import Spread, Table, heading, table
+from bench.peers.known import PEERS
+from bench.report import Spread, Table, listing, table
 
 CACHED_BYTES = 32 << 20
 """A model with fewer bytes of experts is not read from memory on any server's processor."""
@@ -17,14 +16,15 @@ _KEY = ("scenario", "n_sequences", "n_input", "n_output", "n_beams")
 
 def render(report: Mapping[str, Any]) -> str:
     """Return a report as text: what ran, a table for each workload, on the CPU where a step's time goes."""
-    lines = [heading(report["machine"]), _about(report), *_left_out(report["settings"]["compared"])]
+    lines = [_about(report), *_left_out(report["settings"]["compared"])]
     for _, group in groupby(report["systems"], key=lambda row: [getattr(row, name) for name in _KEY]):
         found = list(group)
         lines.append(table(*titled(found)))
         lines += [f"{row.system} did not run: {row.unavailable}" for row in found if row.unavailable is not None]
     lines += _batching(report["systems"])
     if report.get("parts"):
-        lines += [table(*parts_table(report["parts"])), table(*overhead_table(report["overhead"]))]
+        lines.append(listing("Decoding, part by part, beside its limits", report["parts"]))
+        lines.append(listing("Time beside the kernels (goal: at most 150 us a layer)", report["overhead"]))
     return "\n".join(lines)
 
 

@@ -1,14 +1,13 @@
 """Fiddler and every peer on the same weights: decoding speed, a panel a model, measured."""
 
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from bench.figures import results, style
-from bench.values import Record
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from bench.figures import sources, style
+from bench.report import Record
 
 MODELS = ("qwen3", "mixtral", "demo")
 OURS = "fiddler"
@@ -24,18 +23,18 @@ Speeds = Mapping[tuple[str, str], Record]
 """The spread of tokens per second by system and load."""
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed runs."""
-    return picture([results.measured(f"latency-{model}") for model in MODELS])
+    return picture([sources.measured(f"latency-{model}") for model in MODELS])
 
 
-def picture(reports: Sequence[Record]) -> "Figure":
+def picture(reports: Sequence[Record]) -> Figure:
     """Return the picture of reports of `bench.latency`, which should be of one machine."""
     found = [speeds(report) for report in reports]
     systems = list(dict.fromkeys(row.system for report in reports for row in report.systems))[::-1]
     loads = list(dict.fromkeys(load for own in found for _, load in own))
     lines = (
-        f"{results.measured_on(reports[0])}.",
+        f"{sources.measured_on(reports[0])}.",
         "Tokens after the first of each sequence; medians, bars from low to high, systems in turns in one run.",
     )
     height = MARGINS_INCHES + ROW_INCHES * len(systems) * len(loads)
@@ -65,7 +64,7 @@ def _title(report: Record) -> str:
     return f"{report.settings.model}, {report.model.n_layers} layers{threads}"
 
 
-def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[str], asked: Container[str]) -> None:
+def _panel(axes: Axes, own: Speeds, systems: Sequence[str], loads: Sequence[str], asked: Container[str]) -> None:
     style.rows(axes, systems, OURS)
     axes.set_ylim(-0.5, len(systems) - 0.5)
     for (system, load), speed in own.items():
@@ -80,7 +79,7 @@ def _panel(axes: "Axes", own: Speeds, systems: Sequence[str], loads: Sequence[st
     _scale(axes, min(speed.low for speed in own.values()), max(speed.high for speed in own.values()))
 
 
-def _scale(axes: "Axes", low: float, high: float) -> None:
+def _scale(axes: Axes, low: float, high: float) -> None:
     """Leave room for a number to the right of the fastest."""
     span = high / low
     low, high = low / span**0.1, high * span**0.32
@@ -89,7 +88,7 @@ def _scale(axes: "Axes", low: float, high: float) -> None:
     style.log_ticks(axes.xaxis, style.round_numbers(low, high, most=5))
 
 
-def _dot(axes: "Axes", row: float, speed: Record, marker: str, *, ours: bool) -> None:
+def _dot(axes: Axes, row: float, speed: Record, marker: str, *, ours: bool) -> None:
     """Draw one system's median with its number, and a bar from low to high."""
     colour = style.OURS if ours else style.GREY
     axes.plot([speed.low, speed.high], [row, row], color=colour, lw=1.5)
@@ -112,8 +111,6 @@ def _face(marker: str, colour: str) -> str:
 
 
 def _legend(loads: Sequence[str]) -> list[object]:
-    from matplotlib.lines import Line2D
-
     return [
         Line2D([], [], ls="", marker=marker, color=style.GREY, mfc=_face(marker, style.GREY), label=load)
         for marker, load in zip(MARKERS, loads, strict=False)

@@ -1,7 +1,8 @@
 """Reads by cache policy and size: what `fiddler replay bench/traces/demo.safetensors --plot` draws."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from bench.figures import style
 from fiddler.cli import curves
@@ -9,14 +10,11 @@ from fiddler.cli.notes import Notes
 from fiddler.cli.replay import CacheOptions, replays
 from fiddler.store.routing import load
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 TRACE = Path(__file__).resolve().parents[1] / "traces" / "demo.safetensors"
 CACHE = CacheOptions()
 HEIGHT = 5.2
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of every policy."""
     return style.framed(curves.draw(replays([(TRACE.name, load(TRACE))], CACHE, Notes(quiet=True))), HEIGHT)

@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from math import log
-from typing import TYPE_CHECKING
 
-from bench.figures import cells, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.figures import sources, style
+from bench.report import Record
 from fiddler.cli.curves import spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from bench.policies import Cell
 
 BOUND = "bound"
 LOOKS = {
@@ -28,12 +25,12 @@ GAP = 0.075
 """Between two names, as a share of a panel's height."""
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed run."""
-    found = cells.shown(cells.load())
-    lines = (f"{cells.WHERE} Pale: other systems.", cells.BOUND)
+    found = sources.shown(sources.load())
+    lines = (f"{sources.WHERE} Pale: other systems.", sources.BOUND)
     figure = style.figure(6.8, "Tokens per second by the share of experts on the GPU", lines)
-    models = cells.models(found)
+    models = sources.models(found)
     panels = figure.subplots(-(-len(models) // 2), 2, sharex=True, squeeze=False)
     for axes, model in zip(panels.flat, models, strict=True):
         _panel(axes, [cell for cell in found if cell.place.model == model])
@@ -42,8 +39,8 @@ def draw() -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", place: "Sequence[Cell]") -> None:
-    shares, lines = cells.shares(place), _lines(place)
+def _panel(axes: Axes, place: Sequence[Record]) -> None:
+    shares, lines = sources.shares(place), _lines(place)
     for name, speeds in lines.items():
         axes.plot(shares, speeds, **LOOKS.get(name, OTHERS))
     lowest, highest = min(map(min, lines.values())) / 1.1, max(map(max, lines.values())) * 1.1
@@ -57,16 +54,16 @@ def _panel(axes: "Axes", place: "Sequence[Cell]") -> None:
     _names(axes, {name: speeds[-1] for name, speeds in lines.items() if name in LOOKS}, shares[-1])
 
 
-def _lines(place: "Sequence[Cell]") -> dict[str, list[float]]:
+def _lines(place: Sequence[Record]) -> dict[str, list[float]]:
     """Return speeds by share, of every system and of the bound."""
     ordered = sorted(place, key=lambda cell: cell.place.resident)
-    lines = {BOUND: [cells.bound(cell) for cell in ordered if cell.system == cells.OURS]}
-    for system in cells.ranked(place)[::-1]:
+    lines = {BOUND: [sources.bound(cell) for cell in ordered if cell.system == sources.OURS]}
+    for system in sources.ranked(place)[::-1]:
         lines[system] = [cell.tokens_per_s for cell in ordered if cell.system == system]
     return lines
 
 
-def _names(axes: "Axes", ends: dict[str, float], last: float) -> None:
+def _names(axes: Axes, ends: dict[str, float], last: float) -> None:
     """Name the lines where they end, apart from each other."""
     low, high = (log(limit) for limit in axes.get_ylim())
     names = sorted(ends, key=ends.__getitem__)
@@ -81,6 +78,6 @@ def _names(axes: "Axes", ends: dict[str, float], last: float) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=style.SMALL,
-            fontweight="bold" if name == cells.OURS else "normal",
+            fontweight="bold" if name == sources.OURS else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "relpos": (0, 0.5), "shrinkB": 4},
         )

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import atan, degrees
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bench.figures import results, style
-from bench.values import Record
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from bench.figures import sources, style
+from bench.report import Record
 
 LOOKS = ((style.GREEN, "o"), (style.BLUE, "s"), (style.PURPLE, "^"))
 """Colour and marker, by shape."""
@@ -41,19 +40,19 @@ class Roof:
         return by_memory if self.gflops is None else min(by_memory, self.gflops)
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed measurement."""
-    return picture(results.measured("kernels"))
+    return picture(sources.measured("kernels"))
 
 
-def picture(report: Record) -> "Figure":
+def picture(report: Record) -> Figure:
     """Return the picture of a report of `bench.kernels`.
 
     A row costs 2 operations a weight, and a bfloat16 weight, read once, is 2 bytes: an expert's FLOP/byte are its
     rows, and its GFLOP/s are rows times the GB/s of weights.
     """
     lines = (
-        f"{results.measured_on(report)}.",
+        f"{sources.measured_on(report)}.",
         "Whole SwiGLU experts in bfloat16, read from memory, not from a cache; medians, bars from low to high.",
     )
     figure = style.figure(4.6, "Experts on the CPU under the machine's roofs", lines)
@@ -81,7 +80,7 @@ def by_shape(report: Record) -> dict[str, dict[int, dict[str, float]]]:
     return found
 
 
-def _rows(axes: "Axes", rows: Sequence[int]) -> None:
+def _rows(axes: Axes, rows: Sequence[int]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(rows[0] / AIR, rows[-1] * AIR)
     style.log_ticks(axes.xaxis, rows)
@@ -89,14 +88,14 @@ def _rows(axes: "Axes", rows: Sequence[int]) -> None:
     axes.grid()
 
 
-def _line(axes: "Axes", speeds: Mapping[int, Mapping[str, float]], units: Mapping[int, float], **look: Any) -> None:
+def _line(axes: Axes, speeds: Mapping[int, Mapping[str, float]], units: Mapping[int, float], **look: Any) -> None:
     """Draw speeds by rows, each in a unit of its own."""
     middle, low, high = ([s[name] / units[n] for n, s in speeds.items()] for name in ("median", "low", "high"))
     below, above = ([abs(a - b) for a, b in zip(middle, ends, strict=True)] for ends in (low, high))
     axes.errorbar([*speeds], middle, (below, above), ms=6, lw=1.5, capsize=3, **look)
 
 
-def _attained(axes: "Axes", roof: Roof) -> None:
+def _attained(axes: Axes, roof: Roof) -> None:
     """Draw what memory allows, and what the matrix units do, over what was attained."""
     first, last = axes.get_xlim()
     low, high = axes.dataLim.y0 / AIR, roof.at(last) * AIR

@@ -4,14 +4,13 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
@@ -52,18 +51,14 @@ _HEADING_INCHES, _LINE_INCHES, _GAP_INCHES = 0.36, 0.18, 0.06
 @contextmanager
 def applied() -> Generator[None]:
     """Draw in this style, whatever the user's matplotlib is set to."""
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_LOOK)
         yield
 
 
-def figure(height: float, title: str, lines: Sequence[str]) -> "Figure":
+def figure(height: float, title: str, lines: Sequence[str]) -> Figure:
     """Return an empty picture, `height` inches high, with its title and some lines under it."""
-    from matplotlib.figure import Figure
-
     made = Figure(figsize=(WIDTH, height), layout="constrained")
     top = _HEADING_INCHES + _LINE_INCHES * len(lines) + _GAP_INCHES
     made.get_layout_engine().set(rect=(0.0, 0.0, 1.0, 1.0 - top / height))
@@ -74,14 +69,14 @@ def figure(height: float, title: str, lines: Sequence[str]) -> "Figure":
     return made
 
 
-def labels(made: "Figure", x: str, y: str | None = None) -> None:
+def labels(made: Figure, x: str, y: str | None = None) -> None:
     """Name the axes that all panels share."""
     made.supxlabel(x, fontsize=SMALL)
     if y is not None:
         made.supylabel(y, fontsize=SMALL, y=made.get_layout_engine().get()["rect"][3] / 2)
 
 
-def rows(axes: "Axes", names: Sequence[str], bold: str) -> None:
+def rows(axes: Axes, names: Sequence[str], bold: str) -> None:
     """Make the y axis a list of names, the first at the bottom, and one of them bold."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
@@ -91,7 +86,7 @@ def rows(axes: "Axes", names: Sequence[str], bold: str) -> None:
         label.set_fontweight("bold" if label.get_text() == bold else "normal")
 
 
-def framed(picture: "Figure", height: float) -> "Figure":
+def framed(picture: Figure, height: float) -> Figure:
     """Return a picture that the command line draws, as wide as the others and with as much air around it."""
     picture.set_size_inches(WIDTH, height)
     picture.get_layout_engine().set(h_pad=0.06)
@@ -107,14 +102,14 @@ def round_numbers(low: float, high: float, most: int = 8) -> list[float]:
     return found
 
 
-def log_ticks(axis: "Axis", ticks: Sequence[float]) -> None:
+def log_ticks(axis: Axis, ticks: Sequence[float]) -> None:
     """Put plain numbers on a logarithmic axis."""
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
 
-def save(picture: "Figure", file: Path) -> Path:
+def save(picture: Figure, file: Path) -> Path:
     """Write a picture without date and version, so that the same picture is the same bytes; return the file."""
     nothing = {"Date": None, "Creator": None} if file.suffix == ".svg" else {"Software": None}
     with applied():

@@ -1,30 +1,27 @@
 """Every system in every place: tokens per second, a column a model, a row a share of experts on the GPU."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from bench.figures import cells, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from bench.policies import Cell
+from bench.figures import sources, style
+from bench.report import Record
 
 MARGIN = 1.25
 """Left and right of what is shown, as a factor."""
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of the committed run."""
-    return picture(cells.load())
+    return picture(sources.load())
 
 
-def picture(run: "Sequence[Cell]") -> "Figure":
-    """Return the picture of a run of `bench.policies`. Raises `ValueError` as `cells.shown` does."""
-    found = cells.shown(run)
-    models, shares, order = cells.models(found), cells.shares(found), cells.ranked(found)[::-1]
-    figure = style.figure(7.0, f"Tokens per second by {len(order)} systems' rules", (cells.WHERE, cells.BOUND))
+def picture(run: Sequence[Record]) -> Figure:
+    """Return the picture of a run of `bench.policies`. Raises `ValueError` as `sources.shown` does."""
+    found = sources.shown(run)
+    models, shares, order = sources.models(found), sources.shares(found), sources.ranked(found)[::-1]
+    figure = style.figure(7.0, f"Tokens per second by {len(order)} systems' rules", (sources.WHERE, sources.BOUND))
     panels = figure.subplots(len(shares), len(models), sharex="col", sharey=True, squeeze=False)
     for line, share in zip(panels, shares, strict=True):
         for axes, model in zip(line, models, strict=True):
@@ -38,20 +35,22 @@ def picture(run: "Sequence[Cell]") -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", place: "Mapping[str, Cell]", order: Sequence[str]) -> None:
+def _panel(axes: Axes, place: Mapping[str, Record], order: Sequence[str]) -> None:
     for row, system in enumerate(order):
-        ours = system == cells.OURS
+        ours = system == sources.OURS
         speed = place[system].tokens_per_s
         axes.plot(speed, row, "D" if ours else "o", color=style.OURS if ours else style.GREY, ms=7 if ours else 5.5)
-    if cells.OURS in place:
-        axes.axvline(cells.bound(place[cells.OURS]), color=style.BOUND, ls="--", lw=1.5, zorder=1)
-    style.rows(axes, order, cells.OURS)
+    if sources.OURS in place:
+        axes.axvline(sources.bound(place[sources.OURS]), color=style.BOUND, ls="--", lw=1.5, zorder=1)
+    style.rows(axes, order, sources.OURS)
 
 
-def _scale(axes: "Axes", column: "Sequence[Cell]") -> None:
+def _scale(axes: Axes, column: Sequence[Record]) -> None:
     """Let a model's panels show all its speeds and bounds."""
     low = min(cell.tokens_per_s for cell in column) / MARGIN
-    high = max(cells.bound(cell) if cell.system == cells.OURS else cell.tokens_per_s for cell in column) * MARGIN
+    high = (
+        max(sources.bound(cell) if cell.system == sources.OURS else cell.tokens_per_s for cell in column) * MARGIN
+    )
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     style.log_ticks(axes.xaxis, style.round_numbers(low, high, most=5))

@@ -1,6 +1,6 @@
 """What each lane does when, in a few layers of a simulated run; `fiddler simulate --timeline` draws others."""
 
-from typing import TYPE_CHECKING
+from matplotlib.figure import Figure
 
 from bench.figures import style
 from fiddler.cache.recorded import Recording, guesses
@@ -12,9 +12,6 @@ from fiddler.engine.simulation import Setting, simulate
 from fiddler.scheduler.systems import SYSTEMS
 from fiddler.trace import Trace
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
 RESIDENT = 0.25
 N_SEQUENCES, N_PROMPT, N_NEW = 2, 128, 64
@@ -22,7 +19,7 @@ LENGTH_S = 6e-3
 HEIGHT = 4.4
 
 
-def draw() -> "Figure":
+def draw() -> Figure:
     """Return the picture of a window that shows two waves."""
     shape, machine = ModelShape.load(MODEL), Machine.load(MACHINE)
     slots = n_slots(shape, machine, share=RESIDENT)

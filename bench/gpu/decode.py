@@ -14,15 +14,17 @@ from typing import Any
 
 import anyio
 
-from bench.gpu import bounds, llama
-from bench.gpu.bounds import Rates
+from bench.gpu import llama
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
-from bench.gpu.facts import rates_of
+from bench.gpu.facts import Rates, rates_of
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
-from bench.gpu.systems import options
 from fiddler import Engine
+from fiddler.cost.lanes import LANES
+from fiddler.cost.shape import ModelShape
+from fiddler.engine.bounds import Bound
+from fiddler.scheduler.systems import system
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -47,13 +49,19 @@ class _Cell:
     first_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     unavailable: str | None = None
 
+    def about(self) -> dict[str, Any]:
+        """Return all but the readings."""
+        opening_s = spread(self.opening_s) if self.opening_s else None
+        about = {"n_slots": self.n_slots, "gpu_bytes": self.gpu_bytes, "unavailable": self.unavailable}
+        return {**about, "n_turns": len(self.opening_s), "opening_s": opening_s}
+
 
 @dataclass(slots=True)
 class Decoding:
     """All readings of a run."""
 
     ctx: Context
-    rates: dict[str, Rates]
+    rates: Rates
     cells: dict[tuple[str, float, str], _Cell] = field(default_factory=lambda: defaultdict(_Cell))
 
     def place(self, place: Place, until_s: float) -> None:
@@ -84,12 +92,16 @@ class Decoding:
 
     def rows(self) -> dict[str, Any]:
         """Return every cell's rows."""
-        items = list(self.cells.items())
-        return {
-            "places": [_about(key, cell) for key, cell in items],
-            "decode": [row for key, cell in items for row in self._decoded(key, cell)],
-            "first_token": [row for key, cell in items for row in _first(key, cell)],
-        }
+        found: dict[str, list[dict[str, Any]]] = {"places": [], "decode": [], "first_token": []}
+        for (spec, budget, name), cell in self.cells.items():
+            place = {"model": spec, "budget_gib": budget, "system": name}
+            found["places"].append({**place, "n_experts": sizes_of(spec).total_experts, **cell.about()})
+            found["decode"] += ({**place, **row} for row in self._decoded(spec, cell))
+            found["first_token"] += (
+                {**place, "n_prompt": n_prompt, "n_readings": len(seconds), "first_token_s": spread(seconds)}
+                for n_prompt, seconds in cell.first_s.items()
+            )
+        return found
 
     def _turn(self, place: Place, name: str, *, first: bool) -> None:
         cell = self.cells[*place, name]
@@ -105,7 +117,7 @@ class Decoding:
     async def _open(self, place: Place, name: str, cell: _Cell, first: bool) -> None:
         ctx, (spec, budget) = self.ctx, place
         free, began_s = ctx.gpu.memory().free, perf_counter()
-        async with Engine(ctx.shelf.loader(spec), ctx.engine(budget, **options(name))) as engine:
+        async with Engine(ctx.shelf.loader(spec), ctx.engine(budget, **options_of(name))) as engine:
             cell.opening_s.append(perf_counter() - began_s)
             cell.n_slots = engine.statistics().n_slots
             asking = _Asking(engine, ctx, vocabulary(spec))
@@ -119,41 +131,31 @@ class Decoding:
             if first:
                 await _firsts(asking, ctx, cell)
 
-    def _decoded(self, key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
-        spec, budget, name = key
+    def _decoded(self, spec: str, cell: _Cell) -> Iterator[dict[str, Any]]:
         for n, every in cell.decoded.items():
             readings = [reading for reading in every if reading.tokens_per_s is not None]
             if not readings:
                 continue
             known = [reading.hits for reading in readings if reading.hits is not None]
             yield {
-                "model": spec,
-                "budget_gib": budget,
-                "system": name,
                 "n_sequences": n,
                 "n_readings": len(readings),
                 "tokens_per_s": spread(r.tokens_per_s for r in readings if r.tokens_per_s is not None),
                 "hits": spread(known) if known else None,
                 "read_bytes_per_token": {
-                    lane: spread(reading.read_bytes[lane] for reading in readings)
-                    for lane in ("cpu", "gpu", "link")
+                    lane: spread(reading.read_bytes[lane] for reading in readings) for lane in LANES
                 },
-                **self._of_bounds(spec, n, readings),
+                **self._of_bound(spec, n, readings),
             }
 
-    def _of_bounds(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
-        if not all(bounds.knows_bytes(reading, n) for reading in readings):
-            return {"of_bound": None, "of_kernel_bound": None, "bound_s": None}
-        shape, sizes, shares, longest = sizes_of(spec), self.ctx.sizes, {}, None
-        for kind, per_s in self.rates.items():
-            found = [bounds.bound(r, shape, n, sizes.n_prompt + (1 + r.n_tokens / n) / 2, per_s) for r in readings]
-            shares[kind] = spread(
-                one.seconds * (reading.tokens_per_s or 0.0) for one, reading in zip(found, readings, strict=True)
-            )
-            longest = longest or {
-                lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in ("cpu", "link", "gpu")
-            }
-        return {"of_bound": shares["ceilings"], "of_kernel_bound": shares["kernels"], "bound_s": longest}
+    def _of_bound(self, spec: str, n: int, readings: list[Reading]) -> dict[str, Any]:
+        if not all(knows_bytes(reading, n) for reading in readings):
+            return {"of_bound": None, "bound_s": None}
+        shape, n_prompt = sizes_of(spec), self.ctx.sizes.n_prompt
+        found = [bound(r, shape, n, n_prompt + (1 + r.n_tokens / n) / 2, self.rates) for r in readings]
+        shares = [b.seconds * (r.tokens_per_s or 0.0) for b, r in zip(found, readings, strict=True)]
+        lanes = {lane: spread(getattr(b, f"{lane}_s") for b in found) for lane in LANES}
+        return {"of_bound": spread(shares), "bound_s": lanes}
 
 
 @dataclass(slots=True)
@@ -201,29 +203,48 @@ def decode(ctx: Context) -> dict[str, Any]:
     return decoding.rows()
 
 
-def _about(key: tuple[str, float, str], cell: _Cell) -> dict[str, Any]:
-    spec, budget, name = key
-    return {
-        "model": spec,
-        "budget_gib": budget,
-        "system": name,
-        "n_slots": cell.n_slots,
-        "n_experts": sizes_of(spec).total_experts,
-        "gpu_bytes": cell.gpu_bytes,
-        "n_turns": len(cell.opening_s),
-        "opening_s": spread(cell.opening_s) if cell.opening_s else None,
-        "unavailable": cell.unavailable,
-    }
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of `EngineConfig` that make an engine decide as a system does. Raises `ConfigError`.
+
+    One engine, one cache, one set of kernels, other decisions. Not as in the originals: fiddler-2024 overlaps CPU
+    and GPU, and places experts uniformly and not by popularity; who streams experts through buffers of its own
+    passes them through our cache, which admits by its policy; ktransformers' one graph a step, AMX kernels
+    and deferral are not there. The real llama.cpp is `bench.gpu.llama`.
+    """
+    placed = system(name)
+    names = ("planner", "policy", "half_life", "prefetch", "promote", "waves")
+    chosen = {option: getattr(placed, option) for option in names}
+    return chosen | ({"slots": 0} if placed.order == "nobody" else {})
 
 
-def _first(key: tuple[str, float, str], cell: _Cell) -> Iterator[dict[str, Any]]:
-    spec, budget, name = key
-    for n_prompt, seconds in cell.first_s.items():
-        yield {
-            "model": spec,
-            "budget_gib": budget,
-            "system": name,
-            "n_prompt": n_prompt,
-            "n_readings": len(seconds),
-            "first_token_s": spread(seconds),
-        }
+def bound(reading: Reading, shape: ModelShape, n_sequences: int, context: float, per_s: Rates) -> Bound:
+    """Return the bound for a token; `context` is the mean number of tokens that a sequence attends to.
+
+    The longest of three reads of the bytes that were really read, each at its full rate: the ceilings that `facts`
+    measures in the same run. The CPU and the link share one memory, which is not counted. The dense part counts
+    once a step, less the embedding, of which a token reads a row; keys and values once a step and sequence.
+    """
+    dense = shape.resident_bytes - (0 if shape.tied else shape.head_bytes)
+    kept = n_sequences * context * (shape.n_layers + shape.n_dense_layers) * shape.kv_bytes_per_token
+    read = reading.read_bytes
+    return Bound(
+        read["cpu"] / per_s.cpu,
+        # A promotion counts when it starts, and may still be under way at the end: no more than was moved.
+        min(read["link"] / per_s.link, reading.busy_s["link"]),
+        (_gpu_bytes(reading, shape, n_sequences) + (dense + kept) / n_sequences) / per_s.gpu,
+    )
+
+
+def _gpu_bytes(reading: Reading, shape: ModelShape, n_sequences: int) -> float:
+    """Return the experts' bytes that the GPU read for a token.
+
+    Where every expert is in a slot nobody counts them; for one sequence they are known all the same.
+    """
+    if reading.hits is None and n_sequences == 1:
+        return shape.n_layers * shape.top_k * shape.expert_bytes
+    return reading.read_bytes["gpu"]
+
+
+def knows_bytes(reading: Reading, n_sequences: int) -> bool:
+    """Whether a reading says what was read."""
+    return reading.hits is not None or n_sequences == 1

@@ -1,15 +1,24 @@
-"""The GPU by itself: what it reads and multiplies at most, and what launches take."""
+"""Host and GPU by themselves: what each reads and multiplies at most, what the link carries, what launches take."""
 
-from collections.abc import Callable
-from importlib import import_module
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bench import kernels
 from bench.gpu.clock import Work, spread, took, until
 from bench.gpu.context import Context
+from bench.report import Spread
+from fiddler.config import EngineConfig
+from fiddler.devices.calibrate import calibrated_kernels
+from fiddler.devices.gpu import Gpu, Stream
 
+MOST_ROWS = 16
+TINY = (64, 32)
+"""(hidden, intermediate) of experts whose weights take no time to read."""
+TOGETHER = 4
+"""Copies that are queued at once, so that the link does not rest between them."""
 N_KERNELS = 40
 """Of a graph: about as many as a layer's dense part has."""
 
@@ -48,25 +57,23 @@ def multiplying(ctx: Context) -> dict[str, Any]:
     return {"size": n, "flop_per_s": max(2.0 * n**3 / seconds for seconds in taken)}
 
 
-def launches(ctx: Context) -> dict[str, Any]:
-    """Measure launches in a row: what one keeps the host for, and how far apart the GPU gets to them.
+def link(ctx: Context) -> dict[str, Any]:
+    """Measure copies of `copy_bytes` from and to pinned memory; GB/s."""
+    gpu, n, passes = ctx.gpu, ctx.sizes.copy_bytes, ctx.sizes.passes
+    host, there = gpu.pinned(n, dtype=torch.uint8).fill_(1), torch.empty(n, dtype=torch.uint8, device=gpu.device)
+    up = [_gbs(gpu, gpu.link, there, host) for _ in range(passes)]
+    down = [_gbs(gpu, gpu.down, host, there) for _ in range(passes)]
+    return {"copy_bytes": n, "to_gpu_gbs": spread(up), "to_host_gbs": spread(down)}
 
-    Of a kernel of Triton's, of one of torch's, and of a graph of `N_KERNELS` of torch's.
-    """
-    gpu, n = ctx.gpu, ctx.sizes.launches
-    x = torch.zeros(1, device=gpu.device)
-    ways: dict[str, Callable[[], Work]] = {
-        "torch kernel": lambda: lambda: x.add_(1.0),
-        "triton kernel": lambda: _triton(ctx, x),
-        "graph": lambda: _graph(ctx, x),
-    }
-    found = dict[str, Any]()
-    for name, make in ways.items():
-        try:
-            found[name] = _launched(ctx, make(), n)
-        except Exception as error:  # each has its own: no Triton, no compiler, what cannot be recorded
-            found[name] = {"unavailable": f"{type(error).__name__}: {error}"}
-    return {"n_launches": n, "n_kernels_of_graph": N_KERNELS, **found}
+
+def _gbs(gpu: Gpu, stream: Stream, to: Tensor, source: Tensor) -> float:
+    return to.nbytes / took(gpu, stream, lambda: to.copy_(source, non_blocking=True), TOGETHER) / 1e9
+
+
+def launches(ctx: Context) -> dict[str, Any]:
+    """Measure replays of a graph of `N_KERNELS` in a row: what one keeps the host for, and the GPU."""
+    graph = _launched(ctx, _graph(ctx, torch.zeros(1, device=ctx.gpu.device)), ctx.sizes.launches)
+    return {"n_launches": ctx.sizes.launches, "n_kernels_of_graph": N_KERNELS, "graph": graph}
 
 
 def _launched(ctx: Context, work: Work, n: int) -> dict[str, float]:
@@ -80,13 +87,6 @@ def _launched(ctx: Context, work: Work, n: int) -> dict[str, float]:
     return {"host_s": host_s / n, "gpu_s": until(gpu.main.mark()).since(until(began)) / n}
 
 
-def _triton(ctx: Context, x: torch.Tensor) -> Work:
-    if ctx.gpu.device.type != "cuda":
-        raise RuntimeError(f"Triton has no kernels for {ctx.gpu.device}")
-    touch: Any = import_module("bench.gpu.empty_kernel").touch
-    return lambda: touch[(1,)](x)
-
-
 def _graph(ctx: Context, x: torch.Tensor) -> Work:
     def kernels() -> None:
         for _ in range(N_KERNELS):
@@ -95,3 +95,36 @@ def _graph(ctx: Context, x: torch.Tensor) -> Work:
     ctx.gpu.launch(kernels)
     graph, _ = ctx.gpu.capture(ctx.gpu.pool(), kernels)
     return graph.replay
+
+
+def host(ctx: Context) -> dict[str, Any]:
+    """Measure what the host reads and multiplies at most: the best pass of several ways, in a thread of its own."""
+    found = kernels.ceilings_aside(ctx.sizes.read_bytes)
+    return {
+        "read_gbs": found.gbs,
+        "ways_to_read": {way: spread([one.low, one.median, one.high]) for way, one in found.ways_to_read.items()},
+        "flop_per_s": found.flop_per_s,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def experts(ctx: Context) -> list[dict[str, Any]]:
+    """Measure whole experts by shape and rows; GB/s of their weights. As `bench.kernels` does."""
+    sizes, found = ctx.sizes, list[dict[str, Any]]()
+    for name, shape in sizes.shapes.items():
+        for n_rows in [n for n in sizes.rows if n <= MOST_ROWS]:
+            gbs = _rate(shape, n_rows, sizes.read_bytes, sizes.passes)
+            found.append({"shape": name, "n_rows": n_rows, "gbs": spread([gbs.low, gbs.median, gbs.high])})
+    return found
+
+
+def dispatch(ctx: Context) -> dict[str, Any]:
+    """Measure an expert whose weights take no time: what is left is the host's own."""
+    gbs = _rate(TINY, 1, 1, max(ctx.sizes.passes * 20, 20))
+    return {"expert_s": kernels.expert(*TINY).nbytes / gbs.median / 1e9}
+
+
+def _rate(shape: tuple[int, int], n_rows: int, nbytes: int, passes: int) -> Spread:
+    sample = kernels.expert(*shape)
+    picked = calibrated_kernels([*sample.up, sample.down], EngineConfig())
+    return kernels.expert_rate(*shape, n_rows, picked, nbytes, passes)

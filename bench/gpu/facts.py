@@ -1,26 +1,27 @@
 """What the machine can do: the link, the host, the GPU, an engine's graphs. Each section fails alone."""
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu import bounds, described, device, host, link, recording, slots
-from bench.gpu.bounds import Rates
+from bench import machine
+from bench.gpu import device, recording, slots
 from bench.gpu.context import Context, said
+from fiddler.cost.machine import Machine
 
 Section = Callable[[Context], Any]
 SECTIONS: Mapping[str, Section] = {
-    "link": link.link,
-    "beside": link.beside,
-    "pageable": link.pageable,
-    "pinning": link.pinning,
-    "host": host.host,
-    "host_experts": host.experts,
-    "dispatch": host.dispatch,
+    "link": device.link,
+    "host": device.host,
+    "host_experts": device.experts,
+    "dispatch": device.dispatch,
     "gpu": device.reading,
     "multiplying": device.multiplying,
     "launches": device.launches,
@@ -28,8 +29,25 @@ SECTIONS: Mapping[str, Section] = {
     "slot_launch": slots.launch,
     "recording": recording.recording,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What bounds go by, bytes a second."""
+
+    cpu: float
+    link: float
+    gpu: float
+
+
 NEEDED = ("link", "host", "host_experts", "gpu", "slot_experts")
 """By `rates`."""
+
+
+Figure = tuple[float, str]
+"""A value, and how it was measured."""
+FEW_ROWS = 4
+"""Experts of up to so many rows are bound by their weights."""
 
 
 def facts(ctx: Context) -> dict[str, Any]:
@@ -37,13 +55,12 @@ def facts(ctx: Context) -> dict[str, Any]:
     found = _sections(ctx, SECTIONS)
     try:
         found["rates"] = _rates(found)
-        ceiling_gbs = found["rates"]["ceilings"]["cpu"] / 1e9
         for row in found["host_experts"]:
-            row["of_ceiling"] = row["gbs"]["median"] / ceiling_gbs
+            row["of_ceiling"] = row["gbs"]["median"] / found["rates"]["cpu"] * 1e9
         host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = {"gpu": ctx.gpu.memory().total, "host": host_bytes}
         file = ctx.beside / f"machine-{ctx.label}.json"
-        described.write(file, described.figures(found, memory), ctx.gpu.name)
+        write_machine(file, figures(found, memory), ctx.gpu.name)
         found["machine_file"] = f"{ctx.beside.name}/{file.name}"
     except Exception as error:  # whatever is missing, what there is counts
         found["failed"] = {**found.get("failed", {}), "machine": said(error)}
@@ -64,22 +81,18 @@ def _sections(ctx: Context, asked: Mapping[str, Section]) -> dict[str, Any]:
     return found
 
 
-def _rates(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the rates that bounds go by, bytes a second; see `bench.gpu.bounds`."""
-    link_gbs = found["link"]["to_gpu_gbs"]
+def _rates(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the rates that bounds go by, bytes a second."""
     # An expert's kernels may read faster than any of the plain ways: then they are the ceiling.
-    cpu, gpu = described.best(found["host_experts"])[0], described.best(found["slot_experts"])[0]
-    return {
-        "ceilings": {
-            "cpu": max(found["host"]["read_gbs"], cpu) * 1e9,
-            "link": link_gbs["high"] * 1e9,
-            "gpu": max(found["gpu"]["read_gbs"], gpu) * 1e9,
-        },
-        "kernels": {"cpu": cpu * 1e9, "link": link_gbs["median"] * 1e9, "gpu": gpu * 1e9},
+    gbs = {
+        "cpu": max(found["host"]["read_gbs"], best(found["host_experts"])[0]),
+        "link": found["link"]["to_gpu_gbs"]["high"],
+        "gpu": max(found["gpu"]["read_gbs"], best(found["slot_experts"])[0]),
     }
+    return {reader: 1e9 * rate for reader, rate in gbs.items()}
 
 
-def rates_of(ctx: Context) -> dict[str, Rates]:
+def rates_of(ctx: Context) -> Rates:
     """Return the rates that a run before has found on this machine, or measure them now."""
     known = ctx.known("facts")
     if known is None or "rates" not in known:
@@ -87,4 +100,60 @@ def rates_of(ctx: Context) -> dict[str, Rates]:
         ctx.keep("facts", rates=_rates(found))
         known = ctx.known("facts")
     assert known is not None
-    return bounds.rates(known)
+    return Rates(**known["rates"])
+
+
+def figures(found: Mapping[str, Any], memory: Mapping[str, int]) -> dict[str, Figure]:
+    """Return a machine's figures.
+
+    Raises `KeyError` for a section that is missing, or `ValueError` for an empty one.
+    """
+    link, recording = found["link"], found["recording"]
+    launch = found["launches"]["graph"]
+    calibrated = f"the engine's calibration of {recording['model']}"
+    n_kernels = found["launches"]["n_kernels_of_graph"]
+    cpu, gpu = best(found["host_experts"]), best(found["slot_experts"])
+    return {
+        "cpu_read_bytes_per_s": (cpu[0] * 1e9, f"whole experts on the host, {cpu[1]}"),
+        "cpu_flop_per_s": (found["host"]["flop_per_s"], "the best pass of a large bf16 product"),
+        "link_bytes_per_s": (link["to_gpu_gbs"]["median"] * 1e9, "copies from pinned memory, alone"),
+        "cpu_slowdown_beside_link": (recording["cpu_slowdown_beside_link"], calibrated),
+        "link_slowdown_beside_cpu": (recording["link_slowdown_beside_cpu"], calibrated),
+        "gpu_read_bytes_per_s": (gpu[0] * 1e9, f"experts in slots, {gpu[1]}"),
+        "gpu_flop_per_s": (found["multiplying"]["flop_per_s"], "the best pass of a large bf16 product"),
+        "gpu_bytes": (float(memory["gpu"]), "what the driver says of all of it"),
+        "host_bytes": (float(memory["host"]), "what the system says of all of it"),
+        "gpu_expert_launch_s": (
+            found["slot_launch"]["expert_s"],
+            "tiny experts in slots, from rest, by the best path",
+        ),
+        "cpu_expert_dispatch_s": (found["dispatch"]["expert_s"], "tiny experts on the host"),
+        "dense_launch_s": (
+            max(launch["gpu_s"], launch["host_s"]),
+            f"replays of a graph of {n_kernels} small kernels, one behind the other",
+        ),
+        "host_layer_s": (recording["host_layer_s"], calibrated),
+        "move_fixed_s": (recording["move_fixed_s"], calibrated),
+    }
+
+
+def best(rows: list[Mapping[str, Any]]) -> tuple[float, str]:
+    """Return the highest median GB/s of experts with few rows, and whose it is. Raises `ValueError` without any."""
+    few = [row for row in rows if row.get("gbs") and row["n_rows"] <= FEW_ROWS]
+    if not few:
+        raise ValueError(f"no experts of at most {FEW_ROWS} rows were measured")
+    row = max(few, key=lambda row: row["gbs"]["median"])
+    path = f", path {row['path']}" if "path" in row else ""
+    return row["gbs"]["median"], f"the best of few rows: {row['shape']}, {row['n_rows']} rows{path}"
+
+
+def write_machine(file: Path, found: Mapping[str, Figure], gpu_name: str) -> Machine:
+    """Write the description, and read it back as the simulator does. Raises `ConfigError` for what it refuses."""
+    about = machine.describe()
+    where = f"measured by bench.gpu at {about['commit'] or 'no commit'}, {about['date']}"
+    value: dict[str, Any] = {
+        "description": f"{gpu_name}, {about['cpu'] or 'an unnamed CPU'} with {about['n_cores']} cores, as measured",
+        **{name: {"value": figure, "source": f"measured: {how}; {where}"} for name, (figure, how) in found.items()},
+    }
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return Machine.load(file)

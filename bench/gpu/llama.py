@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from bench.contest.workload import UnavailableError, Workload
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import prompts
-from bench.peers import gguf_file, installed
+from bench.peers import gguf_file
 from bench.peers.llama_cpp import LlamaCppPeer
+from bench.peers.peer import installed
+from bench.workload import UnavailableError, Workload
 from tools import synthesize
 
 NAME = "llama.cpp"
@@ -42,15 +43,6 @@ class _Override(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
-def why_not(ctx: Context) -> str:
-    """Say why llama.cpp cannot run here; empty where it can."""
-    try:
-        _check(ctx, ctx.sizes.llama)
-    except UnavailableError as error:
-        return str(error)
-    return ""
-
-
 def llama(ctx: Context, gpu_bytes: int) -> dict[str, Any]:
     """Run `sizes.llama` with as much of the GPU as Fiddler had. What fails is said under `unavailable`."""
     spec = ctx.sizes.llama
@@ -63,18 +55,20 @@ def llama(ctx: Context, gpu_bytes: int) -> dict[str, Any]:
         return {"model": spec, "rows": [], "unavailable": said(error)}
 
 
-def _check(ctx: Context, spec: str) -> None:
-    """Raise `UnavailableError` where it cannot run, before anything is written."""
-    library = installed("llama_cpp", "llama-cpp-python")
+def why_not(ctx: Context) -> str:
+    """Say why llama.cpp cannot run here, before anything is written; empty where it can."""
+    try:
+        library = installed("llama_cpp", "llama-cpp-python")
+    except UnavailableError as error:
+        return str(error)
     if not library.llama_supports_gpu_offload():
-        raise UnavailableError(f"llama-cpp-python {library.__version__} was built without CUDA")
-    shape = sizes_of(spec)
+        return f"llama-cpp-python {library.__version__} was built without CUDA"
+    shape = sizes_of(ctx.sizes.llama)
     wanted = DISK_SHARE * (shape.resident_bytes + shape.total_experts * shape.expert_bytes)
-    free = shutil.disk_usage(ctx.scratch).free
+    free, left_s = shutil.disk_usage(ctx.scratch).free, ctx.remaining_s()
     if wanted > free:
-        raise UnavailableError(f"its files take {wanted / 1e9:.0f} GB of disk, {free / 1e9:.0f} are free")
-    if ctx.remaining_s() < NEEDED_S:
-        raise UnavailableError(f"needs {NEEDED_S:.0f} s, {max(ctx.remaining_s(), 0.0):.0f} are left of the run")
+        return f"its files take {wanted / 1e9:.0f} GB of disk, {free / 1e9:.0f} are free"
+    return "" if left_s >= NEEDED_S else f"needs {NEEDED_S:.0f} s, {max(left_s, 0.0):.0f} are left of the run"
 
 
 def _measured(ctx: Context, spec: str, file: Path, gpu_bytes: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ for every engine again would take longer than what is measured.
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from bench.synthetic.memory import in_memory
-from bench.synthetic.replayed import Replay
-from bench.synthetic.routings import drawn, recorded
+from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
@@ -40,19 +38,12 @@ def vocabulary(spec: str) -> int:
     return int(shape(spec).config["vocab_size"])
 
 
-@dataclass(slots=True)
-class _Kept:
-    spec: str
-    replayed: bool
-    loaded: ServableModel
-
-
 class Shelf:
     """Keeps the model that was made last."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._kept: _Kept | None = None
+        self._kept: tuple[str, bool, ServableModel] | None = None
 
     def loader(self, spec: str, *, replayed: bool = True) -> Loader:
         """Return what opens a model again and again; `replayed`: its routers' choice is a recording's.
@@ -64,12 +55,12 @@ class Shelf:
     def loaded(self) -> ServableModel:
         """Return the model that is kept."""
         assert self._kept is not None
-        return self._kept.loaded
+        return self._kept[2]
 
     def drop(self) -> None:
         """Let go of the model and of what it has locked."""
         if self._kept is not None:
-            store, self._kept = self._kept.loaded.store, None
+            store, self._kept = self._kept[2].store, None
             assert isinstance(store, PackedStore)
             PackedStore.unpin(store, self._gpu.unpin)
         self.tidy()
@@ -81,15 +72,15 @@ class Shelf:
 
     def _load(self, spec: str, options: EngineConfig, *, replayed: bool) -> ServableModel:
         kept = self._kept
-        if kept is None or (kept.spec, kept.replayed) != (spec, replayed):
+        if kept is None or kept[:2] != (spec, replayed):
             self.drop()
             of = shape(spec)
             loaded = in_memory(of, options, routing=_routing(of) if replayed else None)
             store: Any = loaded.store
             store.unpin = _stay_locked
-            kept = self._kept = _Kept(spec, replayed, loaded)
-        self._rewind(kept.loaded.model)
-        return kept.loaded
+            kept = self._kept = spec, replayed, loaded
+        self._rewind(kept[2].model)
+        return kept[2]
 
     def _rewind(self, model: Any) -> None:
         """Have a model as it was made: in host memory, its sequences numbered from 0."""

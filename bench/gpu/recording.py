@@ -1,10 +1,6 @@
 """An engine's decoding steps recorded as graphs, and what its calibration finds of host and dense part."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import anyio
 
@@ -12,7 +8,6 @@ from bench.gpu.context import Context
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import prompts, read
 from fiddler import Engine
-from fiddler.engine.graphs import Graphs, Kind, Recorded
 
 N_NEW = 12
 """Tokens: the first step of a kind runs as the model's code does, the second is recorded, others replay it."""
@@ -20,22 +15,9 @@ N_NEW = 12
 
 def recording(ctx: Context) -> dict[str, Any]:
     """Open a model of a few layers, decode, and say what was recorded and what was calibrated."""
-    taken: list[tuple[Kind, float, int]] = []
-    with _timed(taken):
-        found = anyio.run(_decode, ctx)
+    found = anyio.run(_decode, ctx)
     ctx.shelf.tidy()
-    kinds = [
-        {
-            "wave": wave,
-            "n_rows": n_rows,
-            "n_tokens": n_tokens,
-            "every_expert_there": there,
-            "record_s": s,
-            "n_pieces": n,
-        }
-        for (wave, n_rows, n_tokens, there), s, n in taken
-    ]
-    return {"model": ctx.sizes.few, "records": bool(kinds) and not found["why_not"], "kinds": kinds, **found}
+    return {"model": ctx.sizes.few, "records": bool(found["n_pieces"]) and not found["why_not"], **found}
 
 
 async def _decode(ctx: Context) -> dict[str, Any]:
@@ -49,8 +31,11 @@ async def _decode(ctx: Context) -> dict[str, Any]:
         side: Any = engine._loop._rig.side
         costs = side.costs
         return {
+            "n_pieces": [] if side.graphs is None else [len(r.segments) for r in side.graphs.kinds.values() if r],
             "why_not": "nothing is recorded for this model" if side.graphs is None else side.graphs.why_not,
             "n_slots": n_slots,
+            "cpu_slowdown_beside_link": costs.contention.cpu,
+            "link_slowdown_beside_cpu": costs.contention.link,
             "host_layer_s": costs.host_s,
             "move_fixed_s": costs.moves.fixed_s,
             "move_row_s": costs.moves.row_s,
@@ -59,18 +44,3 @@ async def _decode(ctx: Context) -> dict[str, Any]:
             "copy_s": costs.experts[0].copy_s,
             "expert_bytes": costs.experts[0].nbytes,
         }
-
-
-@contextmanager
-def _timed(taken: list[tuple[Kind, float, int]]) -> Generator[None]:
-    """Take the time of every recording of the process."""
-    record = Graphs._record
-
-    def timed(graphs: Graphs, kind: Kind) -> Recorded:
-        began_s = perf_counter()
-        recorded = record(graphs, kind)
-        taken.append((kind, perf_counter() - began_s, len(recorded.segments)))
-        return recorded
-
-    with patch.object(Graphs, "_record", timed):
-        yield

@@ -8,7 +8,7 @@ within a turn Fiddler is first, for it makes the tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import anyio
@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.models import as_transformers, sizes_of, vocabulary
-from bench.gpu.running import prompts
-from bench.peers import steps
+from bench.gpu.running import prompts, read
+from bench.peers.peer import Picks, timed
 from fiddler import Engine
 
 PEERS = ("eager", "grouped_mm")
@@ -28,12 +28,10 @@ TURNS = 4
 """The first, in which kernels are compiled and graphs recorded, does not count."""
 
 
-@dataclass(slots=True)
-class _Speeds:
-    """Decoded tokens a second by system and turn, and why one did not run."""
-
-    by_system: dict[str, list[float]] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
+Speeds = dict[str, list[float]]
+"""Decoded tokens a second, by system and turn."""
+Failed = dict[str, str]
+"""Why a system did not run."""
 
 
 def resident(ctx: Context) -> dict[str, Any]:
@@ -48,52 +46,33 @@ async def _resident(ctx: Context) -> dict[str, Any]:
         n_slots = engine.statistics().n_slots
         theirs = as_transformers(ctx.shelf.loaded(), spec, ctx.gpu.device)
         for n in ctx.sizes.n_sequences:
-            speeds = _Speeds()
+            speeds, failed = Speeds(), Failed()
             for turn in range(TURNS):
-                await _turn(ctx, engine, theirs, n, turn, speeds)
-            rows.append(_row(n, speeds))
+                await _turn(ctx, engine, theirs, n, turn, speeds, failed)
+            rows.append(_row(n, speeds, failed))
             ctx.keep("resident", model=spec, n_slots=n_slots, n_experts=total, rows=rows)
     return {"model": spec, "n_slots": n_slots, "n_experts": total, "rows": rows}
 
 
-async def _turn(ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: _Speeds) -> None:
+async def _turn(
+    ctx: Context, engine: Engine, theirs: Any, n: int, turn: int, speeds: Speeds, failed: Failed
+) -> None:
     asked = prompts(n, ctx.sizes.n_prompt, vocabulary(ctx.sizes.few), turn)
-    made, rate = await _ours(engine, asked, ctx.sizes.n_new)
-    if turn:
-        speeds.by_system.setdefault(OURS, []).append(rate)
+    ours = await read(engine, asked, ctx.sizes.n_new, inf)
+    if turn and ours.tokens_per_s is not None:
+        speeds.setdefault(OURS, []).append(ours.tokens_per_s)
     for name in PEERS[turn % len(PEERS) :] + PEERS[: turn % len(PEERS)]:
-        if name in speeds.unavailable:
+        if name in failed:
             continue
         try:
             theirs.set_experts_implementation(name)
             with _their_attention():
-                rate = _theirs(theirs, asked, made, ctx.sizes.patience_s)
+                rate = _theirs(theirs, asked, ours.tokens, ctx.sizes.patience_s)
         except Exception as error:  # an implementation that this torch or GPU does not have
-            speeds.unavailable[name] = said(error)
+            failed[name] = said(error)
         else:
             if turn:
-                speeds.by_system.setdefault(name, []).append(rate)
-
-
-async def _ours(engine: Engine, asked: Sequence[list[int]], n_new: int) -> tuple[list[list[int]], float]:
-    """Return an engine's tokens, and those a second after the first of each."""
-    made: list[list[int]] = [[] for _ in asked]
-    times: list[float] = []
-
-    async def consume(number: int) -> None:
-        options: dict[str, Any] = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": []}
-        async for token in engine.generate_stream(asked[number], **options):
-            made[number].append(token.id)
-            times.append(token.made_s)
-            if len(made[number]) == 1:
-                firsts.append(times[-1])
-
-    firsts: list[float] = []
-    async with anyio.create_task_group() as group:
-        for number in range(len(asked)):
-            group.start_soon(consume, number)
-    later = [at for at in times if at > max(firsts)]
-    return made, len(later) / (max(later) - max(firsts))
+                speeds.setdefault(name, []).append(rate)
 
 
 @contextmanager
@@ -113,23 +92,23 @@ def _theirs(model: Any, asked: Sequence[list[int]], made: Sequence[list[int]], p
     cache, device = DynamicCache(config=model.config), model.device
     first, rest = torch.tensor(asked, device=device), torch.tensor(made, device=device)
 
-    def forward(ids: torch.Tensor) -> steps.Picks:
+    def forward(ids: torch.Tensor) -> Picks:
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        picks: steps.Picks = logits[:, -1].argmax(-1).tolist()
+        picks: Picks = logits[:, -1].argmax(-1).tolist()
         return picks
 
-    step: Callable[[int], steps.Picks] = lambda i: forward(rest[:, i, None])  # noqa: E731
-    rate = steps.timed(lambda: forward(first), step, len(made[0]), patience_s).decode_tokens_per_s
+    step: Callable[[int], Picks] = lambda i: forward(rest[:, i, None])  # noqa: E731
+    rate = timed(lambda: forward(first), step, len(made[0]), patience_s).decode_tokens_per_s
     assert rate is not None
     return rate
 
 
-def _row(n: int, speeds: _Speeds) -> dict[str, Any]:
-    ran = {name: spread(rates) for name, rates in speeds.by_system.items()}
+def _row(n: int, speeds: Speeds, failed: Failed) -> dict[str, Any]:
+    ran = {name: spread(rates) for name, rates in speeds.items()}
     others = [ran[name]["median"] for name in PEERS if name in ran]
     return {
         "n_sequences": n,
         "tokens_per_s": ran,
-        "unavailable": speeds.unavailable,
+        "unavailable": failed,
         "over_best": ran[OURS]["median"] / max(others) if others else None,
     }

@@ -20,9 +20,10 @@ class Reading:
     """From when they were asked for to when each had its first token."""
     tokens_per_s: float | None
     """Tokens after that, of all sequences, over the time from there to the last; `None` where there are none."""
+    tokens: list[list[int]]
+    """Of each sequence."""
     n_tokens: int
-    """So many they were."""
-    n_steps: int
+    """That came after all had their first."""
     read_bytes: dict[str, float]
     """By lane, experts' bytes for each of those tokens."""
     busy_s: dict[str, float]
@@ -44,6 +45,7 @@ async def read(engine: Engine, asked: Sequence[list[int]], n_new: int, patience_
     Raises what the engine raises.
     """
     times: list[list[float]] = [[] for _ in asked]
+    tokens: list[list[int]] = [[] for _ in asked]
     marks: list[Statistics] = []
     began = perf_counter()
 
@@ -52,6 +54,7 @@ async def read(engine: Engine, asked: Sequence[list[int]], n_new: int, patience_
         async with engine.generate_stream(asked[number], **options) as stream:
             async for token in stream:
                 times[number].append(token.made_s)
+                tokens[number].append(token.id)
                 if len(times[number]) == 1 and all(times):
                     marks.append(engine.statistics())
                 if len(times[number]) > 1 and times[number][-1] - began > patience_s:
@@ -60,10 +63,12 @@ async def read(engine: Engine, asked: Sequence[list[int]], n_new: int, patience_
     async with anyio.create_task_group() as group:
         for number in range(len(asked)):
             group.start_soon(consume, number)
-    return _reading(times, began, marks[0], engine.statistics())
+    return _reading(tokens, times, began, marks[0], engine.statistics())
 
 
-def _reading(times: list[list[float]], began: float, before: Statistics, after: Statistics) -> Reading:
+def _reading(
+    tokens: list[list[int]], times: list[list[float]], began: float, before: Statistics, after: Statistics
+) -> Reading:
     """Bytes are those of all tokens that the engine made between, some of which nobody waited for."""
     first = max(own[0] for own in times)
     later = [at for own in times for at in own if at > first]
@@ -73,8 +78,8 @@ def _reading(times: list[list[float]], began: float, before: Statistics, after: 
     return Reading(
         first_token_s=first - began,
         tokens_per_s=len(later) / (max(later) - first) if later else None,
+        tokens=tokens,
         n_tokens=len(later),
-        n_steps=after.n_steps - before.n_steps,
         read_bytes={lane: (b.n_bytes - a.n_bytes) / n for lane, (a, b) in lanes.items()},
         busy_s={lane: (b.busy_s - a.busy_s) / n for lane, (a, b) in lanes.items()},
         hits=(after.n_hits - before.n_hits) / n_loads if n_loads else None,

@@ -48,11 +48,6 @@ class Sizes:
     """Of host memory, and of experts on the host."""
     gpu_read_bytes: int = 2 * GIB
     copy_bytes: int = 256 * MIB
-    block_bytes: int = 16 * MIB
-    """Of a pageable copy."""
-    pieces: tuple[int, ...] = (1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB)
-    pin_bytes: int = 256 * MIB
-    pins: int = 4
     slot_bytes: int = GIB
     """Of experts in slots, that they are read from memory and not from a cache."""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=lambda: dict(SHAPES))
@@ -64,9 +59,6 @@ class Sizes:
     # Checks
     tests: tuple[str, ...] = ("tests/devices", "tests/gpu")
     tests_s: float = 420.0
-    n_agree: int = 64
-    ways: tuple[str, ...] = ()
-    """Of `bench.gpu.agreement.WAYS`; all of them unless told."""
 
 
 FULL = Sizes()
@@ -83,12 +75,9 @@ QUICK = Sizes(
     rounds=1,
     patience_s=1.5,
     gpu_read_bytes=GIB,
-    pins=2,
     shapes={"qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"]},
     rows=(1, 4, 16, 64),
     passes=3,
     tests=("tests/gpu",),
     tests_s=120.0,
-    n_agree=24,
-    ways=("every expert there", "some there", "in float32"),
 )

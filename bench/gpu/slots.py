@@ -7,9 +7,9 @@ from typing import Any, get_args
 import torch
 
 from bench import kernels
-from bench.gpu.clock import busy, spread, took
+from bench.gpu.clock import Work, busy, spread, took
 from bench.gpu.context import Context
-from bench.gpu.host import TINY, expert
+from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import Picked, SlotExperts, Stack, Visits
@@ -25,7 +25,7 @@ class Slots:
     """Slots full of experts of one shape; each run visits other ones, so that none comes from a cache."""
 
     def __init__(self, gpu: Gpu, shape: tuple[int, int], nbytes: int) -> None:
-        sample = expert(*shape)
+        sample = kernels.expert(*shape)
         self.layout = BlockLayout.of(sample)
         self.expert_bytes, self.hidden = sample.nbytes, shape[0]
         n = max(AT_ONCE, -(-nbytes // self.layout.nbytes))
@@ -35,7 +35,7 @@ class Slots:
         self._step = n // AT_ONCE
         self._firsts = cycle(range(self._step))
 
-    def run(self, path: Picked, n_rows: int) -> "_Run":
+    def run(self, path: Picked, n_rows: int) -> Work:
         """Return runs of `AT_ONCE` experts of `n_rows` rows each, with everything that is not timed made before."""
         experts = SlotExperts(lambda _: self._stack, (kernels.SWIGLU,), path=path)
         firsts = islice(self._firsts, min(self._step, 16))
@@ -43,7 +43,8 @@ class Slots:
         slots = [[first + i * self._step for i in range(AT_ONCE)] for first in firsts]
         visits = [visits_of(own, n_rows, self._gpu.device) for own in slots]
         hidden = torch.full((n_rows, self.hidden), 0.5, dtype=torch.bfloat16, device=self._gpu.device)
-        return _Run(experts, visits, hidden)
+        out, turns = hidden.new_zeros(n_rows * AT_ONCE, self.hidden), cycle(visits)
+        return lambda: experts.run(0, next(turns), hidden, out)
 
 
 def visits_of(slots: Sequence[int], n_rows: int, device: torch.device) -> Visits:
@@ -57,19 +58,6 @@ def visits_of(slots: Sequence[int], n_rows: int, device: torch.device) -> Visits
 
     groups = tuple(zip(slots, bounds[:-1], bounds[1:], strict=True))
     return Visits(there(slots), there(bounds), there(positions), n_rows, len(positions), n, groups)
-
-
-class _Run:
-    """A layer's experts, over and over."""
-
-    def __init__(self, experts: SlotExperts, visits: list[Visits], hidden: torch.Tensor) -> None:
-        self._experts = experts
-        self._visits = cycle(visits)
-        self._hidden = hidden
-        self._out = hidden.new_zeros(hidden.shape[0] * AT_ONCE, hidden.shape[1])
-
-    def __call__(self) -> None:
-        self._experts.run(0, next(self._visits), self._hidden, self._out)
 
 
 def paths(ctx: Context) -> list[dict[str, Any]]:

@@ -8,35 +8,58 @@ from bench.gpu.context import Context
 from bench.report import table
 
 OURS = "fiddler"
-OF_BOUND, OVER_BEST, PREDICTION, OVERHEAD_S, OVER_TRANSFORMERS = 0.80, 1.30, 0.15, 60e-6, 1.0
-"""What must be reached, or must not be passed."""
-Parts = Mapping[str, Mapping[str, Any] | None]
-"""What each part has found; `None` or absent for one that did not run."""
+Part = Mapping[str, Any]
+"""What a part has found; empty for one that did not run."""
+Cells = Iterator[tuple[float, str]]
+"""Values, each with where it was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One thing that must be true; of many cells the worst one decides."""
+
+    part: str
+    claim: str
+    bound: float
+    cells: Callable[[Part], Cells]
+    at_least: bool = True
+    shown: str = ".2f"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One thing that must be true."""
+    """A goal, and what was found, in words."""
 
     claim: str
     goal: str
     found: str
-    """In words, with where it was worst."""
     value: float | None
     met: bool | None
     """`None` where it was not measured."""
 
 
-def verdicts(parts: Parts) -> list[Verdict]:
-    """Return every verdict; where a claim is of many cells, the worst one decides."""
-    return [judge(parts.get(name) or {}) for name, judge in _JUDGES]
+def verdict(goal: Goal, found: Part) -> Verdict:
+    """Hold a goal against what its part has found."""
+    cells = list(goal.cells(found))
+    wanted = f"at {'least' if goal.at_least else 'most'} {goal.bound:{goal.shown}}"
+    if not cells:
+        return Verdict(goal.claim, wanted, "", None, None)
+    good = [value >= goal.bound if goal.at_least else value <= goal.bound for value, _ in cells]
+    value, where = (min if goal.at_least else max)(cells)
+    said = f"{value:{goal.shown}} ({where}); {sum(good)} of {len(good)} meet it"
+    return Verdict(goal.claim, wanted, said, value, all(good))
+
+
+def verdicts(parts: Mapping[str, Part | None]) -> list[Verdict]:
+    """Return every verdict."""
+    return [verdict(goal, parts.get(goal.part) or {}) for goal in GOALS]
 
 
 def summary(ctx: Context) -> dict[str, Any]:
     """Print the table, and return it."""
-    found = verdicts({name: ctx.known(name) for name, _ in _JUDGES})
+    found = verdicts({goal.part: ctx.known(goal.part) for goal in GOALS})
     print(render(found), flush=True)
-    return {"verdicts": [asdict(verdict) for verdict in found]}
+    return {"verdicts": [asdict(one) for one in found]}
 
 
 def render(found: Sequence[Verdict]) -> str:
@@ -46,107 +69,58 @@ def render(found: Sequence[Verdict]) -> str:
     return table("What must be true", ("", "goal", "found, the worst", ""), rows)
 
 
-def over_best(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, str]]:
-    """Yield how many times as fast ours is as the best other system, and where, for each place with both."""
-    places = dict.fromkeys((row["model"], row["budget_gib"], row["n_sequences"]) for row in rows)
-    for place in places:
-        here = {
-            row["system"]: row["tokens_per_s"]["median"]
-            for row in rows
-            if (row["model"], row["budget_gib"], row["n_sequences"]) == place
-        }
-        ours = here.pop(OURS, None)
-        if ours is not None and here:
-            best = max(here, key=lambda name: here[name])
-            yield ours / here[best], f"{_where(place)}, {best} is next"
+def _failed(checks: Part) -> Cells:
+    found = checks.get("tests") or {}
+    if found.get("tests", 0) > found.get("skipped", 0):  # tests that were all skipped have shown nothing
+        yield found["failures"] + found["errors"], f"of {found['tests']}, {found['skipped']} skipped"
 
 
-def _where(place: tuple[str, float, int]) -> str:
-    model, budget, n = place
-    return f"{model}, {budget:g} GiB, {n} sequence{'s' * (n > 1)}"
+def _place(row: Part) -> str:
+    n = row["n_sequences"]
+    return f"{row['model']}, {row['budget_gib']:g} GiB, {n} sequence{'s' * (n > 1)}"
 
 
-def _of_bound(decode: Mapping[str, Any]) -> Verdict:
-    cells = [
-        (row["of_bound"]["median"], _where((row["model"], row["budget_gib"], row["n_sequences"])))
-        for row in decode.get("decode", ())
-        if row["system"] == OURS and row["of_bound"] is not None
-    ]
-    return _least("decoding, share of the physical bound", OF_BOUND, cells)
+def _of_bound(decode: Part) -> Cells:
+    for row in decode.get("decode", ()):
+        if row["system"] == OURS and row["of_bound"] is not None:
+            yield row["of_bound"]["median"], _place(row)
 
 
-def _over_best(decode: Mapping[str, Any]) -> Verdict:
-    llama = decode.get("llama") or {}
-    cells = list(over_best([*decode.get("decode", ()), *llama.get("rows", ())]))
-    return _least("decoding, times the best other system", OVER_BEST, cells)
+def _over_best(decode: Part) -> Cells:
+    """Yield how many times as fast ours is as the best other system, for each place with both."""
+    places: dict[str, dict[str, float]] = {}
+    for row in (*decode.get("decode", ()), *(decode.get("llama") or {}).get("rows", ())):
+        places.setdefault(_place(row), {})[row["system"]] = row["tokens_per_s"]["median"]
+    for place, speeds in places.items():
+        ours = speeds.pop(OURS, None)
+        if ours is not None and speeds:
+            best = max(speeds, key=lambda name: speeds[name])
+            yield ours / speeds[best], f"{place}, {best} is next"
 
 
-def _prediction(timeline: Mapping[str, Any]) -> Verdict:
-    error = ((timeline.get("run") or {}).get("prediction") or {}).get("median")
-    claim, goal = "predicted makespans, median error", f"at most {PREDICTION:.0%}"
-    return Verdict(claim, goal, "" if error is None else f"{error:.1%}", error, _at_most(error, PREDICTION))
+def _of_run(name: str, *keys: str) -> Callable[[Part], Cells]:
+    def cells(timeline: Part) -> Cells:
+        value: Any = timeline.get("run") or {}
+        for key in keys:
+            value = value.get(key) if value is not None else None
+        if value is not None:
+            yield value, name
+
+    return cells
 
 
-def _overhead(timeline: Mapping[str, Any]) -> Verdict:
-    seconds = (timeline.get("overhead") or {}).get("overhead_s")
-    claim, goal = "host overhead of a layer, with graphs", f"at most {OVERHEAD_S * 1e6:.0f} us"
-    found = "" if seconds is None else f"{seconds * 1e6:.1f} us"
-    return Verdict(claim, goal, found, seconds, _at_most(seconds, OVERHEAD_S))
+def _resident(resident: Part) -> Cells:
+    for row in resident.get("rows", ()):
+        if row["over_best"] is not None:
+            yield row["over_best"], f"{resident['model']}, {row['n_sequences']} sequences"
 
 
-def _resident(resident: Mapping[str, Any]) -> Verdict:
-    cells = [
-        (row["over_best"], f"{resident['model']}, {row['n_sequences']} sequences")
-        for row in resident.get("rows", ())
-        if row["over_best"] is not None
-    ]
-    return _least("a model that fits, times transformers", OVER_TRANSFORMERS, cells)
-
-
-def _tests(checks: Mapping[str, Any]) -> Verdict:
-    found, claim, goal = checks.get("tests") or {}, "tests on this GPU", "all pass"
-    if found.get("tests") is None:
-        return Verdict(claim, goal, str(found.get("says", "")), None, None)
-    n_failed = found["failures"] + found["errors"]
-    says = f"{n_failed} of {found['tests']} failed, {found['skipped']} skipped"
-    # Tests that were all skipped have shown nothing.
-    met = None if found["tests"] <= found["skipped"] else not n_failed and found["exit_code"] == 0
-    return Verdict(claim, goal, says, float(n_failed), met)
-
-
-def _agreement(checks: Mapping[str, Any]) -> Verdict:
-    rows, claim, goal = (
-        (checks.get("agreement") or {}).get("rows", ()),
-        "tokens of transformers",
-        "all, but for rounding",
-    )
-    if not rows:
-        return Verdict(claim, goal, "", None, None)
-    wrong = [f"{row['architecture']} ({row['way']})" for row in rows if not row["agrees"]]
-    n_equal, n = sum(row["n_equal"] for row in rows), sum(row["n_tokens"] for row in rows)
-    says = f"{n_equal} of {n} equal" + (f"; beyond rounding: {', '.join(wrong)}" if wrong else "")
-    return Verdict(claim, goal, says, float(len(wrong)), not wrong)
-
-
-def _least(claim: str, goal: float, cells: Sequence[tuple[float, str]]) -> Verdict:
-    if not cells:
-        return Verdict(claim, f"at least {goal:.2f}", "", None, None)
-    value, where = min(cells)
-    n_met = sum(cell[0] >= goal for cell in cells)
-    says = f"{value:.2f} ({where}); {n_met} of {len(cells)} meet it"
-    return Verdict(claim, f"at least {goal:.2f}", says, value, value >= goal)
-
-
-def _at_most(value: float | None, goal: float) -> bool | None:
-    return None if value is None else value <= goal
-
-
-_JUDGES: tuple[tuple[str, Callable[[Mapping[str, Any]], Verdict]], ...] = (
-    ("checks", _tests),
-    ("checks", _agreement),
-    ("decode", _of_bound),
-    ("decode", _over_best),
-    ("timeline", _prediction),
-    ("timeline", _overhead),
-    ("resident", _resident),
+_PREDICTED, _IDLE = _of_run("predicted", "prediction", "median"), _of_run("one sequence", "nobody_s_a_layer")
+GOALS = (
+    Goal("checks", "tests on this GPU that fail", 0.0, _failed, at_least=False, shown=".0f"),
+    Goal("decode", "decoding, share of the physical bound", 0.80, _of_bound),
+    Goal("decode", "decoding, times the best other system", 1.30, _over_best),
+    Goal("timeline", "makespans, median error", 0.15, _PREDICTED, at_least=False),
+    Goal("timeline", "seconds of a layer in which nothing works", 60e-6, _IDLE, at_least=False, shown=".2g"),
+    Goal("resident", "a model that fits, times transformers", 1.0, _resident),
 )

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench import checkpoints
-from bench.contest.workload import Run, Workload
 from bench.machine import free_bytes
-from bench.peers import Tokens, forwards, installed, room
+from bench.peers import forwards
+from bench.peers.peer import Tokens, installed, require
+from bench.workload import Run, Workload
 
 LAYERS_AT_ONCE = 2
 """Loading fuses a layer's experts from their parts, which took the memory of 1.3 to 1.7 layers."""
@@ -69,8 +70,8 @@ def _check_room(model: PreTrainedModel, places: dict[str, str], offload: Path) -
     n_bytes = {name: sum(p.nbytes for p in model.get_submodule(name).parameters()) for name in places}
     layers = [n_bytes[name] for name, place in places.items() if place == "disk"]
     memory = sum(n_bytes.values()) - sum(layers) + LAYERS_AT_ONCE * max(layers, default=0)
-    room.require("memory", memory, free_bytes())
-    room.require("disk", sum(layers), shutil.disk_usage(offload).free)
+    require("memory", memory, free_bytes())
+    require("disk", sum(layers), shutil.disk_usage(offload).free)
 
 
 class AccelerateDiskPeer:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from bench.contest.workload import Run, UnavailableError, Workload
-from bench.peers import Tokens, steps
+from bench.peers.peer import Picks, Tokens, timed
+from bench.workload import Run, UnavailableError, Workload
 
 
 def run(
@@ -51,18 +51,18 @@ def _fed(
     first = torch.tensor(prompts)  # [B, n_input]
     rest = torch.tensor(made)  # [B, n_output]
 
-    def prompt() -> steps.Picks:
+    def prompt() -> Picks:
         picks = _forward(model, cache, first)
         after_prompt()
         return picks
 
-    return steps.timed(prompt, lambda i: _forward(model, cache, rest[:, i, None]), workload.n_output, patience_s)
+    return timed(prompt, lambda i: _forward(model, cache, rest[:, i, None]), workload.n_output, patience_s)
 
 
-def _forward(model: Callable[..., Any], cache: DynamicCache, ids: Tensor) -> steps.Picks:
+def _forward(model: Callable[..., Any], cache: DynamicCache, ids: Tensor) -> Picks:
     """Run one forward and pick each sequence's next token."""
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    picks: steps.Picks = logits[:, -1].argmax(-1).tolist()
+    picks: Picks = logits[:, -1].argmax(-1).tolist()
     return picks
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from bench import checkpoints
-from bench.contest.workload import UnavailableError
-from bench.peers import gguf_model, installed, room
+from bench.peers import gguf_model
 from bench.peers.gguf_model import Target
+from bench.peers.peer import installed, require, weight_bytes
+from bench.workload import UnavailableError
 
 VERSION = 1
 """Raised where the same checkpoint is to become another file."""
@@ -37,7 +38,7 @@ def of(folder: Path) -> Path:
     file = cache / f"{folder.resolve().name}-{_fingerprint(folder)}.gguf"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        room.require("disk for the GGUF file", room.weight_bytes(folder), shutil.disk_usage(cache).free)
+        require("disk for the GGUF file", weight_bytes(folder), shutil.disk_usage(cache).free)
         partial = file.with_suffix(".partial")
         try:
             _write(gguf, config, folder, partial)

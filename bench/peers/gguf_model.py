@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from bench.contest.workload import UnavailableError
+from bench.workload import UnavailableError
 
 ARCHITECTURES = {"qwen3_moe": "QWEN3MOE", "mixtral": "LLAMA"}
 """gguf's `MODEL_ARCH` by transformers' model type."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.contest.workload import Run, UnavailableError, Workload
 from bench.machine import free_bytes
-from bench.peers import Tokens, gguf_file, installed, room, steps
+from bench.peers import gguf_file
+from bench.peers.peer import Picks, Tokens, installed, require, timed
+from bench.workload import Run, UnavailableError, Workload
 
 N_BATCH = 512
 """Tokens of prompts computed at once, llama.cpp's own choice."""
@@ -26,7 +27,7 @@ def open_peer(name: str, folder: Path, threads: int) -> "LlamaCppPeer":
     llama = installed("llama_cpp", "llama-cpp-python")
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
     file = gguf_file.of(folder)
-    room.require("memory", file.stat().st_size, free_bytes())
+    require("memory", file.stat().st_size, free_bytes())
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
     if not model:
@@ -55,13 +56,13 @@ class LlamaCppPeer:
             for at, token in enumerate(ids)
         ]
 
-        def step(i: int) -> steps.Picks:
+        def step(i: int) -> Picks:
             return context.picks(
                 [(ids[i], workload.n_input + i, sequence, True) for sequence, ids in enumerate(made)]
             )
 
         try:
-            return steps.timed(lambda: context.picks(rows), step, workload.n_output, patience_s)
+            return timed(lambda: context.picks(rows), step, workload.n_output, patience_s)
         except RuntimeError as error:
             raise UnavailableError(str(error)) from error
 
@@ -104,9 +105,9 @@ class Context:
         self._n_vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         self._batch = llama.llama_batch_init(N_BATCH, 0, 1)
 
-    def picks(self, rows: Sequence[Row]) -> steps.Picks:
+    def picks(self, rows: Sequence[Row]) -> Picks:
         """Decode the rows and return the likeliest token after each wanted one. Raises `RuntimeError`."""
-        picks: steps.Picks = []
+        picks: Picks = []
         for start in range(0, len(rows), N_BATCH):
             picks += [int(logits.argmax()) for logits in self.decode(rows[start : start + N_BATCH])]
         return picks

@@ -9,9 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench.contest.workload import Run, UnavailableError, Workload
 from bench.machine import free_bytes
-from bench.peers import Tokens, forwards, room
+from bench.peers import forwards
+from bench.peers.peer import Tokens, require, weight_bytes
+from bench.workload import Run, UnavailableError, Workload
 from fiddler.models import seam
 
 GATHERING = "batched_mm"
@@ -37,7 +38,7 @@ def open_peer(name: str, folder: Path, threads: int) -> "TransformersPeer":
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    room.require("memory", room.weight_bytes(folder) * LOAD_ROOM, free_bytes())
+    require("memory", weight_bytes(folder) * LOAD_ROOM, free_bytes())
     transformers.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)

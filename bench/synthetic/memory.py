@@ -70,7 +70,9 @@ def in_memory(
     n_experts = tuple(int(module._shapes["down_proj"][0]) for module in modules)
     top_k = experts_per_token(config)
     replay = None if routing is None else Replay(routing, n_experts, top_k)
-    _check_memory(shape, _Bytes.of(model, layouts, n_experts, _n_slots(resolved, options, sum(n_experts))))
+    block_bytes, n_slots = layouts[0].nbytes, _n_slots(resolved, options, sum(n_experts))
+    dense_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    _check_memory(shape.name, dense_bytes, sum(n_experts) * block_bytes, n_slots * block_bytes)
     _fill_dense(model, seed)
     noise = Noise.of(layouts, n_experts, dtype, std=config.initializer_range, seed=seed)
     store = PackedStore.filled(layouts, n_experts, noise.fill)
@@ -161,55 +163,25 @@ def _fill_dense(model: PreTrainedModel, seed: int) -> None:
 
 def _sample(module: seam.ExpertsModule, dtype: torch.dtype, *, apart: bool) -> ExpertWeights:
     """Return an expert without values, its parts in the shapes and order that a checkpoint has them in."""
-
-    def part(name: str) -> Tensor:
-        tensor = torch.empty(module._shapes[name][1:], dtype=dtype, device="meta")
-        return tensor.t() if module.is_transposed and tensor.dim() == 2 else tensor
-
-    up = part("gate_up_proj")
-    ups = tuple(up.chunk(2)) if apart else (up,)
-    if not module.has_bias:
-        return ExpertWeights(ups, part("down_proj"))
-    return ExpertWeights(ups, part("down_proj"), (part("gate_up_proj_bias"),), part("down_proj_bias"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    """What a model takes."""
-
-    dense: int
-    experts: int
-    slots: int
-    """Of a simulated accelerator, which are in the same memory."""
-    noise: int
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, layouts: list[BlockLayout], n_experts: tuple[int, ...], n_slots: int
-    ) -> "_Bytes":
-        dense = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        experts = sum(layout.nbytes * n for layout, n in zip(layouts, n_experts, strict=True))
-        largest = max(layout.nbytes for layout in layouts)
-        return cls(dense, experts, n_slots * largest, largest)
+    up, down = (
+        torch.empty(module._shapes[n][1:], dtype=dtype, device="meta") for n in ("gate_up_proj", "down_proj")
+    )
+    return ExpertWeights(tuple(up.chunk(2)) if apart else (up,), down)
 
 
 def _n_slots(resolved: Resolved, options: EngineConfig, n_experts: int) -> int:
+    """Return the slots of a simulated accelerator, which are in the same memory."""
     if resolved.device != "sim":
         return 0
     return min(n_experts, round(n_experts * SHARE) if options.slots is None else options.slots)
 
 
-def _check_memory(shape: Shape, needs: _Bytes) -> None:
+def _check_memory(name: str, dense: int, experts: int, slots: int) -> None:
     """Raise `ConfigError`, before anything is allocated, for what would be ended half-way by the system."""
-    free = machine.free_bytes()
-    growing = needs.dense + needs.experts + needs.slots
-    if growing + needs.noise + SPARE_BYTES <= free:
-        return
-    n_layers = int(shape.config["num_hidden_layers"])
-    n_fit = int(n_layers * (free - SPARE_BYTES - needs.noise) / growing)
-    remedy = f"make {shape.name.partition(':')[0]}:layers={n_fit}" if n_fit > 0 else "not one of its layers fits"
-    slots = f", {needs.slots / 1e9:.1f} of slots" if needs.slots else ""
-    raise ConfigError(
-        f"{shape.name} takes {growing / 1e9:.1f} GB of memory ({needs.experts / 1e9:.1f} of experts{slots}), "
-        f"{SPARE_BYTES / 1e9:.1f} must stay free, and {free / 1e9:.1f} are there: {remedy}"
-    )
+    free, taken = machine.free_bytes(), dense + experts + slots
+    if taken + SPARE_BYTES > free:
+        raise ConfigError(
+            f"{name} takes {taken / 1e9:.1f} GB of memory ({experts / 1e9:.1f} of experts, {slots / 1e9:.1f} of "
+            f"slots), {SPARE_BYTES / 1e9:.1f} must stay free, and {free / 1e9:.1f} are there: make fewer layers, "
+            f"{name.partition(':')[0]}:layers=N"
+        )

@@ -12,6 +12,7 @@ device, from positions that lie there: nothing in it waits, and a recorded graph
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,13 +22,18 @@ from greenlet import getcurrent
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bench.synthetic.shapes import Shape
 from fiddler.cache.recorded import Recording, RoutingTrace, guesses
+from fiddler.cache.synthetic import PUBLISHED, SyntheticRouting
 from fiddler.errors import ConfigError
 from fiddler.models.captured import CapturedCache
 from fiddler.models.kv import SequenceKV, WaveCache
 from fiddler.models.kv_arena import KvArena
 from fiddler.models.seam import ExpertsModule, Forward
+from fiddler.store.routing import load
 
+DEMO = Path(__file__).resolve().parents[1] / "traces" / "demo.safetensors"
+"""Recorded with the demo model, whose layers and experts the tiny shape has."""
 Step = WaveCache | CapturedCache
 """What tells one forward from another, and whose rows it has."""
 
@@ -146,15 +152,11 @@ def _check(trace: RoutingTrace, recordings: Sequence[Recording], n_experts: Sequ
     widths = {recording.experts.shape[2] for recording in recordings}
     if not recordings or kinds != wanted or len(kinds) != 1 or widths != {top_k}:
         raise ConfigError(
-            f"the routing is of {len(recordings)} sequences that visit {_listed(widths)} of {_listed(kinds)} "
-            f"experts in {trace.model or 'a model'}; this one visits {top_k} of {_listed(wanted)}"
+            f"the routing is of {len(recordings)} sequences that visit {sorted(widths)} of {sorted(kinds)} "
+            f"experts in {trace.model or 'a model'}; this one visits {top_k} of {sorted(wanted)}"
         )
     if len({recording.weights is None for recording in recordings}) > 1:
         raise ConfigError("some sequences of the routing have weights and some have not: all must, or none")
-
-
-def _listed(numbers: set[int]) -> str:
-    return " or ".join(map(str, sorted(numbers))) or "none"
 
 
 def _ahead(recording: Recording, seed: int) -> NDArray[np.int16]:
@@ -166,3 +168,20 @@ def _table(parts: Sequence[NDArray[Any]]) -> Tensor | None:
     if not parts:
         return None
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(list(parts)).swapaxes(0, 1)))
+
+
+def recorded(file: Path = DEMO) -> RoutingTrace:
+    """Read a recording (`fiddler.store.routing`). Raises `ConfigError`."""
+    return load(file)
+
+
+def drawn(shape: Shape, n_sequences: int, n_tokens: int) -> RoutingTrace:
+    """Draw sequences of so many tokens for a shape, with a made-up look-ahead.
+
+    Experts are as popular and recur as often as in published replays of other models.
+    """
+    sizes = shape.sizes
+    made = SyntheticRouting(sizes.n_layers, sizes.n_experts, sizes.top_k, PUBLISHED)
+    sequences = [made.sequence(number, n_tokens) for number in range(n_sequences)]
+    recordings = (Recording(str(i), 0, rows, ahead=guesses(rows, seed=i)) for i, rows in enumerate(sequences))
+    return RoutingTrace(shape.name, (sizes.n_experts,) * sizes.n_layers, tuple(recordings))

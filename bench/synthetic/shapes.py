@@ -9,45 +9,6 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from fiddler.cost.shape import ModelShape
 from tools import synthesize
 
-GPT_OSS: dict[str, Any] = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "dtype": "bfloat16",
-    "eos_token_id": None,  # 200002 on the hub: a random model must not stop by chance
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initializer_range": 0.02,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131_072,
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "output_router_logits": False,
-    "pad_token_id": None,  # 199999 on the hub: it would lie outside a vocabulary that is cut
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150_000,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vocab_size": 201_088,
-}
-"""The `config.json` of openai/gpt-oss-20b on the hub, but for its quantisation: experts are bf16, as Fiddler runs
-them, where the hub has mxfp4."""
 TINY: dict[str, Any] = synthesize.QWEN3 | {
     "head_dim": 16,
     "hidden_size": 64,
@@ -91,7 +52,6 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "mixtral-8x7b": Shape("mixtral-8x7b", synthesize.MIXTRAL, apart=True),
     "qwen3-30b-a3b": Shape("qwen3-30b-a3b", synthesize.QWEN3),
-    "gpt-oss-20b": Shape("gpt-oss-20b", GPT_OSS),
     "tiny": Shape("tiny", TINY),
 }
 """By name; all their layers, and all of their vocabulary."""
@@ -109,7 +69,4 @@ def shape(spec: str) -> Shape:
         return whole
     if n_layers > n_published:
         raise ValueError(f"{spec!r}: {name} has {n_published} layers")
-    config = synthesize.cut(whole.config, n_layers)
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:n_layers]
-    return Shape(spec, config, whole.apart)
+    return Shape(spec, synthesize.cut(whole.config, n_layers), whole.apart)

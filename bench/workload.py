@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 
@@ -85,3 +86,43 @@ class Step:
 def decoding(steps: Sequence[Step], n_sequences: int) -> list[Step]:
     """Return the steps in which every sequence decoded; the first is left out, it still warms caches up."""
     return [step for step in steps if step.n_rows == n_sequences][1:]
+
+
+SCENARIOS = {
+    "single": "one sequence: a prompt, then tokens one by one",
+    "concurrent": "several sequences at once, started together",
+    "prefill": "one prompt to its first token",
+    "beam": "one sequence by beam search, through transformers' generate() over either system's experts",
+}
+"""By name, what it is."""
+LENGTHS = {"single": (64, 64), "concurrent": (64, 64), "prefill": (512, 1), "beam": (32, 32)}
+"""Tokens in and out, unless told."""
+PAPER = ((32, 64, 128, 256, 512), (64, 128, 256))
+"""`--input-tokens paper`, `--output-tokens paper`: the original Fiddler's grid, see `fifteen` in world.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How long and how many; empty lengths are the scenario's own."""
+
+    n_input: tuple[int, ...] = ()
+    n_output: tuple[int, ...] = ()
+    concurrency: tuple[int, ...] = (8,)
+    beams: tuple[int, ...] = (4,)
+
+
+def workloads(scenario: str, sizes: Sizes, n_vocabulary: int) -> list[Workload]:
+    """Return everything that a scenario asks."""
+    n_input, n_output = LENGTHS[scenario]
+    if scenario == "prefill":
+        lengths = product(sizes.n_input or (n_input,), (1,))
+    else:
+        lengths = product(sizes.n_input or (n_input,), sizes.n_output or (n_output,))
+    many = {"concurrent": sizes.concurrency}.get(scenario, (1,))
+    beams = {"beam": sizes.beams}.get(scenario, (1,))
+    return [
+        Workload(n, inputs, outputs, n_vocabulary, n_beams)
+        for inputs, outputs in lengths
+        for n in many
+        for n_beams in beams
+    ]

@@ -1,1 +1,0 @@
-"""Documents whose numbers come from result files, and are held to them."""
