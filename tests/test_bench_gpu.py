@@ -23,8 +23,8 @@ from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
-from fiddler.devices import measure
-from fiddler.engine import gpu_room, gpu_side, measure_dense
+from fiddler.devices import cuda, measure
+from fiddler.engine import gpu_room, measure_dense
 from fiddler.trace import Decision, Span, Trace
 from tests.support.fake_gpu import FakeGpu
 
@@ -45,7 +45,7 @@ SMALL = replace(
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let `device="cuda"` find fakes, one for each that asks, and the bench a test that is quick; measure less."""
     seeds = iter(range(1000))
-    monkeypatch.setattr(gpu_side, "open_gpu", lambda: FakeGpu(next(seeds)))
+    monkeypatch.setattr(cuda, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_room, "GRAPHS_BYTES", 0)
     # Where another test has had Triton's interpreter, kernels would run in it, and take minutes.
@@ -130,7 +130,7 @@ def test_without_a_gpu_it_says_so(
     def nothing() -> None:
         raise ConfigError("no GPU")
 
-    monkeypatch.setattr(gpu_side, "open_gpu", nothing)
+    monkeypatch.setattr(cuda, "open_gpu", nothing)
     assert run(tmp_path / "out") == 2
     assert "measures an NVIDIA GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

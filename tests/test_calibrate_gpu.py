@@ -22,11 +22,10 @@ from fiddler import Engine
 from fiddler.cli import app
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
-from fiddler.devices import measure
+from fiddler.devices import cuda, measure
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.measure import FITTED, HELD_OUT
 from fiddler.engine import gpu_costing, measure_dense, measure_experts
-from fiddler.engine import gpu_side as sides
 from fiddler.engine.costing import Calibration, calibrate
 from fiddler.engine.gpu_costing import GpuBench
 from fiddler.engine.measure_dense import Extent
@@ -70,7 +69,7 @@ def config(tmp_path: Path) -> EngineConfig:
 def found(gpu: FakeGpu) -> Iterator[None]:
     """Let `device="cuda"` find a fake."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(sides, "open_gpu", lambda: gpu))
+        stack.enter_context(patch.object(cuda, "open_gpu", lambda: gpu))
         stack.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
         yield
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fiddler.engine import gpu_side
+from fiddler.devices import cuda
 from tests.support import conformance
 from tests.support.conformance import Options
 from tests.support.fake_gpu import FakeGpu
@@ -45,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> Generator[str]:
     with ExitStack() as stack:
         if request.param.startswith("cuda"):
             stack.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
-            stack.enter_context(patch.object(gpu_side, "open_gpu", lambda: FakeGpu(11)))
+            stack.enter_context(patch.object(cuda, "open_gpu", lambda: FakeGpu(11)))
         yield request.param
 
 

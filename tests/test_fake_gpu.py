@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fiddler import Engine
 from fiddler.config import EngineConfig, WaveMode
+from fiddler.devices import cuda
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.mlp import gated
 from fiddler.devices.slot_experts import SlotExperts, Visits
-from fiddler.engine import gpu_side, graphs
+from fiddler.engine import graphs
 from fiddler.types import Statistics
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Played, Script, Subject, Visit, run
@@ -309,7 +310,7 @@ def test_memory_that_runs_out_takes_slots_and_no_tokens(tmp_path: Path, slots: i
         module.get_submodule("model.layers.2.self_attn").register_forward_hook(fail)
 
     expected, _ = anyio.run(partial(generate, EngineConfig(device="cpu"), short=False))
-    with patch.object(gpu_side, "open_gpu", lambda: gpu), patch.object(torch.cuda, "is_available", lambda: True):
+    with patch.object(cuda, "open_gpu", lambda: gpu), patch.object(torch.cuda, "is_available", lambda: True):
         config = EngineConfig(device="cuda", slots=slots, kv_tokens=64, graphs=False)
         tokens, statistics = anyio.run(partial(generate, config, short=True))
     assert tokens == expected

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError
+from fiddler.devices import cuda
 from fiddler.devices.cpu import CpuDevice
 from fiddler.engine import gpu_side
 from fiddler.engine.costing import no_costs
@@ -43,7 +44,7 @@ def gpu(request: pytest.FixtureRequest) -> Generator[FakeGpu]:
     gpu = FakeGpu(4, pinnable=request.param)
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
-        patch.object(gpu_side, "open_gpu", lambda: gpu),
+        patch.object(cuda, "open_gpu", lambda: gpu),
         patch.object(gpu_side, "_costs", lambda loaded, *_: no_costs(len(loaded.n_experts))),
     ):
         yield gpu

@@ -20,7 +20,8 @@ from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler import ConfigError, Engine, EngineConfig
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.cost.shape import ModelShape
-from fiddler.engine import gpu_side, graphs
+from fiddler.devices import cuda
+from fiddler.engine import graphs
 from fiddler.models.loaded import ServableModel, load
 from fiddler.store.packed import PackedStore
 from tests.support.fake_gpu import FakeGpu
@@ -231,7 +232,7 @@ async def test_layers_repeat_where_a_recording_has_fewer() -> None:
 @pytest.mark.parametrize("with_graphs", [False, True])
 async def test_recorded_steps_replay_it_too(with_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(3)
-    monkeypatch.setattr(gpu_side, "open_gpu", lambda: gpu)
+    monkeypatch.setattr(cuda, "open_gpu", lambda: gpu)
     monkeypatch.setattr(graphs, "LEAST_TOKENS", 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     trace, options = recorded(), {"device": "cuda", "slots": 20, "kv_tokens": 256, "graphs": with_graphs}

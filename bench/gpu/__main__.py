@@ -32,7 +32,7 @@ from bench.gpu.sizes import FULL, QUICK, Sizes
 from bench.gpu.summary import summary
 from bench.gpu.timeline import timeline
 from bench.report import heading
-from fiddler.engine import gpu_side
+from fiddler.devices import cuda
 from fiddler.errors import ConfigError
 
 Part = Callable[[Context], Mapping[str, Any]]
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        gpu = gpu_side.open_gpu()
+        gpu = cuda.open_gpu()
     except ConfigError as error:
         print(f"{NO_GPU}: {error}", file=sys.stderr)
         return 2

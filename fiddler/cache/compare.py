@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fiddler.cache.foresight import Foresight
-from fiddler.cache.replay import Replay, Visit, belady, replay
+from fiddler.cache.keys import Visit
+from fiddler.cache.replay import Replay, belady, replay
 from fiddler.cache.worth import Policy
 
 FORESIGHTS = (1, 4, 16)

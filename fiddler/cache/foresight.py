@@ -6,8 +6,8 @@ from math import inf
 
 from fiddler.cache.aged import AgedCounts
 from fiddler.cache.history import History
-from fiddler.cache.keys import Key
-from fiddler.cache.replay import Replay, Visit, next_uses
+from fiddler.cache.keys import Key, Visit
+from fiddler.cache.replay import Replay, next_uses
 
 HALF_LIFE = 16.0
 """Tokens; of those compared in published replays the aged LFU with this one was best."""

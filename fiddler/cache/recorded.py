@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.keys import Rows
-from fiddler.cache.replay import Visit
+from fiddler.cache.keys import Rows, Visit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,11 +6,8 @@ from heapq import heappop, heappush
 from math import inf
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key, Rows
+from fiddler.cache.keys import Key, Visit
 from fiddler.cache.worth import Policy
-
-Visit = tuple[int, Rows, int]
-"""One layer of one step: (layer, ((expert, n_rows), …), n_tokens)."""
 
 
 @dataclass(frozen=True, slots=True)

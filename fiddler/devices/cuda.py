@@ -167,3 +167,8 @@ class CudaGpu:
         """Give back memory that torch holds and nothing uses."""
         with _captures:  # torch may not while any engine of this process records
             torch.cuda.empty_cache()
+
+
+def open_gpu() -> CudaGpu:
+    """Return the GPU that `device='cuda'` means. Raises `ConfigError` where torch sees none."""
+    return CudaGpu()

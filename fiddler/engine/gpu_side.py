@@ -14,10 +14,10 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.cost.room import Room, shrunk
+from fiddler.devices import cuda
 from fiddler.devices.arena import Arena
 from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.cuda import CudaGpu
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
@@ -40,17 +40,12 @@ from fiddler.trace import Trace
 logger = logging.getLogger("fiddler")
 
 
-def open_gpu() -> Gpu:
-    """Return the GPU that `device='cuda'` means. Raises `ConfigError` where torch sees none."""
-    return CudaGpu()
-
-
 def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace: Trace | None) -> Side:
     """Move a model's dense part to the GPU and build what runs its experts there and on the host.
 
     Raises `ConfigError` where the GPU's memory is too small for what `config` asks.
     """
-    gpu = open_gpu()
+    gpu = cuda.open_gpu()
     gpu.enter()
     store = loaded.store
     assert isinstance(store, PackedStore)

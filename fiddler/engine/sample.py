@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fiddler.config import EngineConfig, Resolved, resolve
+from fiddler.devices import cuda
 from fiddler.devices.arena import Arena
 from fiddler.devices.base import DTYPES
 from fiddler.devices.calibrate import calibrated_kernels
@@ -20,7 +21,6 @@ from fiddler.devices.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.devices.sim import SimDevice
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
-from fiddler.engine import gpu_side
 from fiddler.engine.gpu_costing import GpuBench
 from fiddler.engine.measure_experts import SLOTS_BYTES
 from fiddler.engine.setup import choose_threads, compute_lane
@@ -93,7 +93,7 @@ def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]
         yield bench_of(loaded, config)
         return
     assert isinstance(loaded, ServableModel)
-    gpu, kernels = gpu_side.open_gpu(), _prepared(loaded, config)
+    gpu, kernels = cuda.open_gpu(), _prepared(loaded, config)
     gpu.enter()
     seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
     norms = [deepcopy(formula.post_norm) for formula in loaded.formulas]  # before the model's move

@@ -10,10 +10,10 @@ from fiddler.cache.aged import AgedCounts
 from fiddler.cache.compare import BELADY, BOUNDS, FORESIGHTS, compare
 from fiddler.cache.foresight import Foresight
 from fiddler.cache.history import History
-from fiddler.cache.keys import Key
+from fiddler.cache.keys import Key, Visit
 from fiddler.cache.policy import POLICIES, make_policy
 from fiddler.cache.recorded import Recording, visits
-from fiddler.cache.replay import Replay, Visit, belady, replay
+from fiddler.cache.replay import Replay, belady, replay
 from fiddler.cache.synthetic import SyntheticRouting
 from tests.cache.test_replay import LAYERS, traces
 from tests.cache.test_replay import visits as letters

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fiddler.cache.keys import Key
+from fiddler.cache.keys import Key, Visit
 from fiddler.cache.policy import make_policy
-from fiddler.cache.replay import Visit, replay
+from fiddler.cache.replay import replay
 from fiddler.cache.static import by_popularity, share_of_visits, uniform
 from fiddler.cache.synthetic import read_counts
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fiddler.config import EngineConfig, resolve
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import CostModel
+from fiddler.devices import cuda
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.engine import gpu_side
 from fiddler.engine import rig as rigs
@@ -208,7 +209,7 @@ def _patched(placement: Placement) -> Generator[None]:
             stack.enter_context(patch.object(rigs, "calibrate", lambda *_: calibration))
             stack.enter_context(patch.object(rigs, "costs_on", lambda *_: placement.costs))
             stack.enter_context(patch.object(gpu_side, "_costs", lambda *_: placement.costs))
-        stack.enter_context(patch.object(gpu_side, "open_gpu", lambda: placement.gpu))
+        stack.enter_context(patch.object(cuda, "open_gpu", lambda: placement.gpu))
         make = placement.lanes
         if make is not None:
             stack.enter_context(patch.object(rigs, "_lanes", lambda _resolved, work, *_: make(work)))
