@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from bench import machine
 from bench.report import Spread, command, finish, listing, result
 from fiddler.config import EngineConfig
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels
 from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels, linear, rows_last
 from fiddler.devices.native import MOST_ROWS, native
 from fiddler.scheduler.routing import Load

@@ -30,13 +30,13 @@ from bench.overhead_script import hop_us, layer
 from bench.report import Spread, heading, result, table, write_json
 from fiddler import DEMO
 from fiddler.config import EngineConfig, PolicyName, PrefetchMode
-from fiddler.engine.assemble import Span
 from fiddler.engine.rig import Rig, assemble_rig
 from fiddler.engine.setup import choose_kernels, compute_lane
-from fiddler.lanes.compute import ComputeLane
+from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import load
+from fiddler.scheduler.rows import Span
 from fiddler.scheduler.systems import System
 
 DECIDED = {

@@ -13,13 +13,13 @@ from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cost.machine import Machine, cost_model
 from fiddler.cost.model import Contention
 from fiddler.cost.shape import ModelShape
-from fiddler.engine.assemble import Span
-from fiddler.engine.runner import Runner
 from fiddler.engine.script import Script, ScriptWave
+from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunExperts
 from fiddler.scheduler.planners import planner
+from fiddler.scheduler.rows import Span
 from fiddler.scheduler.systems import System, cache_of, prefetch_of
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"

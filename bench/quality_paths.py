@@ -21,12 +21,12 @@ from fiddler import DEMO
 from fiddler.config import EngineConfig
 from fiddler.devices.kernels import Kernels
 from fiddler.engine import rig
-from fiddler.engine.assemble import Span
 from fiddler.engine.forward import Outcome
 from fiddler.engine.setup import choose_kernels
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
+from fiddler.scheduler.rows import Span
 
 Promise = Literal["same bits", "rounding", "lossy"]
 """The same bits hold for one dtype, one stored calibration and the same rows in a wave, wherever experts run."""

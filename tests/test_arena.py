@@ -13,18 +13,16 @@ from torch.nn.functional import silu
 
 from fiddler.config import EngineConfig
 from fiddler.devices.arena import Arena
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from fiddler.scheduler.routing import Load
-from fiddler.store.block import ALIGNMENT, BlockLayout
+from fiddler.store.blocks import ALIGNMENT, BlockLayout, PackedStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
-from fiddler.store.host import MappedStore
-from fiddler.store.layout import ExpertParts, Layout, View
-from fiddler.store.packed import PackedStore
+from fiddler.store.mapped import ExpertParts, Layout, MappedStore, View
 from fiddler.types import ExpertWeights
 
 WEIGHTS = ExpertWeights((torch.rand(4, 6),), torch.rand(6, 2), down_bias=torch.rand(6))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.engine.assemble import Span, assemble, halves
+from fiddler.scheduler.rows import Span, assemble, halves
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from fiddler.models.loaded import load
 from fiddler.store import checkpoint
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
-from fiddler.store.host import MappedStore
+from fiddler.store.mapped import MappedStore
 
 MIB = 1 << 20
 

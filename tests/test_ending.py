@@ -182,7 +182,7 @@ async def test_a_preload_that_fails_is_told(tiny: Path, monkeypatch: pytest.Monk
     async def fail(*_: object) -> None:
         raise Panic("no")
 
-    monkeypatch.setattr("fiddler.engine.runner.Runner.preload", fail)
+    monkeypatch.setattr("fiddler.lanes.runner.Runner.preload", fail)
     with anyio.fail_after(WAIT_S), pytest.raises(EngineFailedError, match="Panic: no"):
         async with Engine(tiny) as engine:
             await engine.generate([5], greedy(3))

@@ -21,8 +21,8 @@ from torch import Tensor
 from fiddler import Engine
 from fiddler.config import EngineConfig, WaveMode
 from fiddler.devices import cuda
+from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.mlp import gated
 from fiddler.devices.slot_experts import SlotExperts, Visits
 from fiddler.engine import graphs
 from fiddler.types import Statistics

@@ -20,15 +20,14 @@ from hypothesis import strategies as st
 
 from fiddler import DEMO, ConfigError, Engine, EngineConfig
 from fiddler.config import PolicyName, WaveMode
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
-from fiddler.devices.base import ExpertFormula, Matmul
+from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula, Matmul
 from fiddler.devices.kernels import TORCH, KernelName, Kernels, rows_last, shape_key
 from fiddler.engine.rig import DEFER_FROM, assemble_rig
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.scheduler.routing import Load
-from fiddler.store.block import BlockLayout
+from fiddler.store.blocks import BlockLayout
 from fiddler.types import ExpertWeights
 from tests.architectures import build
 from tests.architectures.overrides import OVERRIDES

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from fiddler.config import EngineConfig
 from fiddler.devices import calibrate
-from fiddler.devices.base import Matmul
 from fiddler.devices.calibrate import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
+from fiddler.devices.formula import Matmul
 from fiddler.devices.kernels import (
     BUCKETS,
+    FEW,
+    MOST_ZEROS,
+    ROOMS,
     TIE,
     TORCH,
     KernelName,
@@ -21,11 +24,11 @@ from fiddler.devices.kernels import (
     ShapeKey,
     bucket,
     linear,
+    rooms,
     rows_last,
     shape_key,
 )
 from fiddler.devices.native import Native, native
-from fiddler.devices.rooms import FEW, MOST_ZEROS, ROOMS, rooms
 
 LARGE = torch.empty(1024, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
 OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)

@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula, run_expert
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
-from fiddler.devices.mlp import run_expert
-from fiddler.lanes.compute import ComputeLane
+from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam
 from fiddler.types import ExpertWeights
 

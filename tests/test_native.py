@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.config import EngineConfig
-from fiddler.devices import calibrate, compiler
+from fiddler.devices import calibrate
+from fiddler.devices import library as compiler
 from fiddler.devices import native as kernels_of_ours
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.calibrate import calibrated_kernels, calibration_file
-from fiddler.devices.compiler import compiled
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
-from fiddler.devices.library import keep, kept, loaded, private_room
+from fiddler.devices.library import compiled, keep, kept, loaded, private_room
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights

@@ -18,12 +18,10 @@ from torch import Tensor
 from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models.loaded import load
-from fiddler.store.block import ALIGNMENT, BlockLayout
+from fiddler.store.blocks import ALIGNMENT, BlockLayout, PackedStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
-from fiddler.store.host import MappedStore
-from fiddler.store.layout import ExpertParts, Layout, Select, View
-from fiddler.store.packed import PackedStore
+from fiddler.store.mapped import ExpertParts, Layout, MappedStore, Select, View
 from fiddler.types import ExpertWeights
 
 MIB = 1 << 20

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiddler.store.block import ALIGNMENT
+from fiddler.store.blocks import ALIGNMENT, PAGE_BYTES, PIECE_BYTES, PackedStore, Pinned, cut, on_pages
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
-from fiddler.store.layout import ExpertParts, Layout, Select, View
-from fiddler.store.packed import PackedStore
-from fiddler.store.pinned import PAGE_BYTES, PIECE_BYTES, Pinned, cut, on_pages
+from fiddler.store.mapped import ExpertParts, Layout, Select, View
 
 WIDTHS = (12, 300, 7)
 """By layer: blocks of less than a page, of several, and of an odd number of cache lines."""

@@ -8,10 +8,10 @@ import anyio
 import pytest
 
 from fiddler.cost.lanes import LANES, LaneName
-from fiddler.engine.runner import Runner
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.messages import (

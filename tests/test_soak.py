@@ -15,14 +15,13 @@ import torch
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import make_policy
 from fiddler.cache.recorded import Recording
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
-from fiddler.engine.assemble import Span, assemble, halves
-from fiddler.engine.runner import Runner
+from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.engine.script import Script, ScriptWave
+from fiddler.lanes.runner import Runner
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, LayerReady, RunExperts
+from fiddler.scheduler.rows import Span, assemble, halves
 from fiddler.scheduler.systems import prefetch_of
 from tests.support.tiny import save_tiny
 

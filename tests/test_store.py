@@ -15,11 +15,10 @@ from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models import seam
 from fiddler.models.loaded import load
-from fiddler.store import host
+from fiddler.store import mapped
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
-from fiddler.store.host import MappedStore
-from fiddler.store.layout import Every, ExpertParts, Layout, Select, Transpose, View
+from fiddler.store.mapped import Every, ExpertParts, Layout, MappedStore, Select, Transpose, View
 from fiddler.types import ExpertWeights
 
 N, H, I = 3, 8, 6  # noqa: E741  # the design's letters
@@ -39,7 +38,7 @@ def store(folder: Path, tensors: dict[str, Tensor], *parts: ExpertParts, **optio
 @pytest.fixture(autouse=True)
 def _any_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views are what is tested here, on a machine that would copy what lies off a boundary too."""
-    monkeypatch.setattr(host, "_bits_hang_on_alignment", lambda: False)
+    monkeypatch.setattr(mapped, "_bits_hang_on_alignment", lambda: False)
 
 
 def tensors_of(weights: ExpertWeights) -> list[Tensor]:
@@ -259,7 +258,7 @@ class TestBoundaries:
 
     @pytest.fixture(params=[True, False], ids=["hang", "do not"])
     def hang(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-        monkeypatch.setattr(host, "_bits_hang_on_alignment", lambda: request.param)
+        monkeypatch.setattr(mapped, "_bits_hang_on_alignment", lambda: request.param)
         return bool(request.param)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -268,10 +267,10 @@ class TestBoundaries:
         room = torch.zeros(128 + 16, dtype=dtype)
         start = -room.data_ptr() // room.itemsize % 16
         found = room[start + pad :][:64].view(8, 8)
-        off = found.data_ptr() % host.BOUNDARY != 0
+        off = found.data_ptr() % mapped.BOUNDARY != 0
         for tensor in (found, found.t()):
-            kept = host.aligned(tensor)
+            kept = mapped.aligned(tensor)
             copies = hang and off and dtype == torch.float32
             assert (kept is tensor) == (not copies)
-            assert not copies or (kept.stride() == tensor.stride() and kept.data_ptr() % host.BOUNDARY == 0)
-        assert host.aligned(found[:, ::2]).data_ptr() == found.data_ptr()
+            assert not copies or (kept.stride() == tensor.stride() and kept.data_ptr() % mapped.BOUNDARY == 0)
+        assert mapped.aligned(found[:, ::2]).data_ptr() == found.data_ptr()

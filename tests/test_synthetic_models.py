@@ -23,7 +23,7 @@ from fiddler.cost.shape import ModelShape
 from fiddler.devices import cuda
 from fiddler.engine import graphs
 from fiddler.models.loaded import ServableModel, load
-from fiddler.store.packed import PackedStore
+from fiddler.store.blocks import PackedStore
 from tests.support.fake_gpu import FakeGpu
 from tools import synthesize
 

@@ -21,7 +21,7 @@ from fiddler.cost.shape import ModelShape
 from fiddler.devices.gpu import Gpu
 from fiddler.engine.engine import Loader
 from fiddler.models.loaded import ServableModel
-from fiddler.store.packed import PackedStore
+from fiddler.store.blocks import PackedStore
 
 N_SEQUENCES, N_TOKENS = 32, 256
 """Of the routing that is replayed, over and over."""

@@ -13,7 +13,7 @@ from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import Picked, SlotExperts, Stack, Visits
-from fiddler.store.block import BlockLayout
+from fiddler.store.blocks import BlockLayout
 
 AT_ONCE = 8
 """Experts of a layer, as many as a token of Qwen3-30B-A3B visits."""

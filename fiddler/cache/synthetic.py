@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.errors import ConfigError
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 _OTHER_TEXT, _OTHER_TOKENS = range(1000, 1006), 192
 """Sequences for a profile, so far from the first that nobody runs them by chance, and their length."""

@@ -76,7 +76,7 @@ def leave_at_once(*_signal: object) -> None:
     with suppress(Exception):
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # a spinner hides the cursor
-    compiler = sys.modules.get("fiddler.devices.compiler")  # imported only by what may run one
+    compiler = sys.modules.get("fiddler.devices.library")  # imported only by what may run one
     with suppress(Exception):
         if compiler is not None:
             compiler.end_all()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fiddler.cli.machine import available_bytes
 from fiddler.cli.sizes import Sizes, measure
 from fiddler.config import EngineConfig, resolve
-from fiddler.devices.base import DTYPES
+from fiddler.devices.formula import DTYPES
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.skeleton import meta_skeleton, read_config

@@ -14,7 +14,7 @@ from fiddler.cli.notes import Notes
 from fiddler.cli.options import choice
 from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 if TYPE_CHECKING:
     from numpy import float64

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fiddler.models import seam
 from fiddler.models.naming import expert_layout
 from fiddler.store.checkpoint import Checkpoint, Entry
-from fiddler.store.layout import Every, ExpertParts, Select, View
+from fiddler.store.mapped import Every, ExpertParts, Select, View
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from types import MappingProxyType
 from typing import Self
 
 from fiddler.cost import profile
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.cost.shape import DENSE_BYTES, ModelShape
 from fiddler.errors import ConfigError
 

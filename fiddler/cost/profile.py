@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddler.errors import ConfigError
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 
 def names(folder: Path) -> list[str]:

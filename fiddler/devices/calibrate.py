@@ -19,7 +19,7 @@ from torch import Tensor
 from fiddler.config import EngineConfig, cache_folder
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
 from fiddler.devices.native import MOST_ROWS, Native, native
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 MIN_BYTES = 1 << 20
 """Matrices below this stay in a cache, and are measured there. Dispatch decides, and of torch's kernels `linear`

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fiddler.devices.base import ExpertFormula, Matmul
+from fiddler.devices.formula import ExpertFormula, Matmul, run_expert
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.mlp import run_expert
 from fiddler.devices.native import Outline, fits, takes
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights

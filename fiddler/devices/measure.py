@@ -17,8 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, ExpertCosts
+from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.sim import SimDevice
 from fiddler.devices.threads import set_own_threads

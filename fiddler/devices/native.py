@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.config import cache_folder, most_threads
-from fiddler.devices.compiler import VERSION_S, compiled, run
-from fiddler.devices.library import keep, kept, loaded
+from fiddler.devices.library import VERSION_S, compiled, keep, kept, loaded, run
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 

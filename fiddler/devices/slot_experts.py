@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.base import DTYPES, ExpertFormula
+from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
-from fiddler.devices.mlp import run_expert
 from fiddler.types import ExpertWeights
 
 logger = logging.getLogger("fiddler")

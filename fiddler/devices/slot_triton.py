@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fiddler.devices.base import ExpertFormula
-from fiddler.devices.mlp import gated
+from fiddler.devices.formula import ExpertFormula, gated
 from fiddler.devices.slot_experts import Stack, Visits
 
 TILE_ROWS = 16

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import native
 from fiddler.engine.setup import checked, choose_kernels, compute_lane
 from fiddler.errors import ModelError
-from fiddler.lanes.compute import ComputeLane
+from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam
 from fiddler.models.loaded import adopt, load
 from fiddler.models.outside import is_outside, keep_outside

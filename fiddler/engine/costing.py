@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fiddler.config import EngineConfig
-from fiddler.cost.curve import NO_TIME, Curve
 from fiddler.cost.machine import Machine, expert_costs
-from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.cost.model import NO_TIME, Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.devices.calibrate import calibration_file
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.measure import Measured, Measures
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 

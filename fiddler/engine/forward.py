@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fiddler.engine.assemble import Span
 from fiddler.engine.graphs import Graphs, Replay
 from fiddler.engine.recorder import Recorder, WaveRecord
 from fiddler.engine.request import Request
-from fiddler.engine.runner import Runner
-from fiddler.engine.stepping import run_step
 from fiddler.engine.wave import Experts, ModelWave
+from fiddler.lanes.runner import Runner, run_step
 from fiddler.models.captured import Row
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.models.kv_arena import Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.rotary import starts_over
 from fiddler.models.seam import Forward
+from fiddler.scheduler.rows import Span
 from fiddler.scheduler.waves import Waves
 
 

@@ -10,7 +10,7 @@ from fiddler.devices.gpu import Gpu
 from fiddler.engine.probe import Needs, needs
 from fiddler.errors import ConfigError
 from fiddler.models.loaded import ServableModel
-from fiddler.store.packed import PackedStore
+from fiddler.store.blocks import PackedStore
 
 logger = logging.getLogger("fiddler")
 

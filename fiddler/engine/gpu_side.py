@@ -16,8 +16,8 @@ from fiddler.cost.model import CostModel
 from fiddler.cost.room import Room, shrunk
 from fiddler.devices import cuda
 from fiddler.devices.arena import Arena
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.slot_experts import SlotExperts, Stack
 from fiddler.devices.staging import StagingRing
@@ -34,7 +34,7 @@ from fiddler.lanes.streams import StreamLanes
 from fiddler.lanes.watch import Watch
 from fiddler.models.kv_arena import KvArena
 from fiddler.models.loaded import ServableModel
-from fiddler.store.packed import PackedStore
+from fiddler.store.blocks import PackedStore
 from fiddler.trace import Trace
 
 logger = logging.getLogger("fiddler")

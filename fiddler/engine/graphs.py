@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fiddler.devices.gpu import Gpu, Graph
 from fiddler.errors import UnsupportedModelError
-from fiddler.lanes.combine import summed
-from fiddler.lanes.crossing import Ask, Own
+from fiddler.lanes.experts import Ask, Own, summed
 from fiddler.lanes.gpu_crossing import blank_visits, noted
 from fiddler.lanes.resident import Resident
 from fiddler.models.captured import CapturedCache, Row, StaticInputs, step_numbers

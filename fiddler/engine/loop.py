@@ -8,7 +8,6 @@ from typing import Any
 import anyio
 import torch
 
-from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.forward import Outcome
 from fiddler.engine.kv_room import KvRoom
 from fiddler.engine.line import Line
@@ -28,6 +27,7 @@ from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
 from fiddler.models.reading import TooMany
 from fiddler.models.sampling import Sampler
+from fiddler.scheduler.rows import Span, assemble
 from fiddler.types import Statistics
 
 

@@ -15,23 +15,22 @@ from typing import Any
 import torch
 
 from fiddler.config import EngineConfig
-from fiddler.cost.curve import NO_TIME, Curve
-from fiddler.cost.model import CostModel, Dense
+from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
 from fiddler.devices.gpu import Gpu
 from fiddler.devices.measure import rising, typical
-from fiddler.engine.assemble import Span
 from fiddler.engine.dense_lanes import DenseLanes, at_once
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.graphs import LEAST_TOKENS, Graphs
-from fiddler.engine.runner import Runner
 from fiddler.engine.wave import Experts
 from fiddler.lanes.gpu_crossing import GpuCrossing
+from fiddler.lanes.runner import Runner
 from fiddler.lanes.watch import Watch
 from fiddler.models.kv_arena import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
+from fiddler.scheduler.rows import Span
 from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 

@@ -17,12 +17,11 @@ from time import perf_counter
 import torch
 
 from fiddler.cache.keys import Key
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, ExpertCosts, Moves
+from fiddler.cost.model import Contention, Curve, ExpertCosts, Moves
 from fiddler.devices import measure
 from fiddler.devices.gpu import Event
 from fiddler.devices.measure import FITTED, HELD_OUT, Bench, Measured, Points, curve_of, typical
-from fiddler.lanes.crossing import Ask
+from fiddler.lanes.experts import Ask
 from fiddler.lanes.gpu_crossing import GpuLayer
 from fiddler.lanes.gpu_jobs import Computed, GpuJobs
 from fiddler.scheduler.messages import CopyExpert, RunExperts

@@ -19,15 +19,14 @@ from fiddler.engine.costing import calibrate, costs_on, no_costs
 from fiddler.engine.forward import StepRunner
 from fiddler.engine.gpu_side import gpu_side, torch_worker
 from fiddler.engine.recorder import Recorder
-from fiddler.engine.runner import Runner
 from fiddler.engine.setup import compute_lane
 from fiddler.engine.side import Side
 from fiddler.engine.wave import Experts
 from fiddler.errors import ConfigError
-from fiddler.lanes.crossing import HostCrossing
-from fiddler.lanes.experts import ExpertWork
+from fiddler.lanes.experts import ExpertWork, HostCrossing
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models import seam
@@ -38,7 +37,7 @@ from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.planners import planner
 from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
-from fiddler.store.packed import PackedStore
+from fiddler.store.blocks import PackedStore
 from fiddler.trace import Trace
 
 SHARE = 0.25

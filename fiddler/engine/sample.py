@@ -13,9 +13,9 @@ from torch import Tensor
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices import cuda
 from fiddler.devices.arena import Arena
-from fiddler.devices.base import DTYPES
 from fiddler.devices.calibrate import calibrated_kernels
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import DTYPES
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.devices.sim import SimDevice
@@ -37,10 +37,9 @@ from fiddler.models.loaded import (
 )
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
-from fiddler.store.block import BlockLayout
+from fiddler.store.blocks import BlockLayout, on_pages
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.host import MappedStore
-from fiddler.store.pinned import on_pages
+from fiddler.store.mapped import MappedStore
 from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 

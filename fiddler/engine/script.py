@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fiddler.cache.keys import Rows
 from fiddler.cache.recorded import Recording
-from fiddler.engine.assemble import Span
 from fiddler.scheduler.messages import LayerDone, LayerReady
 from fiddler.scheduler.routing import route
+from fiddler.scheduler.rows import Span
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from fiddler.devices.kernels import Kernels
 from fiddler.devices.threads import set_own_threads
 from fiddler.errors import ConfigError
 from fiddler.given import shown
-from fiddler.lanes.compute import ComputeLane
+from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.loaded import LoadedModel
 

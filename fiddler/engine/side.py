@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import CostModel
 from fiddler.engine.graphs import Graphs
-from fiddler.lanes.crossing import Crossing
-from fiddler.lanes.experts import ExpertWork
+from fiddler.lanes.experts import Crossing, ExpertWork
 from fiddler.lanes.gpu_jobs import GpuJobs
 from fiddler.lanes.laneset import LaneSet
 from fiddler.lanes.resident import Resident

@@ -14,15 +14,14 @@ from fiddler.config import WaveMode
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.machine import Machine, cost_model
 from fiddler.cost.shape import ModelShape
-from fiddler.engine.assemble import Span, assemble
 from fiddler.engine.bounds import Bound, Chain
-from fiddler.engine.runner import Runner
 from fiddler.engine.script import Script, ScriptWave
-from fiddler.engine.stepping import run_step
 from fiddler.errors import ConfigError, EngineFailedError
+from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.planners import planner
+from fiddler.scheduler.rows import Span, assemble
 from fiddler.scheduler.systems import SYSTEMS, System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.trace import Trace

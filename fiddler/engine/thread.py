@@ -28,8 +28,7 @@ from fiddler.engine.request import Submission
 from fiddler.engine.rig import assemble_rig
 from fiddler.engine.setup import choose_kernels, choose_threads
 from fiddler.errors import EngineClosedError, EngineFailedError
-from fiddler.lanes.channel import Channel
-from fiddler.lanes.latch import Latch
+from fiddler.lanes.channel import Channel, Latch
 from fiddler.models import dense
 from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.errors import ConfigError
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 logger = logging.getLogger("fiddler")
 

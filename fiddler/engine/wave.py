@@ -11,7 +11,7 @@ from torch import Tensor
 from fiddler.cache.keys import Rows
 from fiddler.engine.graphs import Replay
 from fiddler.engine.recorder import WaveRecord
-from fiddler.lanes.crossing import Ask, Crossing, Routing
+from fiddler.lanes.experts import Ask, Crossing, Routing
 from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.messages import Failures, LayerDone, LayerReady

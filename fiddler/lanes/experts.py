@@ -1,17 +1,59 @@
-"""The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results."""
+"""The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results.
+
+Rows out to the experts and their results back, independent of who finished first.
+
+Where rows cross from a model's forward to its experts, and results back.
+
+On a GPU the forward may run behind the host: what it asks for is announced before it is computed, read once it is
+there, and answered before the answer has been computed.
+
+A layer's experts at once, on the CPU, for a forward that nobody drives.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
-from fiddler.scheduler.routing import Load
+from fiddler.scheduler.routing import LayerWork, Load, route
 from fiddler.types import ExpertWeights, LaneStatistics
+
+
+def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
+    """Return the rows `[n, H]` of `hidden` `[T, H]` in the work's order, one per visit."""
+    if hidden.shape[0] == 1:
+        return hidden.expand(len(work.order), -1)
+    return hidden.index_select(0, torch.tensor([p // top_k for p in work.order], dtype=torch.long, device="cpu"))
+
+
+def combine(outputs: Tensor, order: Sequence[int], weights: Tensor) -> Tensor:
+    """Return the weighted sum `[T, H]` of expert `outputs` `[n, H]`, over `weights` `[T, K]`, in routing order.
+
+    `order` is the position in the flattened routing of each output.
+
+    Every visit has a row of its own in one `[T·K, H]` buffer, zero where it was dropped, so the sum's order,
+    and with it every bit of the result, depends on the routing alone.
+    """
+    n_tokens, top_k = weights.shape
+    dropped = len(order)
+    rows = [dropped] * (n_tokens * top_k)
+    for row, position in enumerate(order):
+        rows[position] = row
+    if dropped < len(rows):
+        outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
+    return summed(outputs.index_select(0, torch.tensor(rows, dtype=torch.long, device="cpu")), weights)
+
+
+def summed(visits: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum `[T, H]` of `visits` `[T·K, H]` over `weights` `[T, K]`, in routing order."""
+    weighted = visits.view(*weights.shape, -1) * weights[..., None]  # [T, K, H]
+    return weighted.sum(dim=1).to(visits.dtype)
 
 
 class Accelerator(Protocol):
@@ -134,3 +176,144 @@ def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> 
                 failures[load.expert] = error
         return failures
     return {}
+
+
+class Ask(NamedTuple):
+    """A layer's rows and who is to visit whom; on the forward's device."""
+
+    layer: int
+    hidden: Tensor  # [T, H]
+    index: Tensor  # type: ignore[assignment]  # [T, K]; a field, not tuple.index
+    weights: Tensor  # [T, K]
+    ahead: Tensor | None  # [T, K'], experts that a look-ahead expects in the next layer
+    own: "Own | None" = None
+
+
+class Own(NamedTuple):
+    """What a forward on a GPU has made for its own ask, where it is replayed."""
+
+    n_rows: int  # the first of its rows; the others count for nothing
+    note: Tensor  # the routing as one tensor
+    visits: Tensor  # [T·K, H] zeros, which the forward sums up itself
+
+
+class Routing(NamedTuple):
+    """What of an `Ask` the host has to know, in its memory."""
+
+    index: Tensor  # type: ignore[assignment]  # [T, K]
+    weights: Tensor  # [T, K]
+    ahead: Tensor | None  # [T, K']
+
+
+class Crossing(Protocol):
+    """The layers on their way, by wave and layer. Its methods belong to the engine's thread."""
+
+    def announce(self, wave: int, ask: Ask) -> None:
+        """Take note that a wave's forward asks for a layer, computed or not."""
+        ...
+
+    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return what forwards have returned, in the host's memory once their dense part is reported."""
+        ...
+
+    def routing(self, wave: int, layer: int) -> Routing:
+        """Return who visits whom. Not before the lanes have reported the dense part that ends in the layer."""
+        ...
+
+    def open(self, wave: int, work: LayerWork) -> None:
+        """Let jobs of the layer begin."""
+        ...
+
+    def results(self, wave: int, layer: int, *, deferred: bool = False, failed: tuple[Load, ...] = ()) -> Tensor:
+        """Return the weighted sums `[T, H]`, on the forward's device, of the layer's loads or of its deferred ones.
+
+        Those that failed count as zero. The sums may be computed later, in the order of the forward's work.
+        """
+        ...
+
+    def let_go(self, wave: int, layer: int) -> None:
+        """Forget a layer; nothing happens if it is not known."""
+        ...
+
+    def end(self, wave: int) -> None:
+        """Forget a wave whose layers were let go."""
+        ...
+
+
+@dataclass(slots=True)
+class _Open:
+    ask: Ask
+    work: LayerWork | None = None
+
+    @property
+    def n_now(self) -> int:
+        """Rows that join in this layer; the deferred follow."""
+        assert self.work is not None
+        return self.work.loads[-1].stop if self.work.loads else 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostCrossing:
+    """For forwards on the CPU: everything is there at once, and stays where it is."""
+
+    experts: ExpertWork
+    _layers: dict[tuple[int, int], _Open] = field(default_factory=dict)
+
+    def announce(self, wave: int, ask: Ask) -> None:
+        """Keep it: it is computed."""
+        self._layers[wave, ask.layer] = _Open(ask)
+
+    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return them: they are there."""
+        return list(results)
+
+    def routing(self, wave: int, layer: int) -> Routing:
+        """Return what was asked."""
+        return Routing(*self._layers[wave, layer].ask[2:5])
+
+    def open(self, wave: int, work: LayerWork) -> None:
+        """Group the rows by expert."""
+        layer = self._layers[wave, work.layer]
+        layer.work = work
+        self.experts.open(wave, work.layer, gather(layer.ask.hidden, work, layer.ask.index.shape[1]))
+
+    def results(self, wave: int, layer: int, *, deferred: bool = False, failed: tuple[Load, ...] = ()) -> Tensor:
+        """Sum up, in routing order."""
+        found = self._layers[wave, layer]
+        work, ask = found.work, found.ask
+        assert work is not None
+        if not (work.deferred if deferred else work.loads):
+            return ask.hidden.new_zeros(ask.hidden.shape)
+        outputs = self.experts.results(wave, layer, failed)
+        if not work.deferred:
+            return combine(outputs, work.order, ask.weights)
+        part = slice(found.n_now, None) if deferred else slice(0, found.n_now)
+        return combine(outputs[part], work.order[part], ask.weights)
+
+    def let_go(self, wave: int, layer: int) -> None:
+        """Forget a layer's rows and results."""
+        self._layers.pop((wave, layer), None)
+        self.experts.let_go(wave, layer)
+
+    def end(self, wave: int) -> None:
+        """Nothing is kept by wave."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeLane:
+    """Runs every expert of a layer in the caller's thread."""
+
+    device: CpuDevice
+    n_experts: tuple[int, ...]
+    """By layer."""
+
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the experts' output `[T, H]` for `hidden` `[T, H]`, routed by `index` and `weights` `[T, K]`."""
+        work = route(layer, index.flatten().tolist(), self.n_experts[layer], weights.flatten().tolist())
+        if not work.loads:
+            return hidden.new_zeros(hidden.shape)
+        rows = gather(hidden, work, index.shape[1])
+        out = empty_results(rows)
+        own = [self.device.weights(layer, load.expert) for load in work.loads]
+        self.device.run(layer, work.loads, own, rows, out)
+        return combine(out, work.order, weights)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fiddler.devices.gpu import Event, Gpu
-from fiddler.lanes.combine import summed
-from fiddler.lanes.crossing import Ask, Routing
+from fiddler.lanes.experts import Ask, Routing, summed
 from fiddler.lanes.watch import Watch
 from fiddler.scheduler.messages import LayerTook
 from fiddler.scheduler.routing import LayerWork, Load

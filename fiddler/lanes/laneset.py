@@ -2,12 +2,15 @@
 
 A job that raises ends its lane: `LaneDied` is then the last report of it, and stands for every job of the lane that
 was not reported before. The other lanes go on.
+
+A job as the trace shows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from fiddler.scheduler.messages import Failures, Job, Report
+from fiddler.scheduler.messages import CopyExpert, Failures, Job, Reason, Report, RunExperts
+from fiddler.trace import Kind, Span
 
 Execute = Callable[[Job], Failures]
 """Does a job's work, whole, in the calling thread; returns what failed by expert. To raise is to end the lane."""
@@ -38,3 +41,19 @@ class LaneSet(Protocol):
     async def aclose(self) -> None:
         """End the lanes, once what they run is done."""
         ...
+
+
+_WORDS: Mapping[Reason, Kind] = {"demand": "copy", "ahead": "ahead", "promotion": "promote"}
+
+
+def span(job: Job, start_s: float, end_s: float) -> Span:
+    """Return the span of a job that ran from `start_s` to `end_s`."""
+    match job:
+        case RunExperts():
+            name = f"L{job.layer} {len(job.loads)} expert{'s' * (len(job.loads) > 1)}"
+            return Span(job.lane, name, job.wave, job.layer, start_s, end_s, job.predicted_s)
+        case CopyExpert():
+            name = f"{_WORDS[job.reason]} L{job.layer} E{job.expert}"
+            return Span(job.lane, name, None, job.layer, start_s, end_s, job.predicted_s)
+        case _:
+            return Span(job.lane, "dense", job.wave, None, start_s, end_s, job.predicted_s)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fiddler.devices.slot_experts import SlotExperts, Visits
-from fiddler.lanes.combine import summed
-from fiddler.lanes.crossing import Ask
-from fiddler.lanes.experts import LaneCounters
+from fiddler.lanes.experts import Ask, LaneCounters, summed
 from fiddler.lanes.gpu_crossing import blank_visits
 
 

@@ -19,8 +19,8 @@ from fiddler.cost.lanes import LaneName
 from fiddler.devices.gpu import Event
 from fiddler.lanes.channel import Channel
 from fiddler.lanes.gpu_jobs import Computed, GpuJobs
-from fiddler.lanes.spans import span
-from fiddler.lanes.worker import Worker
+from fiddler.lanes.laneset import span
+from fiddler.lanes.threads import Worker
 from fiddler.scheduler.messages import (
     CopyExpert,
     CopyOrdered,

@@ -7,8 +7,7 @@ from collections import deque
 
 from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.cost.model import CostModel
-from fiddler.lanes.laneset import Execute
-from fiddler.lanes.spans import span
+from fiddler.lanes.laneset import Execute, span
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report, RunDense, RunExperts
 from fiddler.trace import Trace
 

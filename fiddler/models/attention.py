@@ -171,7 +171,7 @@ def _explicit(
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b`, rounded once.
 
-    On a CPU in float32: in 16 bits oneDNN would keep a kernel for every length of a past (devices/rooms.py).
+    On a CPU in float32: in 16 bits oneDNN would keep a kernel for every length of a past (devices/kernels.py).
     """
     if a.is_cuda or a.dtype == torch.float32:
         return torch.matmul(a, b)

@@ -13,8 +13,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from fiddler.errors import CheckpointError, GenerationError, UnsupportedModelError
-from fiddler.given import flag, real_number, shown, whole_number
-from fiddler.jsonfile import read_json
+from fiddler.given import flag, read_json, real_number, shown, whole_number
 from fiddler.models.option_values import HONOURED, PROCESSORS, WARPERS
 from fiddler.models.processors import logits_processors
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.base import DTYPES, ExpertFormula
+from fiddler.devices.formula import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
@@ -21,9 +21,9 @@ from fiddler.models.packed import PACKED
 from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import load_skeleton, read_config, set_attention
 from fiddler.models.text import Text
+from fiddler.store.blocks import PackedStore
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.host import MappedStore
-from fiddler.store.packed import PackedStore
+from fiddler.store.mapped import MappedStore
 from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 

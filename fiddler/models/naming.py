@@ -18,7 +18,7 @@ from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models.seam import ExpertsModule
 from fiddler.models.shapes import check_views
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.layout import Axis, Every, ExpertParts, Layout, Select, Transpose, View
+from fiddler.store.mapped import Axis, Every, ExpertParts, Layout, Select, Transpose, View
 
 _MERGING = (loading.MergeModulelist, loading.ErnieFuseAndSplitTextVisionExperts)
 """Operations that make one parameter of a list with a tensor per expert."""

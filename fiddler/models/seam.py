@@ -12,7 +12,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from fiddler.devices.base import ExpertFormula
+from fiddler.devices.formula import ExpertFormula
 from fiddler.errors import EngineError
 from fiddler.types import ExpertWeights
 

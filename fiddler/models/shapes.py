@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from fiddler.errors import CheckpointError
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Entry
-from fiddler.store.layout import Every, Select, Step, Transpose, View
+from fiddler.store.mapped import Every, Select, Step, Transpose, View
 
 Shape = tuple[int, ...]
 

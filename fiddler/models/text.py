@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fiddler.errors import CheckpointError, PromptError
-from fiddler.jsonfile import MOST_BYTES, read_json
+from fiddler.given import MOST_BYTES, read_json
 from fiddler.models.decoder import Decoder, Vocabulary
 from fiddler.models.messages import plain
 from fiddler.models.prompts import Prompt

@@ -3,6 +3,8 @@
 Every load of a layer is in one place at a time: in a lane, waiting for its expert to land, or done. What fails
 falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good. Without link or GPU
 all that cannot run from a slot goes to the CPU; without the CPU what can be fetched is, and the rest fails.
+
+What a plan is told of a layer's loads: where their weights are, and what the cache holds them to be worth.
 """
 
 from collections import defaultdict, deque
@@ -14,10 +16,8 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.candidates import candidates
-from fiddler.scheduler.copies import Copies
-from fiddler.scheduler.counters import Counters
-from fiddler.scheduler.jobs import Jobs, undone
+from fiddler.scheduler.guesses import Nobody, Predictor, Rule, pays, promotion
+from fiddler.scheduler.jobs import Copies, Jobs, undone
 from fiddler.scheduler.layer import LayerRun, LayerRuns
 from fiddler.scheduler.messages import (
     Command,
@@ -37,14 +37,28 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Backlog, Plan, Planner, all_fetch, assign, best_cut
-from fiddler.scheduler.predictors import Nobody, Predictor
+from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, assign, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
-from fiddler.scheduler.records import LayerRecords
 from fiddler.scheduler.routing import Load
-from fiddler.scheduler.rules import Rule, pays, promotion
+from fiddler.scheduler.statistics import Counters, LayerRecords
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
+
+
+def candidates(run: LayerRun, loads: Sequence[Load], cache: ExpertCache, copies: Copies | None) -> list[Candidate]:
+    """Return a candidate for each load of a layer; without `copies` none is on its way."""
+
+    def candidate(load: Load) -> Candidate:
+        key = (run.layer, load.expert)
+        if load.expert in run.leased:
+            return Candidate(load, "hit")
+        ahead_s = copies.ahead_s(key) if copies is not None else None
+        if ahead_s is not None:
+            return Candidate(load, "landing", ahead_s=ahead_s)
+        score = run.scores[load.expert] if run.scores else cache.score(key)
+        return Candidate(load, "miss", score=score)
+
+    return [candidate(load) for load in loads]
 
 
 class Scheduler:

@@ -8,7 +8,6 @@ from fiddler.cache.keys import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.counters import Counters
 from fiddler.scheduler.messages import (
     Command,
     CopyOrdered,
@@ -26,6 +25,7 @@ from fiddler.scheduler.messages import (
     WaveDropped,
 )
 from fiddler.scheduler.plan import Planner, all_cpu
+from fiddler.scheduler.statistics import Counters
 from fiddler.trace import Decision, Trace
 from fiddler.types import PrefetchStatistics
 

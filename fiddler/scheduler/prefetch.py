@@ -11,10 +11,9 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
+from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, eager, pays, price_s, saved_s
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Planner
-from fiddler.scheduler.predictors import Predictor
-from fiddler.scheduler.rules import Forecast, Guess, Rule, View, eager, pays, price_s, saved_s
 from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02

@@ -17,8 +17,18 @@ from fiddler.cache.keys import Key
 from fiddler.cache.policy import make_policy
 from fiddler.config import PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
-from fiddler.scheduler.predictors import Auto, Frequency, LookAhead, Nobody, Predictor, Transitions
-from fiddler.scheduler.rules import Rule, eager, impact, pays
+from fiddler.scheduler.guesses import (
+    Auto,
+    Frequency,
+    LookAhead,
+    Nobody,
+    Predictor,
+    Rule,
+    Transitions,
+    eager,
+    impact,
+    pays,
+)
 
 STAGED = 64
 """One slot in so many is for experts in passing, where only some are."""

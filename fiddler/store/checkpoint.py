@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fiddler.errors import CheckpointError
-from fiddler.jsonfile import open_regular
+from fiddler.given import open_regular
 from fiddler.store.folder import INDEX, weight_files
 from fiddler.store.mapping import Mapping
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
-from fiddler.jsonfile import read_json
+from fiddler.given import read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

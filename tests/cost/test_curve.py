@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cost.curve import Curve
+from fiddler.cost.model import Curve
 
 seconds = st.floats(0.0, 1.0)
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, Dense, ExpertCosts, Moves
+from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 
 SMALL = ExpertCosts(Curve(((1.0, 2.0), (2.0, 3.0))), Curve(((1.0, 0.5),)), copy_s=4.0, nbytes=100)
 LARGE = ExpertCosts(SMALL.cpu.scaled(2.0), SMALL.gpu.scaled(2.0), copy_s=8.0, nbytes=200)

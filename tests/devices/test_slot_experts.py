@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fiddler.devices import slot_experts
-from fiddler.devices.base import DTYPES, ExpertFormula
+from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
-from fiddler.devices.mlp import run_expert
 from fiddler.devices.slot_experts import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
-from fiddler.store.block import ALIGNMENT, BlockLayout
+from fiddler.store.blocks import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

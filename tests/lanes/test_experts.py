@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fiddler.devices.base import ExpertFormula
 from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.lanes.experts import ExpertWork
 from fiddler.scheduler.messages import CopyExpert, RunDense, RunExperts

@@ -9,9 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from fiddler.cost.curve import Curve
 from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, ExpertCosts
+from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes

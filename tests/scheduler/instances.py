@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, ExpertCosts, Moves
+from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts, Moves
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
 from fiddler.scheduler.routing import Load
 

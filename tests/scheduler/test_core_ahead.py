@@ -3,9 +3,9 @@
 import pytest
 
 from fiddler.cost.lanes import LaneName
+from fiddler.scheduler.guesses import saved_s
 from fiddler.scheduler.plan import all_cpu, all_fetch
 from fiddler.scheduler.prefetch import Prefetcher
-from fiddler.scheduler.rules import saved_s
 from tests.scheduler.desk import COSTS, Desk, experts, kinds, resident
 
 LINK, K = COSTS.experts[0].copy_s, COSTS.contention

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import NO_CONTENTION, Contention, CostModel, ExpertCosts
+from fiddler.cost.model import NO_CONTENTION, Contention, CostModel, Curve, ExpertCosts
 from fiddler.scheduler.peer_plans import (
     PROMPT_ROWS,
     STREAM_ROWS,

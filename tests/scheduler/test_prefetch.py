@@ -11,14 +11,12 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.cache.keys import Key, Rows
 from fiddler.cache.policy import make_policy
 from fiddler.cache.slots import Reservation
-from fiddler.cost.curve import Curve
-from fiddler.cost.model import Contention, CostModel, ExpertCosts
+from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
+from fiddler.scheduler.guesses import Forecast, Guess, LookAhead, Rule, View, eager, impact, pays, price_s, saved_s
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, best_cut
-from fiddler.scheduler.predictors import LookAhead
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
 from fiddler.scheduler.routing import Load
-from fiddler.scheduler.rules import Forecast, Guess, Rule, View, eager, impact, pays, price_s, saved_s
 from tests.scheduler.desk import LAYERS, work
 
 CPU_S, GPU_S, COPY_S, K_CPU = 4.0, 1.0, 3.0, 1.25

@@ -16,9 +16,9 @@ from fiddler.config import PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.cost.machine import Machine
 from fiddler.engine.simulation import Report, Setting, _Simulation
 from fiddler.errors import ConfigError
+from fiddler.scheduler.guesses import Nobody
 from fiddler.scheduler.messages import Command, Event
 from fiddler.scheduler.planners import PLANNERS, planner
-from fiddler.scheduler.predictors import Nobody
 from fiddler.scheduler.systems import STAGED, SYSTEMS, System, cache_of, prefetch_of, system
 from fiddler.trace import Kind, Span, Trace
 from tests.scheduler.desk import Desk

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from fiddler.lanes.combine import summed
-from fiddler.lanes.crossing import Ask
+from fiddler.lanes.experts import Ask, summed
 from fiddler.lanes.gpu_crossing import blank_visits, noted
 from fiddler.lanes.resident import grouped
 from fiddler.models import attention, seam

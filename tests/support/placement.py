@@ -28,7 +28,6 @@ from fiddler.devices import cuda
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.engine import gpu_side
 from fiddler.engine import rig as rigs
-from fiddler.engine.assemble import assemble
 from fiddler.engine.costing import Calibration
 from fiddler.engine.rig import Rig, assemble_rig
 from fiddler.engine.setup import compute_lane
@@ -38,6 +37,7 @@ from fiddler.lanes.threads import ThreadLanes
 from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, JobDone, LaneDied
+from fiddler.scheduler.rows import assemble
 from tests.support.fake_gpu import FakeGpu
 
 MakeLanes = Callable[[ExpertWork], LaneSet]

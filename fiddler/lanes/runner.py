@@ -1,12 +1,14 @@
 """Drives waves through their layers: carries events to the scheduler and its commands to the lanes.
 
 Knows neither tensors nor clocks: the same code runs a model on real lanes and a script in virtual time.
+
+A step as one wave or two: the same for a model's rows and for a script's.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fiddler.cache.keys import Key
 from fiddler.cost.lanes import LaneName
@@ -27,6 +29,8 @@ from fiddler.scheduler.messages import (
     Report,
     WaveDropped,
 )
+from fiddler.scheduler.rows import S, Span, halves
+from fiddler.scheduler.waves import Waves
 
 
 class Wave(Protocol):
@@ -187,3 +191,25 @@ class Runner:
     def _end(self, number: int, error: BaseException | None) -> Sequence[Command]:
         self._waves.pop(number).end(error)
         return [*self._tell(WaveDropped(number)), *self._free(number + 1)]
+
+
+W = TypeVar("W", bound=Wave)
+Make = Callable[[Sequence[Span[S]], int], W]
+
+
+async def run_step(
+    runner: Runner, waves: Waves, spans: Sequence[Span[S]], make: Make[S, W], *, cut: bool
+) -> list[tuple[Sequence[Span[S]], W]]:
+    """Run spans to the end of the model; returns each wave, which has ended, with its spans.
+
+    `make` takes the spans of a wave, and its number in the step. `cut` allows one span to be cut in two, its later
+    rows in the second wave.
+    """
+    n_waves = waves.choose(sum(s.n_rows for s in spans), sum(s.stop for s in spans))
+    parts = halves(spans, cut=cut) if n_waves == 2 else [list(spans)]
+    made = [make(part, number) for number, part in enumerate(parts)]
+    started_s = runner.lanes.now_s()
+    follows = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
+    await runner.run(made, in_order=follows)
+    waves.took(len(made), runner.lanes.now_s() - started_s)
+    return list(zip(parts, made, strict=True))
