@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from bench import machine
 from bench.report import Spread, command, finish, listing, result
+from fiddler.calibration.kernels import calibrated_kernels
 from fiddler.config import EngineConfig
-from fiddler.devices.calibrate import calibrated_kernels
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels, linear, rows_last

@@ -29,9 +29,9 @@ from bench import machine
 from bench.overhead_script import hop_us, layer
 from bench.report import Spread, heading, result, table, write_json
 from fiddler import DEMO
+from fiddler.calibration.kernels import choose_kernels, compute_lane
 from fiddler.config import EngineConfig, PolicyName, PrefetchMode
-from fiddler.engine.rig import Rig, assemble_rig
-from fiddler.engine.setup import choose_kernels, compute_lane
+from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV

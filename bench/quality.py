@@ -26,7 +26,7 @@ from bench import machine
 from bench.quality_paths import BASE, PATHS, Path, Promise, Texts
 from bench.report import command, finish, result, table
 from fiddler import DEMO
-from fiddler.models.text import Text
+from fiddler.text.tokenizer import Text
 
 MODULES = ("textwrap", "argparse", "heapq", "bisect", "statistics", "fractions", "shutil", "string")
 CHARACTERS_A_TOKEN = 16

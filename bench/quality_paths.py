@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import fiddler
 from fiddler import DEMO
+from fiddler.calibration.kernels import choose_kernels
 from fiddler.config import EngineConfig
 from fiddler.devices.kernels import Kernels
-from fiddler.engine import rig
-from fiddler.engine.forward import Outcome
-from fiddler.engine.setup import choose_kernels
+from fiddler.engine import assembly
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.rows import Span
+from fiddler.steps.step import Outcome
 
 Promise = Literal["same bits", "rounding", "lossy"]
 """The same bits hold for one dtype, one stored calibration and the same rows in a wave, wherever experts run."""
@@ -84,10 +84,10 @@ async def _by_engine(texts: Texts, config: EngineConfig, chunk: int, defer: int)
     return torch.tensor(read).t()
 
 
-def _machine(loaded: ServableModel, kernels: Kernels, config: EngineConfig, defer: int) -> rig.Rig:
+def _machine(loaded: ServableModel, kernels: Kernels, config: EngineConfig, defer: int) -> assembly.Rig:
     # What is refused for its quality is what has to be measured.
-    with patch.object(rig, "DEFER_FROM", 1):
-        return rig.assemble_rig(loaded, kernels, replace(config, defer=defer))
+    with patch.object(assembly, "DEFER_FROM", 1):
+        return assembly.assemble_rig(loaded, kernels, replace(config, defer=defer))
 
 
 def _logprob(outcome: Outcome, token: int) -> float:

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from fiddler.config import EngineConfig
     from fiddler.engine.attach import attach
     from fiddler.engine.engine import Engine
-    from fiddler.engine.stream import TokenStream
     from fiddler.errors import (
         CheckpointError,
         ConfigError,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedModelError,
     )
+    from fiddler.steps.stream import TokenStream
     from fiddler.types import DEMO, FinishReason, Result, Statistics, Timing, Token, Usage
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 # imported, which comes after this, ctrl-C prints a traceback.
 _LAZY = {
     "Engine": "fiddler.engine.engine",
-    "TokenStream": "fiddler.engine.stream",
+    "TokenStream": "fiddler.steps.stream",
     "GenerationConfig": "transformers",
     "attach": "fiddler.engine.attach",
 }

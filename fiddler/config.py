@@ -87,7 +87,7 @@ class EngineConfig:
     """Experts the accelerator holds; `None` is a quarter of all, and on a GPU as many as fit."""
     vram_budget: int | None = None
     """Bytes of GPU memory the engine may take in all; `None` is what is free when it opens, less the reserve of
-    `fiddler.cost.room.LEFT_FREE_BYTES`. The dense part, keys and values and the workspace come first, slots get
+    `fiddler.gpu.budget.LEFT_FREE_BYTES`. The dense part, keys and values and the workspace come first, slots get
     the rest."""
     kv_tokens: int | None = None
     """Tokens of keys and values that all running requests may hold together, prompt and longest completion of each;

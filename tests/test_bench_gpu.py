@@ -21,10 +21,12 @@ from bench.gpu.running import Reading
 from bench.gpu.sizes import QUICK, Sizes
 from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
+from fiddler.calibration import dense as measure_dense
+from fiddler.calibration import measure
 from fiddler.cost.machine import Machine
 from fiddler.cost.shape import ModelShape
-from fiddler.devices import cuda, measure
-from fiddler.engine import gpu_room, measure_dense
+from fiddler.engine import gpu_memory
+from fiddler.gpu import cuda
 from fiddler.trace import Decision, Span, Trace
 from tests.support.fake_gpu import FakeGpu
 
@@ -47,9 +49,9 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seeds = iter(range(1000))
     monkeypatch.setattr(cuda, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_room, "GRAPHS_BYTES", 0)
+    monkeypatch.setattr(gpu_memory, "GRAPHS_BYTES", 0)
     # Where another test has had Triton's interpreter, kernels would run in it, and take minutes.
-    monkeypatch.setitem(sys.modules, "fiddler.devices.slot_triton", None)
+    monkeypatch.setitem(sys.modules, "fiddler.gpu.triton_kernels", None)
     monkeypatch.setattr(measure, "CURVE_S", 0.0)
     monkeypatch.setattr(measure, "LEAST", 2)
     monkeypatch.setattr(measure, "BESIDE_S", 0.01)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from fiddler.calibration import measure
+from fiddler.calibration.costs import Calibration, calibrate
+from fiddler.calibration.measure import FITTED, HELD_OUT, Bench, rising, typical
+from fiddler.calibration.sample import bench_of, open_experts
 from fiddler.cli import app
 from fiddler.config import EngineConfig
-from fiddler.devices import measure
-from fiddler.devices.measure import FITTED, HELD_OUT, Bench, rising, typical
-from fiddler.engine import rig
-from fiddler.engine.costing import Calibration, calibrate
-from fiddler.engine.sample import bench_of, open_experts
+from fiddler.engine import assembly
 from fiddler.models.loaded import load
 from tests.support.tiny import N_LAYERS, save_tiny
 
@@ -184,7 +184,7 @@ def test_the_engine_finds_what_was_measured_for_it(
     loaded = load(model, config)
     whole = bench_of(loaded, config)
     if device == "sim":
-        accelerator = rig._accelerator(loaded, config)
+        accelerator = assembly._accelerator(loaded, config)
         whole = Bench(whole.host, loaded.n_experts, accelerator)
 
     found = calibrate(whole, loaded, config)

@@ -19,21 +19,23 @@ import torch
 from typer.testing import CliRunner, Result
 
 from fiddler import Engine
+from fiddler.calibration import dense, measure
+from fiddler.calibration import gpu as gpu_costing
+from fiddler.calibration import gpu as measure_experts
+from fiddler.calibration.costs import Calibration, calibrate
+from fiddler.calibration.dense import Extent
+from fiddler.calibration.gpu import GpuBench
+from fiddler.calibration.measure import FITTED, HELD_OUT
+from fiddler.calibration.sample import open_bench, open_experts
 from fiddler.cli import app
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
-from fiddler.devices import cuda, measure
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.measure import FITTED, HELD_OUT
-from fiddler.engine import gpu_costing, measure_dense, measure_experts
-from fiddler.engine.costing import Calibration, calibrate
-from fiddler.engine.gpu_costing import GpuBench
-from fiddler.engine.measure_dense import Extent
-from fiddler.engine.rig import Rig, assemble_rig
-from fiddler.engine.sample import open_bench, open_experts
-from fiddler.lanes.gpu_jobs import GpuJobs
+from fiddler.engine.assembly import Rig, assemble_rig
+from fiddler.gpu import cuda
+from fiddler.gpu.jobs import GpuJobs
 from fiddler.models import loaded as models
-from fiddler.models.kv_arena import KvArena
+from fiddler.models.kv import KvArena
 from fiddler.models.loaded import load
 from fiddler.scheduler.messages import RunExperts
 from tests.support.fake_gpu import FakeGpu
@@ -53,8 +55,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(measure, "CURVE_S", 0.0)
     monkeypatch.setattr(measure, "LEAST", 2)
     monkeypatch.setattr(measure, "BESIDE_S", 0.01)
-    monkeypatch.setattr(measure_dense, "STEPS_S", 0.0)
-    monkeypatch.setattr(measure_dense, "LEAST_STEPS", 1)
+    monkeypatch.setattr(dense, "STEPS_S", 0.0)
+    monkeypatch.setattr(dense, "LEAST_STEPS", 1)
     n_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(n_threads)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fiddler.devices import cuda
+from fiddler.gpu import cuda
 from tests.support import conformance
 from tests.support.conformance import Options
 from tests.support.fake_gpu import FakeGpu

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import StopStringCriteria
 
 from fiddler.errors import PromptError
-from fiddler.models.text import Text
+from fiddler.text.tokenizer import Text
 from tests.support.texts import (
     FAMILIES,
     bytewise,

@@ -29,7 +29,7 @@ from fiddler import (
 from fiddler.devices.cpu import CpuDevice
 from fiddler.engine.loop import EngineLoop
 from fiddler.models import seam
-from fiddler.models.text import Decoder, Text
+from fiddler.text.tokenizer import Decoder, Text
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.anyio

@@ -28,12 +28,12 @@ from fiddler import (
     Timing,
 )
 from fiddler.cost.machine import machines
-from fiddler.engine.kv_room import KvRoom, Reserved
 from fiddler.lanes.experts import ExpertWork
 from fiddler.models import seam
-from fiddler.models.kv_arena import KvArena
+from fiddler.models.kv import KvArena
 from fiddler.models.loaded import load
 from fiddler.scheduler.messages import Failures, Job
+from fiddler.steps.request import KvRoom, Reserved
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import fiddler
 from fiddler import Engine, EngineConfig
-from fiddler.models.packed import PACKED
+from fiddler.models.packing import PACKED
 from fiddler.models.sampling import Sampler
 from tests.architectures import architectures, build, excluded, included, stateful
 

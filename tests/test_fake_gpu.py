@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fiddler import Engine
 from fiddler.config import EngineConfig, WaveMode
-from fiddler.devices import cuda
 from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.slot_experts import SlotExperts, Visits
-from fiddler.engine import graphs
+from fiddler.gpu import cuda
+from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.steps import graphs
 from fiddler.types import Statistics
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Played, Script, Subject, Visit, run

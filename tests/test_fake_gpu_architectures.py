@@ -6,7 +6,7 @@ import pytest
 
 from fiddler.config import EngineConfig
 from fiddler.devices.kernels import Kernels
-from fiddler.engine import graphs
+from fiddler.steps import graphs
 from tests.architectures import build, included
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Script, Subject, Visit, run

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError
-from fiddler.devices import cuda
+from fiddler.calibration.costs import no_costs
 from fiddler.devices.cpu import CpuDevice
-from fiddler.engine import gpu_side
-from fiddler.engine.costing import no_costs
-from fiddler.lanes import gpu_jobs
-from fiddler.lanes.gpu_jobs import GpuJobs
+from fiddler.engine import gpu_assembly
+from fiddler.gpu import cuda, jobs
+from fiddler.gpu.jobs import GpuJobs
 from tests.support import conformance
 from tests.support.conformance import PROMPTS, greedy
 from tests.support.fake_gpu import FakeGpu
@@ -45,7 +44,7 @@ def gpu(request: pytest.FixtureRequest) -> Generator[FakeGpu]:
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(cuda, "open_gpu", lambda: gpu),
-        patch.object(gpu_side, "_costs", lambda loaded, *_: no_costs(len(loaded.n_experts))),
+        patch.object(gpu_assembly, "_costs", lambda loaded, *_: no_costs(len(loaded.n_experts))),
     ):
         yield gpu
 
@@ -87,7 +86,7 @@ async def test_copies_that_fail_go_to_the_cpu(model: Path, expected: list[list[i
 
 async def test_experts_that_the_gpu_cannot_be_given_go_to_the_cpu(model: Path, expected: list[list[int]]) -> None:
     async with opened(model, graphs=False) as engine:
-        with patch.object(gpu_jobs._Grouped, "of", side_effect=BROKEN):
+        with patch.object(jobs._Grouped, "of", side_effect=BROKEN):
             assert await conformance.together(engine) == expected
         assert engine.statistics().n_fallbacks > 0
         assert engine.statistics().dead_lanes == ()
@@ -125,7 +124,7 @@ async def test_where_no_more_memory_can_be_pinned_results_come_from_what_can_be_
 
 async def test_what_cannot_be_opened_leaves_nothing_locked(model: Path, gpu: FakeGpu) -> None:
     before = gpu._pinnable
-    with patch.object(gpu_side, "_costs", side_effect=BROKEN), pytest.raises(RuntimeError, match="broken"):
+    with patch.object(gpu_assembly, "_costs", side_effect=BROKEN), pytest.raises(RuntimeError, match="broken"):
         async with opened(model):
             pass
     with pytest.raises(ConfigError, match="warm_start"):

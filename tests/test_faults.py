@@ -15,12 +15,12 @@ from fiddler import Engine, EngineClosedError, EngineConfig, EngineFailedError, 
 from fiddler.cost.lanes import LaneName
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.sim import SimDevice
-from fiddler.engine.stream import TokenStream
-from fiddler.engine.wave import ModelWave
 from fiddler.lanes.experts import ExpertWork, Routing
 from fiddler.lanes.runner import Runner
 from fiddler.scheduler.messages import CopyExpert, Event, Failures, Job, JobDone, LayerDone, RunExperts
 from fiddler.scheduler.routing import LayerWork, Load
+from fiddler.steps.stream import TokenStream
+from fiddler.steps.wave import ModelWave
 from fiddler.types import ExpertWeights
 from tests.support.tiny import N_EXPERTS, N_LAYERS, save_tiny
 

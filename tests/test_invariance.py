@@ -24,7 +24,7 @@ from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts,
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.formula import ExpertFormula, Matmul
 from fiddler.devices.kernels import TORCH, KernelName, Kernels, rows_last, shape_key
-from fiddler.engine.rig import DEFER_FROM, assemble_rig
+from fiddler.engine.assembly import DEFER_FROM, assemble_rig
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.scheduler.routing import Load
 from fiddler.store.blocks import BlockLayout

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fiddler.calibration import kernels as calibrate
+from fiddler.calibration.kernels import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
 from fiddler.config import EngineConfig
-from fiddler.devices import calibrate
-from fiddler.devices.calibrate import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
 from fiddler.devices.formula import Matmul
 from fiddler.devices.kernels import (
     BUCKETS,

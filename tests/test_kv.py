@@ -13,11 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from fiddler.config import EngineConfig
-from fiddler.engine.forward import StepRunner
-from fiddler.engine.kv_room import KvRoom, Reserved
 from fiddler.errors import EngineError
-from fiddler.models.kv import LayerKV, SequenceKV
-from fiddler.models.kv_arena import KvArena, Run
+from fiddler.models.kv import KvArena, LayerKV, Run, SequenceKV
+from fiddler.steps.request import KvRoom, Reserved
+from fiddler.steps.step import StepRunner
 from tests.architectures import build
 from tests.support.placement import Placement, Script, Subject, Visit, run
 

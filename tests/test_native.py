@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fiddler.calibration import kernels as calibrate
+from fiddler.calibration.kernels import calibrated_kernels, calibration_file
 from fiddler.config import EngineConfig
-from fiddler.devices import calibrate
 from fiddler.devices import library as compiler
 from fiddler.devices import native as kernels_of_ours
-from fiddler.devices.calibrate import calibrated_kernels, calibration_file
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key

@@ -20,7 +20,7 @@ from transformers.initialization import no_tie_weights
 
 import fiddler
 from fiddler import Engine, EngineClosedError, EngineConfig
-from fiddler.devices.threads import set_own_threads
+from fiddler.calibration.kernels import set_own_threads
 from fiddler.models.alone import alone
 from tests.support.default_dtype import default_dtype
 from tests.support.tiny import save_tiny

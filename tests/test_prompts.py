@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fiddler import Engine, GenerationConfig, PromptError
-from fiddler.models.prompts import Bound, copy_prompt
+from fiddler.text.prompts import Bound, copy_prompt
 from tests.support.tiny import save_tiny
 
 IDS = [5, 6, 7]

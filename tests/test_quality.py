@@ -15,7 +15,7 @@ from bench import quality_paths as forced
 from bench.quality import Outcome, broken
 from bench.quality_paths import PATHS
 from fiddler.config import EngineConfig
-from fiddler.engine.rig import Rig
+from fiddler.engine.assembly import Rig
 from fiddler.models.loaded import ServableModel, load
 
 N_TOKENS = 48

@@ -17,9 +17,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fiddler.errors import EngineClosedError, EngineFailedError, PromptError
-from fiddler.models import reading
-from fiddler.models.reading import Asking
-from fiddler.models.text import Text
+from fiddler.text import reading
+from fiddler.text.reading import Asking
+from fiddler.text.tokenizer import Text
 from tests.support.tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -355,7 +355,7 @@ PROGRAM = """
 import os, shutil, signal, sys, tempfile
 sys.path[:0] = [{root!r}]
 from tokenizers import Tokenizer, models
-from fiddler.models.reading import Question, Reader
+from fiddler.text.reading import Question, Reader
 letters = Tokenizer(models.BPE({{letter: i for i, letter in enumerate("abchi")}}, [])).to_str()
 definition = {{
     "tokenizer": letters, "split_special_tokens": False, "template": "{{{{ messages[0].content }}}}",

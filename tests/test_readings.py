@@ -21,7 +21,7 @@ from fiddler import (
     Statistics,
 )
 from fiddler.engine import readings
-from fiddler.models import reading
+from fiddler.text import reading
 from tests.support.tiny import CONTEXT, TEMPLATE, save_tiny
 from tests.test_reading import ENDLESS, exists
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError, GenerationConfig, PromptError
 from fiddler.cache.recorded import Recording
-from fiddler.engine import rig as rigs
-from fiddler.engine.recorder import Recorder
-from fiddler.engine.wave import ModelWave
+from fiddler.engine import assembly as rigs
 from fiddler.models import loaded as loading
 from fiddler.models.seam import find_experts
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import Event, LayerDone, LayerReady
+from fiddler.steps.recorder import Recorder
+from fiddler.steps.wave import ModelWave
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
 pytestmark = pytest.mark.anyio

@@ -20,9 +20,9 @@ from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler import ConfigError, Engine, EngineConfig
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.cost.shape import ModelShape
-from fiddler.devices import cuda
-from fiddler.engine import graphs
+from fiddler.gpu import cuda
 from fiddler.models.loaded import ServableModel, load
+from fiddler.steps import graphs
 from fiddler.store.blocks import PackedStore
 from tests.support.fake_gpu import FakeGpu
 from tools import synthesize

@@ -15,8 +15,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from fiddler.errors import CheckpointError, PromptError
-from fiddler.models.reading import TooMany
-from fiddler.models.text import Text
+from fiddler.text.reading import TooMany
+from fiddler.text.tokenizer import Text
 from tests.support.texts import bytewise, trained, wordpiece
 from tests.support.tiny import tiny_tokenizer
 

@@ -32,8 +32,8 @@ from bench.gpu.sizes import FULL, QUICK, Sizes
 from bench.gpu.summary import summary
 from bench.gpu.timeline import timeline
 from bench.report import heading
-from fiddler.devices import cuda
 from fiddler.errors import ConfigError
+from fiddler.gpu import cuda
 
 Part = Callable[[Context], Mapping[str, Any]]
 PARTS: Mapping[str, Part] = {

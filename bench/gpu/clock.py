@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.report import Spread
-from fiddler.devices.gpu import Event, Gpu, Stream
+from fiddler.gpu.device import Event, Gpu, Stream
 
 Work = Callable[[], object]
 

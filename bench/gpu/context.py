@@ -12,7 +12,7 @@ from bench.gpu.models import Shelf
 from bench.gpu.sizes import GIB, Sizes
 from bench.report import result, write_json
 from fiddler.config import EngineConfig
-from fiddler.devices.gpu import Gpu
+from fiddler.gpu.device import Gpu
 
 
 def plain(value: Any) -> Any:

@@ -10,9 +10,9 @@ from bench import kernels
 from bench.gpu.clock import Work, spread, took, until
 from bench.gpu.context import Context
 from bench.report import Spread
+from fiddler.calibration.kernels import calibrated_kernels
 from fiddler.config import EngineConfig
-from fiddler.devices.calibrate import calibrated_kernels
-from fiddler.devices.gpu import Gpu, Stream
+from fiddler.gpu.device import Gpu, Stream
 
 MOST_ROWS = 16
 TINY = (64, 32)

@@ -18,8 +18,8 @@ from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
 from fiddler.cost.shape import ModelShape
-from fiddler.devices.gpu import Gpu
 from fiddler.engine.engine import Loader
+from fiddler.gpu.device import Gpu
 from fiddler.models.loaded import ServableModel
 from fiddler.store.blocks import PackedStore
 

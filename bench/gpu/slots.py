@@ -11,8 +11,8 @@ from bench.gpu.clock import Work, busy, spread, took
 from bench.gpu.context import Context
 from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
-from fiddler.devices.gpu import Gpu
-from fiddler.devices.slot_experts import Picked, SlotExperts, Stack, Visits
+from fiddler.gpu.device import Gpu
+from fiddler.gpu.slots import Picked, SlotExperts, Stack, Visits
 from fiddler.store.blocks import BlockLayout
 
 AT_ONCE = 8

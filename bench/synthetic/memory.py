@@ -22,14 +22,14 @@ from bench.synthetic.shapes import Shape
 from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.formula import DTYPES
+from fiddler.engine.assembly import SHARE
 from fiddler.engine.engine import Loader
-from fiddler.engine.rig import SHARE
 from fiddler.errors import ConfigError
 from fiddler.models import attention, seam
 from fiddler.models.loaded import ServableModel, experts_per_token, model_context
 from fiddler.models.skeleton import meta_skeleton
-from fiddler.models.text import Text
 from fiddler.store.blocks import BlockLayout, PackedStore
+from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 
 SPARE_BYTES = 2 << 30

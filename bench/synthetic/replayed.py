@@ -27,8 +27,7 @@ from fiddler.cache.recorded import Recording, RoutingTrace, guesses
 from fiddler.cache.synthetic import PUBLISHED, SyntheticRouting
 from fiddler.errors import ConfigError
 from fiddler.models.captured import CapturedCache
-from fiddler.models.kv import SequenceKV, WaveCache
-from fiddler.models.kv_arena import KvArena
+from fiddler.models.kv import KvArena, SequenceKV, WaveCache
 from fiddler.models.seam import ExpertsModule, Forward
 from fiddler.store.routing import load
 

@@ -17,8 +17,8 @@ from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fiddler.calibration.costs import Calibration, HeldOut
     from fiddler.cost.model import CostModel, ExpertCosts
-    from fiddler.engine.costing import Calibration, HeldOut
 
 
 _DEVICES = ("cpu", "sim", "cuda")
@@ -60,8 +60,8 @@ def calibrate(checkpoint: CheckpointOptions, options: CalibrateOptions) -> None:
         config = options.config(checkpoint)
         with notes.working(f"measuring the experts of {checkpoint.name}", spin=checkpoint.is_local):
             checkpoint.find()
-            from fiddler.engine.costing import calibrate as measure
-            from fiddler.engine.sample import open_bench, open_experts
+            from fiddler.calibration.costs import calibrate as measure
+            from fiddler.calibration.sample import open_bench, open_experts
 
             experts = open_experts(checkpoint.source, config)
             with open_bench(experts, config) as bench:

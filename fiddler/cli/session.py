@@ -17,7 +17,7 @@ from fiddler.cli.prompts import Named
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
 from fiddler.errors import PromptError
-from fiddler.models.prompts import Prompt
+from fiddler.text.prompts import Prompt
 from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
 
 DEFAULT_NEW_TOKENS = 256

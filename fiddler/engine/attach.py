@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fiddler.calibration.kernels import checked, choose_kernels, compute_lane
 from fiddler.config import EngineConfig
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import native
-from fiddler.engine.setup import checked, choose_kernels, compute_lane
 from fiddler.errors import ModelError
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam

@@ -13,18 +13,18 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fiddler.cache.recorded import RoutingTrace
+from fiddler.calibration.kernels import checked
 from fiddler.config import EngineConfig
 from fiddler.engine.loop import EngineLoop, ended
-from fiddler.engine.request import Submission
-from fiddler.engine.setup import checked
-from fiddler.engine.stream import Item, TokenStream
 from fiddler.engine.thread import EngineThread, Loader
 from fiddler.errors import CheckpointError, ConfigError, EngineClosedError, PromptError
 from fiddler.given import shown
 from fiddler.lanes.channel import Channel
 from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
-from fiddler.models.prompts import Bound, Prompt, copy_prompt
+from fiddler.steps.request import Submission
+from fiddler.steps.stream import Item, TokenStream
+from fiddler.text.prompts import Bound, Prompt, copy_prompt
 from fiddler.trace import Trace
 from fiddler.types import Result, Statistics, Timing
 

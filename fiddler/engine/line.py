@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fiddler.engine.readings import Reading
-from fiddler.engine.request import Request, Submission
+from fiddler.steps.request import Request, Submission
 
 
 @dataclass(slots=True, eq=False)

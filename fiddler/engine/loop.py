@@ -8,13 +8,9 @@ from typing import Any
 import anyio
 import torch
 
-from fiddler.engine.forward import Outcome
-from fiddler.engine.kv_room import KvRoom
+from fiddler.engine.assembly import Rig
 from fiddler.engine.line import Line
 from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
-from fiddler.engine.request import Request, Submission, past_bytes, token_limit
-from fiddler.engine.rig import Rig
-from fiddler.engine.stream import Admitted, Item
 from fiddler.errors import (
     EngineClosedError,
     EngineError,
@@ -25,9 +21,12 @@ from fiddler.errors import (
 )
 from fiddler.lanes.channel import Channel
 from fiddler.models.loaded import ServableModel
-from fiddler.models.reading import TooMany
 from fiddler.models.sampling import Sampler
 from fiddler.scheduler.rows import Span, assemble
+from fiddler.steps.request import KvRoom, Request, Submission, past_bytes, token_limit
+from fiddler.steps.step import Outcome
+from fiddler.steps.stream import Admitted, Item
+from fiddler.text.reading import TooMany
 from fiddler.types import Statistics
 
 

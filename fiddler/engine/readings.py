@@ -7,11 +7,11 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from time import monotonic
 
-from fiddler.engine.request import Submission
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
-from fiddler.models.prompts import Copied
-from fiddler.models.reading import Asking, TooMany
-from fiddler.models.text import Text, is_ids
+from fiddler.steps.request import Submission
+from fiddler.text.prompts import Copied
+from fiddler.text.reading import Asking, TooMany
+from fiddler.text.tokenizer import Text, is_ids
 
 N_THREADS = 4
 """Prompts read at once; the threads wait for the process that reads."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import CostModel
-from fiddler.engine.graphs import Graphs
+from fiddler.gpu.jobs import GpuJobs
 from fiddler.lanes.experts import Crossing, ExpertWork
-from fiddler.lanes.gpu_jobs import GpuJobs
 from fiddler.lanes.laneset import LaneSet
-from fiddler.lanes.resident import Resident
+from fiddler.steps.graphs import Graphs, Resident
 
 
 def _nothing() -> None:

@@ -20,19 +20,19 @@ from weakref import WeakSet
 import anyio
 import torch
 
+from fiddler.calibration.kernels import choose_kernels, choose_threads
 from fiddler.config import EngineConfig
+from fiddler.engine.assembly import assemble_rig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.readings import Reading
-from fiddler.engine.recorder import Recorder
-from fiddler.engine.request import Submission
-from fiddler.engine.rig import assemble_rig
-from fiddler.engine.setup import choose_kernels, choose_threads
 from fiddler.errors import EngineClosedError, EngineFailedError
 from fiddler.lanes.channel import Channel, Latch
 from fiddler.models import dense
 from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
 from fiddler.models.loaded import ServableModel, load
+from fiddler.steps.recorder import Recorder
+from fiddler.steps.request import Submission
 from fiddler.trace import Trace
 from fiddler.types import Statistics
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from fiddler.errors import UnsupportedModelError
-from fiddler.models.kv_arena import KvArena
+from fiddler.models.kv import KvArena
 from fiddler.models.masks import Sight
 
 

@@ -14,17 +14,16 @@ from fiddler.devices.formula import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
-from fiddler.models.dry import check_runs, dry_step, why_apart
 from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
-from fiddler.models.packed import PACKED
+from fiddler.models.packing import PACKED, check_runs, dry_step, why_apart
 from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import load_skeleton, read_config, set_attention
-from fiddler.models.text import Text
 from fiddler.store.blocks import PackedStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.mapped import MappedStore
 from fiddler.store.source import find_checkpoint
+from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 
 

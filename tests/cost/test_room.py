@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cost.room import GIVEN_UP, LEFT_FREE_BYTES, Room, budget, divide, shrunk
 from fiddler.errors import ConfigError
+from fiddler.gpu.budget import GIVEN_UP, LEFT_FREE_BYTES, Room, budget, divide, shrunk
 
 WANTED: dict[str, Any] = {
     "dense_bytes": 400,

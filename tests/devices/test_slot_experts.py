@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices import slot_experts
 from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
-from fiddler.devices.slot_experts import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
+from fiddler.gpu import slots as slot_experts
+from fiddler.gpu.slots import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
 from fiddler.store.blocks import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
 
@@ -334,7 +334,7 @@ class Fallback:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ability: Ability, kernels: Any) -> None:
         monkeypatch.setattr(slot_experts, "ability_of", lambda device: ability)
-        monkeypatch.setitem(sys.modules, "fiddler.devices.slot_triton", kernels)
+        monkeypatch.setitem(sys.modules, "fiddler.gpu.triton_kernels", kernels)
         self.layer = Layer.of(KINDS[0], Sizes(8, 8), torch.bfloat16)
         self.asked = 0
         self.experts = SlotExperts(self.stack, (KINDS[0].formula,))

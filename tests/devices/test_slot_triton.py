@@ -19,9 +19,9 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fiddler.devices import slot_triton
-from fiddler.devices.slot_experts import FEW_ROWS
-from fiddler.devices.slot_triton import LINE, TILE_ROWS, Tile, tile_of
+from fiddler.gpu import triton_kernels
+from fiddler.gpu.slots import FEW_ROWS
+from fiddler.gpu.triton_kernels import LINE, TILE_ROWS, Tile, tile_of
 
 INTERPRETED = DEVICE.type == "cpu"
 COUNTS = {"one row": [1, 1, 0], "few rows": [2, 5, 0]}
@@ -43,7 +43,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, for the interpreter takes a while for each number it sums up, and products of bfloat16."""
     torch.manual_seed(0)
     if INTERPRETED:
-        monkeypatch.setattr(slot_triton, "tile_of", lambda most, weight: Tile(1 if most <= 1 else 4, 8, 8))
+        monkeypatch.setattr(triton_kernels, "tile_of", lambda most, weight: Tile(1 if most <= 1 else 4, 8, 8))
         monkeypatch.setattr(
             InterpreterBuilder,
             "create_dot",
@@ -82,7 +82,7 @@ def test_whatever_the_sizes_and_groups(data: st.DataObject) -> None:
 @pytest.mark.parametrize("counts", [[1], [TILE_ROWS + 1]], ids=["one row", "more than a tile"])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=str)
 def test_with_tiles_as_a_gpu_has_them(kind: Kind, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_triton, "tile_of", tile_of)
+    monkeypatch.setattr(triton_kernels, "tile_of", tile_of)
     Layer.of(kind, Sizes(70, 20, n_slots=1), torch.float16).check("triton", counts)
 
 
@@ -90,7 +90,7 @@ def test_gate_and_up_that_do_not_lie_alike() -> None:
     layer = Layer.of(next(kind for kind in KINDS if kind.split), SIZES, torch.float32)
     gate, up = layer.stack.up
     turned = up.transpose(1, 2).contiguous().transpose(1, 2)
-    stack = slot_triton.Stack((gate, turned), layer.stack.down)
+    stack = triton_kernels.Stack((gate, turned), layer.stack.down)
     Layer(layer.kind, layer.sizes, layer.dtype, layer.experts, stack).check("triton", COUNTS["few rows"])
 
 
@@ -123,7 +123,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from tests.devices.test_slot_experts import KINDS, Layer, Sizes, random_visits
-from fiddler.devices import slot_triton
+from fiddler.gpu import triton_kernels as slot_triton
 
 class Driver:
     # a GPU that can be compiled for, and is not there

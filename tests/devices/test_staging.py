@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiddler.devices.gpu import Event
-from fiddler.devices.staging import PIECE_BYTES, POLL_S, StagingRing
+from fiddler.gpu.device import Event
+from fiddler.gpu.ring import PIECE_BYTES, POLL_S, StagingRing
 
 
 @dataclass(eq=False)

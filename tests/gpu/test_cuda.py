@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from fiddler.devices.cuda import CudaGpu
-from fiddler.devices.gpu import Event
-from fiddler.devices.staging import StagingRing
+from fiddler.gpu.cuda import CudaGpu
+from fiddler.gpu.device import Event
+from fiddler.gpu.ring import StagingRing
 from fiddler.models.seam import ExpertsCall, Forward
 
 MIB = 1 << 20

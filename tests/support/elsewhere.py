@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from fiddler.gpu.crossing import blank_visits, noted
 from fiddler.lanes.experts import Ask, summed
-from fiddler.lanes.gpu_crossing import blank_visits, noted
-from fiddler.lanes.resident import grouped
 from fiddler.models import attention, seam
 from fiddler.models.captured import CapturedCache, StaticInputs
-from fiddler.models.kv import Directness, SequenceKV, WaveCache
-from fiddler.models.kv_arena import KvArena
+from fiddler.models.kv import Directness, KvArena, SequenceKV, WaveCache
+from fiddler.steps.graphs import grouped
 from tests.architectures import build
 from tests.architectures.config import EXPERTS
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fiddler.devices.gpu import Event, Memory
+from fiddler.gpu.device import Event, Memory
 
 T = TypeVar("T")
 TICK_S = 1e-6

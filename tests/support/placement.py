@@ -21,16 +21,16 @@ import anyio
 import torch
 from torch import Tensor
 
+from fiddler.calibration.costs import Calibration
+from fiddler.calibration.kernels import compute_lane
 from fiddler.config import EngineConfig, resolve
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import CostModel
-from fiddler.devices import cuda
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
-from fiddler.engine import gpu_side
-from fiddler.engine import rig as rigs
-from fiddler.engine.costing import Calibration
-from fiddler.engine.rig import Rig, assemble_rig
-from fiddler.engine.setup import compute_lane
+from fiddler.engine import assembly as rigs
+from fiddler.engine import gpu_assembly
+from fiddler.engine.assembly import Rig, assemble_rig
+from fiddler.gpu import cuda
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes
@@ -208,7 +208,7 @@ def _patched(placement: Placement) -> Generator[None]:
             calibration = Calibration(placement.costs, (), Path(), fresh=False)
             stack.enter_context(patch.object(rigs, "calibrate", lambda *_: calibration))
             stack.enter_context(patch.object(rigs, "costs_on", lambda *_: placement.costs))
-            stack.enter_context(patch.object(gpu_side, "_costs", lambda *_: placement.costs))
+            stack.enter_context(patch.object(gpu_assembly, "_costs", lambda *_: placement.costs))
         stack.enter_context(patch.object(cuda, "open_gpu", lambda: placement.gpu))
         make = placement.lanes
         if make is not None:
@@ -226,7 +226,7 @@ def jittered(seed: int, work: ExpertWork) -> ThreadLanes:
         time.sleep(random.choice((0.0, 0.0, 1e-4)))
         return failures
 
-    return ThreadLanes(execute, working=partial(gpu_side.torch_worker, torch.get_num_threads()))
+    return ThreadLanes(execute, working=partial(gpu_assembly.torch_worker, torch.get_num_threads()))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fiddler.models.text import Text
+from fiddler.text.tokenizer import Text
 from tests.support.tiny import tiny_tokenizer
 
 CORPUS = [

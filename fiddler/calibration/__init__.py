@@ -1,0 +1,1 @@
+"""Measures what kernels, experts, dense parts and copies take on this machine."""

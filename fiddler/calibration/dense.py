@@ -1,0 +1,351 @@
+"""What a model's dense part takes on a GPU, and the host per layer: real steps whose experts give zero at once.
+
+A step is run as the engine runs it, by the same runner and a scheduler that plans as the engine's does, and
+recorded where the engine would record it. Only its lanes are others: what is to be done with experts they report as
+done, and the dense part when the GPU has passed it. So every layer waits for its routing, launches are part of what
+is measured where nothing hides them, and what is left of the wall's time is the host's own.
+
+Lanes that leave the experts out, so that what is left of a step is its dense part and the host's own work.
+"""
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+
+from fiddler.calibration.measure import rising, typical
+from fiddler.config import EngineConfig
+from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
+from fiddler.gpu.crossing import GpuCrossing, Watch
+from fiddler.gpu.device import Event, Gpu
+from fiddler.lanes.runner import Runner
+from fiddler.models.kv import KvArena, Run
+from fiddler.models.loaded import ServableModel
+from fiddler.models.lookahead import Lookahead
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
+from fiddler.scheduler.planners import planner
+from fiddler.scheduler.rows import Span
+from fiddler.scheduler.systems import System, cache_of, prefetch_of
+from fiddler.scheduler.waves import Waves
+from fiddler.steps.graphs import LEAST_TOKENS, Graphs
+from fiddler.steps.step import StepRunner
+from fiddler.steps.wave import Experts
+
+T = TypeVar("T")
+
+
+class DenseLanes:
+    """Lanes of a GPU that run no expert: their rows stay zero."""
+
+    timed_dense = True
+
+    def __init__(self, crossing: GpuCrossing, watch: Watch) -> None:
+        self._crossing = crossing
+        self._watch = watch
+        self._reports: deque[Report] = deque()
+        self._began: Event | None = None
+        self.taken: list[float] = []
+        """By dense part of the step under way, its seconds on the GPU."""
+
+    def begin(self, began: Event) -> None:
+        """Begin a step: its first dense part has no mark of its own."""
+        self._began = began
+        self.taken = []
+
+    def now_s(self) -> float:
+        """Return the wall clock's seconds."""
+        return perf_counter()
+
+    def start(self, job: Job) -> None:
+        """Be through with a job, unless it is the dense part: that is reported when the GPU has passed it."""
+        if isinstance(job, RunDense):
+            self._await_dense(job)
+        else:
+            self._reports.append(JobDone(job.job, None))
+
+    async def report(self) -> Report:
+        """Ask until there is a report; it never gives way to the event loop."""
+        while not self._reports:
+            self._reports += self._watch.collect()
+        return self._reports.popleft()
+
+    def drain(self) -> list[Report]:
+        """Return the reports that are there."""
+        drained = [*self._reports, *self._watch.collect()]
+        self._reports.clear()
+        return drained
+
+    async def aclose(self) -> None:
+        """Nothing is left to end."""
+
+    def _await_dense(self, job: RunDense) -> None:
+        due = self._crossing.due[job.wave]
+        began = due.began if due.began is not None else self._began
+        assert began is not None
+
+        def done() -> Report:
+            self.taken.append(due.ended.since(began))
+            return JobDone(job.job, None)
+
+        self._watch.down(due.there, done)
+
+
+def at_once(step: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never gives way, such as a step with `DenseLanes`. Raises `RuntimeError` for another."""
+    try:
+        step.send(None)
+    except StopIteration as ended:
+        value: T = ended.value
+        return value
+    raise RuntimeError("a step waits for an event loop")
+
+
+ROWS = (1, 4, 16, 64, 256)
+"""Of a wave: up to `max_running` of them are sequences that decode, more are a chunk of one prompt."""
+SHORT = LEAST_TOKENS
+"""Tokens of each decoding sequence: no recorded step attends to fewer."""
+LONG = 8192
+"""Tokens of all decoding sequences together, where that is at least twice as much for each. With 4 KB of keys and
+values for a layer's token, as in Mixtral, a layer reads 32 MiB of them: much beside what does not grow."""
+SHARE = 0.25
+"""Of all experts that the scheduler is told there are slots for, unless there are none: what the host does for a
+layer should not hang on the GPU's memory, nor on who measures."""
+STEPS_S = 0.15
+"""For one row count and one context, beside its first steps."""
+LEAST_STEPS = 3
+MOST_STEPS = 50
+WARM = 2
+"""Steps of one kind that come before: the first runs as the model's code does, the second is recorded."""
+
+_FIRST = 2
+"""Tokens of a sequence's first step: one that is recorded has one, and does not make the past's layers."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What a step has to know of a request."""
+
+    past: Any
+    record: None = None
+    n_prompt: int = 0
+    """It is as long as its rows say."""
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Return numbers that are in every vocabulary."""
+        return [position % 64 for position in range(start, stop)]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of one: of a layer's dense part, of the output head, and of the host for a layer."""
+
+    layer_s: float
+    head_s: float
+    host_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What of a model's dense part is measured: what an engine of some configuration can come to run."""
+
+    decoding: tuple[int, ...]
+    """Row counts of steps that decode, a sequence each."""
+    chunks: tuple[int, ...]
+    """Row counts of a prompt's chunk."""
+    tokens: int
+    """Of all sequences together, at most."""
+    longest: int
+    """Tokens of one sequence, at most."""
+    recorded: bool
+    """Whether decoding steps may be recorded."""
+    ahead: bool
+    """Whether the next layer's router is asked early, where some experts have slots."""
+
+    @classmethod
+    def of(cls, loaded: ServableModel, config: EngineConfig) -> "Extent":
+        """Return what a configuration allows."""
+        resolved = loaded.resolved
+        room = resolved.kv_tokens or resolved.longest
+        # Without packed steps a context has to be run as one prompt, which takes the memory of one.
+        longest = min(resolved.longest, LONG if loaded.packed else config.chunk_tokens)
+        most = min(config.max_running, room // _FIRST) if longest >= _FIRST else 0
+        return cls(
+            decoding=tuple(n for n in ROWS if n <= most),
+            chunks=tuple(n for n in ROWS if config.max_running < n <= min(config.chunk_tokens, longest)),
+            tokens=min(room, LONG),
+            longest=longest,
+            recorded=loaded.packed and config.graphs and not config.defer and loaded.rotary is None,
+            ahead=config.asks_routers,
+        )
+
+    def contexts(self, n_rows: int) -> tuple[int, ...]:
+        """Return the tokens of each of `n_rows` decoding sequences: few, and many where there is room."""
+        room = min(self.tokens // n_rows, self.longest)
+        short, long = min(SHORT, room), 1 << (room.bit_length() - 1)
+        return (short, long) if long >= 2 * short else (short,)
+
+    @property
+    def most(self) -> int:
+        """Tokens of keys and values that are held at once, at most."""
+        return max((*self.chunks, *(n * max(self.contexts(n)) for n in self.decoding)), default=0)
+
+
+class DenseBench:
+    """Measures a model whose dense part is on the GPU, in the thread that `Gpu.enter` was called in.
+
+    `costs` are its experts'; `arena` has room for `Extent.most` tokens. No other step may be on its way.
+    """
+
+    def __init__(
+        self,
+        loaded: ServableModel,
+        gpu: Gpu,
+        arena: KvArena,
+        config: EngineConfig,
+        costs: CostModel,
+        *,
+        slots: bool,
+    ) -> None:
+        """`slots` is whether there are any."""
+        self._gpu = gpu
+        self._arena = arena
+        self._packed = loaded.packed
+        self._n_layers = len(loaded.n_experts)
+        self._extent = Extent.of(loaded, config)
+        watch = Watch()
+        crossing = GpuCrossing(gpu, watch)
+        self._lanes = DenseLanes(crossing, watch)
+        lookahead = Lookahead(loaded.model, loaded.experts) if slots and self._extent.ahead else None
+        self._graphs: Graphs | None = None
+        if loaded.packed:
+            self._graphs = Graphs(loaded.model, gpu, arena, loaded.top_k * self._n_layers)
+            self._graphs.lookahead = lookahead
+            self._graphs.why_not = "" if self._extent.recorded else "nobody wants them"
+        n_slots = round(SHARE * sum(loaded.n_experts)) if slots else 0
+        scheduler = _scheduler(loaded, config, costs, n_slots)
+        self._steps = StepRunner(
+            loaded,
+            Runner(scheduler, self._lanes),
+            Experts(crossing, loaded.n_experts, lookahead=lookahead),
+            Waves("one", scheduler, loaded.top_k),
+            graphs=self._graphs,
+        )
+
+    def measure(self) -> tuple[Dense, float]:
+        """Return what the dense part takes, and what the host takes for a layer of a decoding step.
+
+        A layer's is a whole step's without the head, divided by the layers that have experts. The head's rows are
+        those of steps that decode; a chunk makes one row of logits. Raises what a step raises.
+        """
+        extent, decoded, slopes = self._extent, dict[int, Step](), list[float]()
+        if not extent.decoding:
+            return Dense(NO_TIME), 0.0
+        with torch.inference_mode():
+            for n_rows in extent.decoding:
+                short, *longer = extent.contexts(n_rows)
+                decoded[n_rows] = step = self._decoding(n_rows, short)
+                for long in longer:
+                    more_s = self._decoding(n_rows, long).layer_s - step.layer_s
+                    slopes.append(more_s / (n_rows * (long - short)))
+            chunks = {n_rows: self._chunk(n_rows) for n_rows in extent.chunks}
+        if self._graphs is not None:
+            self._graphs.forget()
+        context_s = max(median(slopes), 0.0) if slopes else 0.0
+        tokens = {n: n * extent.contexts(n)[0] for n in decoded} | {n: n for n in chunks}
+        rows = [(n, max(step.layer_s - context_s * tokens[n], 0.0)) for n, step in (decoded | chunks).items()]
+        dense = Dense(Curve(rising(rows)), context_s, _head(decoded, chunks))
+        return dense, median(step.host_s for step in decoded.values())
+
+    def _decoding(self, n_rows: int, context: int) -> Step:
+        """Let sequences decode, each its token number `context`."""
+        start, runs = context - 1, [self._reserved(context) for _ in range(n_rows)]
+        sequences = [_Sequence(self._steps.new_past(run)) for run in runs]
+
+        def spans(n_before: int) -> list[Span[Any]]:
+            at = start if self._packed else start + n_before  # caches of transformers' own cannot be cut
+            for sequence in sequences:
+                if self._packed:
+                    sequence.past.truncate(at)
+            return [Span(sequence, at, at + 1, last=True) for sequence in sequences]
+
+        try:
+            self._fill(sequences, start)
+            return self._typical(spans)
+        finally:
+            self._release(runs)
+
+    def _fill(self, sequences: Sequence[_Sequence], n_tokens: int) -> None:
+        """Give sequences a past of `n_tokens` tokens; in an arena it is zeros, which are read all the same."""
+        if self._packed:
+            self._step([Span(sequence, 0, _FIRST, last=True) for sequence in sequences])
+            for sequence in sequences:
+                sequence.past.extend(n_tokens)
+        elif n_tokens:
+            for sequence in sequences:
+                self._step([Span(sequence, 0, n_tokens, last=True)])
+
+    def _chunk(self, n_rows: int) -> Step:
+        """Run a prompt of `n_rows` tokens."""
+        run = self._reserved(n_rows)
+
+        def spans(n_before: int) -> list[Span[Any]]:
+            return [Span(_Sequence(self._steps.new_past(run)), 0, n_rows, last=True)]
+
+        try:
+            return self._typical(spans)
+        finally:
+            self._release([run])
+
+    def _typical(self, spans: Callable[[int], list[Span[Any]]]) -> Step:
+        """Run steps of one kind; `spans` is told how many were before."""
+        for n_before in range(WARM):
+            self._step(spans(n_before))
+        began_s, steps = perf_counter(), list[Step]()
+        while len(steps) < LEAST_STEPS or (perf_counter() - began_s < STEPS_S and len(steps) < MOST_STEPS):
+            steps.append(self._step(spans(WARM + len(steps))))
+        return Step(*(typical([getattr(step, name) for step in steps]) for name in ("layer_s", "head_s", "host_s")))
+
+    def _step(self, spans: list[Span[Any]]) -> Step:
+        lanes = self._lanes
+        lanes.begin(self._gpu.main.mark())
+        began_s = perf_counter()
+        outcomes = at_once(self._steps.run(spans))
+        wall_s = perf_counter() - began_s
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        *layers, head_s = lanes.taken
+        host_s = max(wall_s - sum(lanes.taken), 0.0)
+        return Step(sum(layers) / self._n_layers, head_s, host_s / self._n_layers)
+
+    def _reserved(self, n_tokens: int) -> Run | None:
+        if not self._packed:
+            return None
+        run = self._arena.reserve(max(n_tokens, _FIRST))
+        assert run is not None, "the arena is too small"
+        return run
+
+    def _release(self, runs: Sequence[Run | None]) -> None:
+        for run in runs:
+            if run is not None:
+                self._arena.release(run)
+
+
+def _scheduler(loaded: ServableModel, config: EngineConfig, costs: CostModel, n_slots: int) -> Scheduler:
+    placed = System(policy=config.policy, half_life=config.half_life)
+    cache = cache_of(placed, n_slots, loaded.n_experts, loaded.top_k)
+    ahead = prefetch_of(config.prefetch, cache)
+    return Scheduler(cache, costs, planner=planner(config.planner), promote=config.promote, ahead=ahead)
+
+
+def _head(decoded: Mapping[int, Step], chunks: Mapping[int, Step]) -> Curve:
+    """Return the output head by rows of a wave: it never falls, though a chunk has one row there."""
+    points = [*rising([(n, step.head_s) for n, step in decoded.items()])]
+    for n, step in chunks.items():
+        points.append((n, max(step.head_s, points[-1][1])))
+    return Curve(tuple(points))

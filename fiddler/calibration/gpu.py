@@ -1,0 +1,265 @@
+"""What a model's experts take on a GPU and its link: the engine's own jobs, measured while no lane works.
+
+Seconds are those between two events of the GPU, which rests when the first one comes: as in a decoding step, where
+the host has just been told who visits whom, launches are part of what is measured. The host asks for events and
+never waits for the GPU.
+
+A calibration on a GPU: experts, the link, rows on their way, the dense part and the host's own work.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from time import perf_counter
+
+import torch
+import transformers
+
+from fiddler.cache.keys import Key
+from fiddler.calibration import measure
+from fiddler.calibration.costs import Calibration, calibrate
+from fiddler.calibration.dense import DenseBench, Extent
+from fiddler.calibration.measure import FITTED, HELD_OUT, Bench, Measured, Points, curve_of, typical
+from fiddler.config import EngineConfig
+from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts, Moves
+from fiddler.devices.cpu import CpuDevice
+from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch
+from fiddler.gpu.device import Event
+from fiddler.gpu.jobs import Computed, GpuJobs
+from fiddler.lanes.experts import Ask
+from fiddler.models.kv import KvArena
+from fiddler.models.loaded import ServableModel
+from fiddler.scheduler.messages import CopyExpert, RunExperts
+from fiddler.scheduler.routing import route
+
+SLOTS_BYTES = 512 << 20
+"""Slots that experts are run from hold so much together, if there are as many: four times the largest L2 cache, or
+weights would come from there. Source: 126.5 MB on a B200, as CUDA reports it (pytorch/ao, pull request 4002)."""
+TOGETHER = 4
+"""Experts of a run that is measured, if there are as many slots: half of the eight that a token of many models
+visits. Each bears its share of the run's launches, since a cost model knows experts and not runs."""
+MOST_ROWS = 512
+"""Rows of a run, over all its experts: with more rows each there are fewer of them, and no run takes more memory
+than a step does."""
+AHEAD = 4
+"""Copies that are queued at once, so that the link does not rest while the host sleeps."""
+PAUSE_S = 5e-5
+"""Between two looks at a copy: the host's experts may need the core."""
+
+_WAVE = 0
+
+
+def until(event: Event, pause_s: float = 0.0) -> None:
+    """Wait for an event by asking for it, with pauses unless there are to be none."""
+    while not event.done():
+        if pause_s:
+            time.sleep(pause_s)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuExperts:
+    """Measures with jobs of its own, in the thread that `Gpu.enter` was called in. Slots are overwritten."""
+
+    jobs: GpuJobs
+    n_experts: tuple[int, ...]
+    """By layer."""
+
+    @property
+    def n_slots(self) -> int:
+        """Slots that are used."""
+        arena = self.jobs.copying.arena
+        return min(arena.n_slots, SLOTS_BYTES // arena.slot_bytes + 1)
+
+    def n_pinned(self, layer: int) -> int:
+        """Return how many of a layer's blocks are locked into RAM."""
+        return sum(self.jobs.copying.pinned(layer, expert) for expert in range(self.n_experts[layer]))
+
+    def measure(self, layers: Sequence[int]) -> Measured:
+        """Measure the experts of layers that share a shape; without slots, on the CPU alone."""
+        bench = Bench(self.jobs.host, self.n_experts)
+        with torch.inference_mode():
+            keys = bench.sample(layers)
+            on_host = [self.jobs.host.weights(*key) for key in keys]
+            nbytes = on_host[0].nbytes
+            cpu, cpu_held_out = bench.curve(layers[0], on_host)
+            if not self.n_slots:
+                return Measured(ExpertCosts(cpu, cpu, 0.0, nbytes), Contention(), cpu_held_out, ())
+            gpu, gpu_held_out = self._curve(layers[0], keys)
+            copies = partial(self._copies, keys)
+            copy_s = self._copy_s(layers, len(keys))
+            alone_s = typical(list(copies(measure.BESIDE_S)))
+            contention = bench.contention(layers[0], on_host, copies, alone_s)
+            return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
+
+    def moves(self, layer: int) -> Moves:
+        """Measure rows on their way to the host and results on theirs back: a line through few and many."""
+        with torch.inference_mode():
+            few_s, many_s = (self._there_and_back(layer, n_rows) for n_rows in (1, MOST_ROWS))
+        row_s = max((many_s - few_s) / (MOST_ROWS - 1), 0.0)
+        return Moves(max(few_s - row_s, 0.0), row_s)
+
+    def _curve(self, layer: int, keys: Sequence[Key]) -> tuple[Curve, Points]:
+        """Return the GPU's seconds by rows of an expert; it holds `keys` over and over while they are measured."""
+        for slot, key in zip(range(self.n_slots), cycle(keys), strict=False):
+            _, landed = self._copy(key, slot)
+            until(landed, PAUSE_S)
+        step = -(-self.n_slots // TOGETHER)  # apart from each other, as a layer's experts are
+        slots = cycle([slot for first in range(step) for slot in range(first, self.n_slots, step)])
+        run = partial(self._run, layer, slots)
+        for n_rows in (*FITTED, *HELD_OUT):  # the first run may compile kernels
+            run(n_rows)
+        return curve_of(run)
+
+    def _run(self, layer: int, slots: Iterator[int], n_rows: int) -> float:
+        """Run experts of so many rows each from the next slots; returns the seconds of one."""
+        most = min(TOGETHER, self.n_slots, self.n_experts[layer])
+        n = max(1, min(most, MOST_ROWS // n_rows))
+        with self._asked(layer, n_rows, n) as asked:
+            assert asked.work is not None
+            loads, mine = asked.work.loads, tuple(islice(slots, n))
+            queued = self.jobs.launch(RunExperts(0, "gpu", _WAVE, layer, loads, mine, 0.0))
+            assert queued is not None
+            return _took(*queued) / n
+
+    def _copy_s(self, layers: Sequence[int], n_keys: int) -> float:
+        """Return the link's seconds for an expert: the mean of blocks that are pinned and those that are not."""
+        every = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
+        pinned = [key for key in every if self.jobs.copying.pinned(*key)]
+        pageable = [key for key in every if not self.jobs.copying.pinned(*key)]
+        return sum(
+            len(kind) / len(every) * typical(list(self._copies(kind[:n_keys], measure.BESIDE_S)))
+            for kind in (pinned, pageable)
+            if kind
+        )
+
+    def _copies(self, keys: Sequence[Key], budget_s: float | None) -> Generator[float]:
+        """Copy experts into slots, one behind the other; see `measure.Copies`. Seconds are the link's."""
+        deadline = None if budget_s is None else perf_counter() + budget_s
+        slots, queued = cycle(range(self.n_slots)), deque[tuple[Event, Event]]()
+        try:
+            for n_queued, key in enumerate(cycle(keys), 1):
+                queued.append(self._copy(key, next(slots)))
+                if len(queued) == AHEAD:
+                    yield _took(*queued.popleft(), PAUSE_S)
+                    if deadline is not None and perf_counter() > deadline and n_queued > AHEAD:
+                        return
+        finally:
+            for _, landed in queued:
+                until(landed, PAUSE_S)
+
+    def _copy(self, key: Key, slot: int) -> tuple[Event, Event]:
+        return self.jobs.copy(CopyExpert(0, *key, slot, "demand", 0.0))
+
+    def _there_and_back(self, layer: int, n_rows: int) -> float:
+        """Return what rows take to the host, and as many results to the GPU."""
+        deadline, taken = perf_counter() + measure.BESIDE_S, list[float]()
+        while len(taken) < measure.LEAST or perf_counter() < deadline:
+            with self._asked(layer, n_rows, 1) as asked:
+                there = self.jobs.crossing.due[_WAVE].there
+                down_s = asked.rows_there.since(there)
+                results = self.jobs.gpu.pinned(*asked.rows.shape, dtype=asked.rows.dtype).zero_()
+                began = self.jobs.gpu.up.mark()
+                self.jobs.land(Computed(asked, range(n_rows), results, {}))
+                assert asked.up is not None
+                taken.append(down_s + _took(began, asked.up))
+        return typical(taken)
+
+    @contextmanager
+    def _asked(self, layer: int, n_rows: int, n_experts: int) -> Generator[GpuLayer]:
+        """Have rows wait at a layer, each for as many experts, and nothing on its way any more."""
+        gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing, self.jobs.host.weights(layer, 0).up[0]
+
+        def ask() -> Ask:
+            numbers = torch.Generator(gpu.device).manual_seed(0)  # nobody else's random numbers are used up
+            shape = n_rows, weight.shape[1]
+            hidden = torch.randn(shape, generator=numbers, device=gpu.device, dtype=torch.float32).to(weight.dtype)
+            index = torch.arange(n_experts, device=gpu.device).expand(n_rows, -1)
+            return Ask(layer, hidden, index, torch.ones_like(index, dtype=torch.float32), None)
+
+        crossing.announce(_WAVE, gpu.launch(ask))
+        crossing.open(_WAVE, route(layer, list(range(n_experts)) * n_rows, self.n_experts[layer]))
+        asked = crossing.find(_WAVE, layer)
+        assert asked is not None
+        until(asked.rows_there)
+        until(gpu.main.mark())
+        try:
+            yield asked
+        finally:
+            crossing.let_go(_WAVE, layer)
+            crossing.end(_WAVE)
+
+
+def _took(began: Event, ended: Event, pause_s: float = 0.0) -> float:
+    until(ended, pause_s)
+    return ended.since(began)
+
+
+def calibrate_gpu(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig, *, anew: bool = False) -> Calibration:
+    """Return what a model takes on a GPU: from the stored file, or measured and stored; see `calibrate`.
+
+    The model's dense part is there, and no lane works. `jobs` are the engine's: slots are overwritten, but what
+    they have counted and queued is left alone. Raises what a step raises, such as `torch.OutOfMemoryError`.
+    """
+    try:
+        return calibrate(GpuBench.of(loaded, jobs, config), loaded, config, anew=anew)
+    finally:
+        jobs.gpu.reclaim()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBench:
+    """Measures with the engine's own devices, in the thread that `Gpu.enter` was called in."""
+
+    loaded: ServableModel
+    experts: GpuExperts
+    config: EngineConfig
+
+    @classmethod
+    def of(cls, loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> "GpuBench":
+        """Measure with the devices of an engine's jobs."""
+        gpu = jobs.gpu
+        own = GpuJobs(gpu, GpuCrossing(gpu, Watch()), jobs.host, jobs.experts, jobs.copying)
+        return cls(loaded, GpuExperts(own, loaded.n_experts), config)
+
+    @property
+    def host(self) -> CpuDevice:
+        """The CPU, and the experts on it."""
+        return self.experts.jobs.host
+
+    @property
+    def device_name(self) -> str:
+        """What the costs belong to: the GPU, the dense part, and how far an engine can go with it."""
+        model = f"{_outline(self.loaded.model)}, transformers {transformers.__version__}"
+        how = f"packed {self.loaded.packed}, {Extent.of(self.loaded, self.config)}"
+        return f"cuda {self.experts.jobs.gpu.name}, {self.experts.n_slots} slots, {model}, {how}"
+
+    def way(self, layer: int) -> str:
+        """Say how a layer's experts come to their slots."""
+        n, n_experts = self.experts.n_pinned(layer), self.loaded.n_experts[layer]
+        return f", {n} of {n_experts} pinned" if self.experts.n_slots else ""
+
+    def measure(self, layers: Sequence[int]) -> Measured:
+        """Measure the experts of layers that share a shape and a way."""
+        return self.experts.measure(layers)
+
+    def completed(self, costs: CostModel) -> CostModel:
+        """Measure rows on their way, the dense part, and the host's work for a layer."""
+        costs = replace(costs, moves=self.experts.moves(0))
+        gpu = self.experts.jobs.gpu
+        arena = KvArena(Extent.of(self.loaded, self.config).most)
+        slots = self.experts.n_slots > 0
+        dense, host_s = DenseBench(self.loaded, gpu, arena, self.config, costs, slots=slots).measure()
+        arena.check()
+        assert arena.n_free == arena.n_tokens, "keys and values are still held"
+        return replace(costs, dense=dense, host_s=host_s)
+
+
+def _outline(model: torch.nn.Module) -> str:
+    """Return what tells a dense part from others: the names, shapes and dtypes of its weights."""
+    weights = "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters())
+    return hashlib.sha256(weights.encode()).hexdigest()[:12]

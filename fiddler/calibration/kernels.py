@@ -1,0 +1,235 @@
+"""Which kernel is fastest on this machine, measured once per weight shape and row count, and stored.
+
+Weights of a decoding step come from memory, not from a cache, so measurements walk over copies of the matrix that
+together exceed the caches. Results are stored per instruction set, thread count, torch version and make of our own
+kernels: the choice is then a pure function of what is stored, and stays the same from run to run.
+
+Sets the number of torch threads of one thread, and of no other.
+
+torch keeps a number for each thread, and a common one for threads without a number of their own.
+`torch.set_num_threads` sets both. Here the common number is put back, by a short-lived thread.
+
+What a loaded model runs with: its calibrated kernels, the threads, a lane for a forward that nobody drives.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from threading import Lock, Thread
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fiddler.config import EngineConfig, cache_folder, most_threads
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
+from fiddler.devices.native import MOST_ROWS, Native, native
+from fiddler.errors import ConfigError
+from fiddler.given import read_json, shown
+from fiddler.lanes.experts import ComputeLane
+from fiddler.models import dense
+from fiddler.models.loaded import LoadedModel
+
+T = TypeVar("T")
+
+_one = Lock()
+"""Two threads that put the common number back at once could each restore the number of the other."""
+
+
+def set_own_threads(n: int) -> None:
+    """Let torch use `n` threads for what the calling thread computes."""
+    if torch.get_num_threads() == n:  # having asked, the thread takes no common number later on
+        return
+    with _one:
+        others = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(n)
+        _in_new_thread(lambda: torch.set_num_threads(others))
+
+
+def _in_new_thread(ask: Callable[[], T]) -> T:
+    """Return the result of `ask` in a new thread, which has no number of its own."""
+    said: list[T] = []
+    thread = Thread(target=lambda: said.append(ask()), name="fiddler-threads", daemon=True)
+    thread.start()
+    thread.join()
+    return said[0]
+
+
+MIN_BYTES = 1 << 20
+"""Matrices below this stay in a cache, and are measured there. Dispatch decides, and of torch's kernels `linear`
+has the least."""
+SET_BYTES = 768 << 20
+"""Copies of a larger matrix together hold at least this much: more than the 300 MB caches of large servers."""
+REPEATS = 7
+BUDGET_S = 0.3
+"""Time for one shape and row count; large matrices are repeated less, at least twice."""
+MARGIN = 0.97
+"""A kernel must take less than this share of `linear`'s time to be chosen: a tie is no reason to switch."""
+
+
+def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kernels:
+    """Return the kernel choice for weights shaped like `matrices` `[out, in]`, measuring what is not stored yet."""
+    if config.kernels == "linear":
+        return Kernels()
+    ours = native()
+    file = calibration_file(config)
+    stored = _read(file, ours)
+    measured = {shape_key(m) for m in matrices if m.dtype == torch.bfloat16 and _worth(m, ours)}
+    missing = [key for key in sorted(measured, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
+    for key in missing:
+        times = measure(key, ours)
+        stored.update({(key, rows): fastest(times[rows]) for rows in BUCKETS})
+    if missing:
+        _write(file, stored)
+    return Kernels(stored, ours)
+
+
+def _ours(config: EngineConfig) -> Native | None:
+    return None if config.kernels == "linear" else native()
+
+
+def _worth(matrix: Tensor, ours: Native | None) -> bool:
+    """Whether there is anything to choose between."""
+    return matrix.nbytes >= MIN_BYTES or ours is not None
+
+
+def amx() -> bool:
+    """Whether bf16 AMX tiles are there; without them `rows_last` loses by up to five times and is not tried."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def calibration_file(config: EngineConfig) -> Path:
+    """Return where this machine's calibration is stored: another one for other kernels of ours, or none."""
+    folder, ours = config.calibration_dir or cache_folder(), _ours(config)
+    isa = "amx" if amx() else torch.backends.cpu.get_cpu_capability().lower()
+    version = torch.__version__.partition("+")[0]
+    made = f"torch{version}" if ours is None else f"torch{version}-{ours.library.stem}"
+    return folder / f"kernels-{platform.machine()}-{isa}-{torch.get_num_threads()}threads-{made}.json"
+
+
+def fastest(times: dict[KernelName, float]) -> KernelName:
+    """Return the kernel to take, given each one's seconds."""
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < MARGIN * times["linear"] else "linear"
+
+
+def candidates(nbytes: int, n_rows: int, ours: Native | None) -> tuple[KernelName, ...]:
+    """Return the kernels worth measuring for a matrix of so many bytes and a row count, on this machine."""
+    names: list[KernelName] = ["linear"]
+    if amx() and nbytes >= MIN_BYTES:
+        names.append("rows_last")
+    if n_rows == 1 and nbytes >= MIN_BYTES:
+        names.append("vector")
+    if ours is not None and n_rows <= MOST_ROWS:
+        names.append("native")
+    return tuple(names)
+
+
+def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
+    """Return the least seconds of each kernel by row count, interleaved so that drift hits all alike.
+
+    The least, for noise only ever adds.
+    """
+    out, columns, dtype, side_by_side = key
+    nbytes = out * columns * dtype.itemsize
+    n_copies = 2 if nbytes < MIN_BYTES else max(2, SET_BYTES // nbytes + 1)
+    stored = (out, columns) if side_by_side else (columns, out)
+    made = torch.full((n_copies, *stored), 0.01, dtype=dtype)  # one piece: freed, it goes back to the system
+    copies = list(made if side_by_side else made.mT)
+    with torch.inference_mode():
+        return {rows: _measure_rows(copies, rows, ours if side_by_side else None) for rows in BUCKETS}
+
+
+def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dict[KernelName, float]:
+    kernels = Kernels(native=ours)
+    names = candidates(copies[0].nbytes, n_rows, ours)
+    if len(names) == 1:
+        return {"linear": 0.0}
+    x = torch.full((n_rows, copies[0].shape[1]), 0.5, dtype=copies[0].dtype)
+    times: dict[KernelName, list[float]] = {name: [] for name in names}
+    began = perf_counter()
+    for repeat in range(REPEATS + 1):
+        for name in names:
+            started = perf_counter()
+            kernels.kernel(name)(x, copies[0], None)
+            times[name].append(perf_counter() - started)
+            copies.append(copies.pop(0))
+        if repeat >= 2 and perf_counter() - began > BUDGET_S:
+            break
+    return {name: min(values[1:]) for name, values in times.items()}  # the first one warms up
+
+
+def _read(file: Path, ours: Native | None) -> dict[tuple[ShapeKey, int], KernelName]:
+    """Return what is stored, as far as it is one of what would be measured: `vector` is wrong for other rows."""
+    try:
+        entries: list[dict[str, Any]] = read_json(file)["kernels"]
+        return {
+            ((e["out"], e["in"], getattr(torch, e["dtype"]), e["side_by_side"]), e["rows"]): e["kernel"]
+            for e in entries
+            if e["kernel"] in candidates(e["out"] * e["in"] * getattr(torch, e["dtype"]).itemsize, e["rows"], ours)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # absent or of another make: measured anew
+
+
+def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
+    entries = [
+        {
+            "out": out,
+            "in": columns,
+            "dtype": str(dtype).removeprefix("torch."),
+            "side_by_side": side_by_side,
+            "rows": rows,
+            "kernel": kernel,
+        }
+        for ((out, columns, dtype, side_by_side), rows), kernel in choice.items()
+    ]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"kernels": entries}, indent=1))
+        partial.replace(file)
+    except OSError:
+        return  # a read-only home costs a measurement at each start
+
+
+def checked(config: object) -> EngineConfig:
+    """Return the options a caller gave, or the defaults for `None`. Raises `ConfigError` for anything else."""
+    if config is None:
+        return EngineConfig()
+    if isinstance(config, EngineConfig):
+        return config
+    instead = "EngineConfig(...)"
+    if isinstance(config, str):
+        instead = f"EngineConfig(device={shown(config)})"
+    elif isinstance(config, Mapping):
+        instead = "EngineConfig.from_mapping(...)"
+    raise ConfigError(f"config must be an EngineConfig, not {shown(config)}; write {instead}")
+
+
+def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:
+    """Return the CPU's kernels for a model's experts and its dense part, calibrated as `config` says."""
+    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
+    experts = [matrix for sample in samples for matrix in (*sample.up, sample.down)]
+    matrices = [*experts, *dense.matrices(loaded.model)] if with_dense else experts
+    return calibrated_kernels(matrices, config)
+
+
+def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> None:
+    """Set this thread's torch threads as `config` says, or to one for a model of tiny experts, or to `default`.
+
+    Waking a second thread costs more than a small matmul, and where another program has that thread's core, every
+    one of them waits for it.
+    """
+    sample = loaded.weights(0, 0)
+    tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
+    set_own_threads(config.threads or (1 if tiny else min(default, most_threads())))
+
+
+def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
+    """Return what runs a model's experts for a forward that nobody drives."""
+    return ComputeLane(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)

@@ -1,0 +1,192 @@
+"""A checkpoint opened to measure its experts: few of them are read, and no dense weight, but for a GPU."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fiddler.calibration.gpu import SLOTS_BYTES, GpuBench
+from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane
+from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
+from fiddler.config import EngineConfig, Resolved, resolve
+from fiddler.devices.arena import Arena
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import DTYPES
+from fiddler.devices.kernels import Kernels
+from fiddler.devices.sim import SimDevice
+from fiddler.gpu import cuda
+from fiddler.gpu.crossing import GpuCrossing, Watch
+from fiddler.gpu.jobs import Copying, GpuJobs
+from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.models import seam
+from fiddler.models.loaded import (
+    LoadedModel,
+    ServableModel,
+    checkpoint_dtype,
+    load,
+    model_context,
+)
+from fiddler.models.naming import expert_layout
+from fiddler.models.skeleton import meta_skeleton, read_config
+from fiddler.store.blocks import BlockLayout, on_pages
+from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.mapped import MappedStore
+from fiddler.store.source import find_checkpoint
+from fiddler.types import ExpertWeights
+
+
+def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
+    """Open a checkpoint for its experts alone: its dense part has shapes and no weights, experts are mapped.
+
+    For a GPU the dense part is loaded, since it is measured too. Raises `ModelError`, and `ConfigError` for options
+    that the model or the machine cannot meet.
+    """
+    folder = find_checkpoint(model)
+    about = read_config(folder, trust_remote_code=config.trust_remote_code)
+    checkpoint = Checkpoint.open(folder)
+    resolved = resolve(
+        config,
+        checkpoint_dtype=checkpoint_dtype(about, checkpoint),
+        model_context=model_context(about),
+        has_cuda=torch.cuda.is_available() and config.device == "cuda",
+    )
+    if resolved.device == "cuda":
+        return _with_dense(folder, config, resolved)
+    skeleton = meta_skeleton(checkpoint, about, trust_remote_code=config.trust_remote_code)
+    experts = seam.find_experts(skeleton)
+    layout = expert_layout(skeleton, experts, checkpoint)
+    for module in experts.values():
+        module.to_empty(device="cpu")  # a norm, where the formula has one; what it multiplies with takes no time
+    return LoadedModel(
+        model=skeleton,
+        experts=experts,
+        formulas=tuple(seam.formula(module) for module in experts.values()),
+        n_experts=layout.n_experts,
+        weights=MappedStore(checkpoint, layout, DTYPES[resolved.dtype]).weights,
+    )
+
+
+def _with_dense(folder: Path, config: EngineConfig, resolved: Resolved) -> ServableModel:
+    """Open it whole, with experts where they lie in the file."""
+    here = replace(config, device="cpu", store="mapped", vram_budget=None)
+    return replace(load(folder, here), resolved=resolved)
+
+
+@contextmanager
+def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]:
+    """Yield what measures a model that `open_experts` has opened, as the engine would run it.
+
+    Sets this thread's torch threads as the engine sets its own. Raises `ConfigError` where there is no GPU that is
+    asked for.
+    """
+    if config.device != "cuda":
+        yield bench_of(loaded, config)
+        return
+    assert isinstance(loaded, ServableModel)
+    gpu, kernels = cuda.open_gpu(), _prepared(loaded, config)
+    gpu.enter()
+    seam.bind(loaded.experts, compute_lane(loaded, kernels).run)
+    norms = [deepcopy(formula.post_norm) for formula in loaded.formulas]  # before the model's move
+    formulas = tuple(replace(f, post_norm=norm) for f, norm in zip(loaded.formulas, norms, strict=True))
+    model: torch.nn.Module = loaded.model
+    model.to(gpu.device)
+    blocks = _Blocks(loaded.weights, gpu.pin)
+    arena = _arena(loaded, blocks, SLOTS_BYTES, gpu.device)
+    experts = SlotExperts(lru_cache(None)(partial(_stack, blocks, arena)), loaded.formulas)
+    copying = Copying(arena, blocks.block, blocks.pinned, StagingRing(gpu))
+    host = CpuDevice(blocks.weights, formulas, kernels)
+    try:
+        yield GpuBench.of(loaded, GpuJobs(gpu, GpuCrossing(gpu, Watch()), host, experts, copying), config)
+    finally:
+        blocks.unpin(gpu.unpin)
+
+
+def bench_of(loaded: LoadedModel, config: EngineConfig) -> Bench:
+    """Return what measures a model that is opened for its experts alone, as the engine would run them.
+
+    Sets this thread's torch threads as the engine sets its own. Not for a GPU, which `open_bench` knows.
+    """
+    kernels = _prepared(loaded, config)
+    if config.device != "sim":
+        return Bench(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)
+    blocks = _Blocks(loaded.weights)
+    arena = _arena(loaded, blocks, SAMPLE_BYTES)
+    host = CpuDevice(blocks.weights, loaded.formulas, kernels)
+    return Bench(host, loaded.n_experts, SimDevice(arena, blocks.block, blocks.layout))
+
+
+def _prepared(loaded: LoadedModel, config: EngineConfig) -> Kernels:
+    """Set this thread's torch threads, and return the kernels for a model's experts."""
+    choose_threads(loaded, config, torch.get_num_threads())
+    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
+    return calibrated_kernels([m for sample in samples for m in (*sample.up, sample.down)], config)
+
+
+def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.device | None = None) -> Arena:
+    """Return slots for blocks of so many bytes together, if there are as many."""
+    largest = max(blocks.layout(layer).nbytes for layer in range(len(loaded.n_experts)))
+    return Arena(min(sum(loaded.n_experts), max(2, nbytes // largest + 1)), largest, device)
+
+
+def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
+    return Stack.over(arena.slots, arena.views(0, blocks.layout(layer)))
+
+
+class _Blocks:
+    """Experts packed when first asked for: a sample of what `PackedStore` holds whole.
+
+    Each is offered to `pin` if that is given, until one is refused.
+    """
+
+    def __init__(
+        self, weights: Callable[[int, int], ExpertWeights], pin: Callable[[Tensor], bool] | None = None
+    ) -> None:
+        self._mapped = weights
+        self._pin = pin
+        self._layouts: dict[int, BlockLayout] = {}
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._pinned: set[tuple[int, int]] = set()
+
+    def layout(self, layer: int) -> BlockLayout:
+        """Return how a layer's blocks are laid out."""
+        if layer not in self._layouts:
+            self._layouts[layer] = BlockLayout.of(self._mapped(layer, 0))
+        return self._layouts[layer]
+
+    def block(self, layer: int, expert: int) -> Tensor:
+        """Return an expert's block."""
+        key, layout = (layer, expert), self.layout(layer)
+        if key not in self._blocks:
+            block = self._blocks[key] = self._room(key, layout.nbytes)
+            layout.write(self._mapped(layer, expert), block)
+        return self._blocks[key]
+
+    def _room(self, key: tuple[int, int], nbytes: int) -> Tensor:
+        if self._pin is None:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        room = on_pages(1, nbytes)[0]
+        if self._pin(room):
+            self._pinned.add(key)
+        else:
+            self._pin = None
+        return room
+
+    def pinned(self, layer: int, expert: int) -> bool:
+        """Whether a block is locked, or would be."""
+        return (layer, expert) in self._pinned or ((layer, expert) not in self._blocks and self._pin is not None)
+
+    def unpin(self, unpin: Callable[[Tensor], None]) -> None:
+        """Unlock what is locked."""
+        for key in self._pinned:
+            unpin(self._blocks[key])
+        self._pinned.clear()
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """Return an expert's weights as views of its block."""
+        return self.layout(layer).views(self.block(layer, expert))

@@ -1,0 +1,1 @@
+"""Runs the dense part and experts on a GPU."""

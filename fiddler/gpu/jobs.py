@@ -1,0 +1,214 @@
+"""The jobs of a machine with a GPU: each queued on a stream, or done by a worker of the host and queued then."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from fiddler.cost.lanes import LANES, LaneName
+from fiddler.devices.arena import Arena
+from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.gpu.crossing import GpuCrossing, GpuLayer
+from fiddler.gpu.device import Event, Gpu
+from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.lanes.experts import LaneCounters, all_or_each
+from fiddler.scheduler.messages import CopyExpert, Failures, RunExperts
+from fiddler.scheduler.routing import Load
+
+POLL_S = 2e-5
+"""A worker that waits for rows asks this often; they follow the routing down at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """Where blocks are copied from, and into what."""
+
+    arena: Arena
+    block: Callable[[int, int], Tensor]
+    """(layer, expert) to its block on the host, `[n]` bytes."""
+    pinned: Callable[[int, int], bool]
+    """Whether a block is locked into RAM."""
+    ring: StagingRing
+    """For those that are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a worker has made of a job's loads: rows `[n, H]`, pinned, of `positions`; and what failed."""
+
+    layer: GpuLayer
+    positions: Sequence[int]
+    rows: Tensor
+    failures: Failures
+
+
+@dataclass(slots=True)
+class GpuJobs:
+    """Does the work of jobs. The streams keep the order between what reads and what writes a slot."""
+
+    gpu: Gpu
+    crossing: GpuCrossing
+    host: CpuDevice
+    experts: SlotExperts
+    copying: Copying
+    counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
+    short: bool = False
+    """Whether the GPU's memory ran out for experts; whoever finds more sets this back."""
+    _landing: dict[int, Event] = field(default_factory=dict)
+    """By slot, when the copy under way has landed."""
+    _read: dict[int, Event] = field(default_factory=dict)
+    """By slot, when what was last computed from it has ended."""
+
+    def launch(self, job: RunExperts) -> tuple[Event, Event] | None:
+        """Queue loads behind their copies; returns where they begin and end, `None` if nobody wants them."""
+        layer = self.crossing.find(job.wave, job.layer)
+        if layer is None:
+            return None
+        main = self.gpu.main
+        for slot in job.slots:
+            if slot in self._landing:
+                main.follow(self._landing[slot])
+        began = main.mark()
+        visits = _Grouped.of(job, layer, self.gpu)
+        main.run(lambda: self.experts.run(job.layer, visits.on(self.gpu.device), layer.ask.hidden, layer.visits))
+        ended = main.mark()
+        self._read.update(dict.fromkeys(job.slots, ended))
+        self._count(job.lane, job)
+        return began, ended
+
+    def compute(self, job: RunExperts) -> Computed | None:
+        """Run loads on the host, in a worker's thread; `None` if nobody wants them."""
+        layer = self.crossing.find(job.wave, job.layer)
+        if layer is None:
+            return None
+        while not layer.rows_there.done():
+            time.sleep(POLL_S)
+        started = perf_counter()
+        tokens = torch.tensor([p // layer.top_k for p in layer.positions(job.loads)])
+        rows = layer.rows.index_select(0, tokens)
+        out = self._results(rows)
+        loads = _side_by_side(job.loads)
+
+        def run(which: Sequence[int]) -> None:
+            mine = [loads[i] for i in which]
+            self.host.run(job.layer, mine, [self.host.weights(job.layer, load.expert) for load in mine], rows, out)
+
+        failures = all_or_each(loads, run)
+        self._count(job.lane, job)
+        self.counters[job.lane].busy_s += perf_counter() - started
+        ran = [(load, at) for load, at in zip(job.loads, loads, strict=True) if load.expert not in failures]
+        if failures:
+            out = torch.cat([empty_results(out[:0]), *(out[at.start : at.stop] for _, at in ran)])
+        return Computed(layer, layer.positions([load for load, _ in ran]), out, failures)
+
+    def _results(self, rows: Tensor) -> Tensor:
+        """Return room for results; where no more memory can be pinned, the way up makes the host wait."""
+        try:
+            return self.gpu.pinned(*rows.shape, dtype=rows.dtype)
+        except RuntimeError:
+            return empty_results(rows)
+
+    def land(self, computed: Computed) -> None:
+        """Queue the way up of what a worker has computed, if somebody still waits for it."""
+        layer, up = computed.layer, self.gpu.up
+        if not layer.gone and computed.positions:
+            positions = self.gpu.pinned(len(computed.positions), dtype=torch.int64)
+            positions.copy_(torch.tensor(computed.positions))
+            # The visits are zero by now: the worker's rows came down behind that.
+            up.run(partial(_lift, layer.visits, positions, computed.rows))
+            layer.up = up.mark()
+
+    def pageable(self, job: CopyExpert) -> bool:
+        """Whether a copy goes through the staging ring, and so through a worker."""
+        return not self.copying.pinned(job.layer, job.expert)
+
+    def copy(self, job: CopyExpert) -> tuple[Event, Event]:
+        """Queue a copy behind what reads its slot; returns where it begins and ends.
+
+        A pageable block takes as long here as on the link: that is for a worker's thread.
+        """
+        copying, link = self.copying, self.gpu.link
+        block = copying.block(job.layer, job.expert)
+        if job.slot in self._read:
+            link.follow(self._read[job.slot])
+        began = link.mark()
+        if self.pageable(job):
+            copying.ring.copy(block, copying.arena.slots[job.slot, : block.nbytes])
+        else:
+            link.run(lambda: copying.arena.write(job.slot, block))
+        return began, link.mark()
+
+    def order(self, job: CopyExpert, landed: Event) -> None:
+        """Let what is queued from now on for the copy's slot follow it."""
+        self._landing[job.slot] = landed
+        counters = self.counters["link"]
+        counters.n_loads += 1
+        counters.n_bytes += self.host.weights(job.layer, job.expert).nbytes
+
+    def landed(self, job: CopyExpert, event: Event) -> None:
+        """Let nothing wait for a copy that has landed."""
+        if self._landing.get(job.slot) is event:
+            del self._landing[job.slot]
+
+    def shrink(self, n_slots: int) -> None:
+        """Have fewer slots, which hold nothing. No lane may work."""
+        self.gpu.link.follow(self.gpu.main.mark())  # which may still read the memory that slots will be in
+        self.copying.arena.shrink(n_slots, self.gpu.reclaim)
+        self._landing.clear()
+        self._read.clear()
+
+    def _count(self, lane: LaneName, job: RunExperts) -> None:
+        counters = self.counters[lane]
+        counters.n_rows += sum(load.n_rows for load in job.loads)
+        counters.n_loads += len(job.loads)
+        counters.n_bytes += sum(self.host.weights(job.layer, load.expert).nbytes for load in job.loads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """Loads as the GPU takes them, still on the host: slots, bounds and positions side by side, pinned int32."""
+
+    packed: Tensor
+    groups: tuple[tuple[int, int, int], ...]
+    top_k: int
+
+    @classmethod
+    def of(cls, job: RunExperts, layer: GpuLayer, gpu: Gpu) -> "_Grouped":
+        pairs = sorted(zip(job.slots, job.loads, strict=True), key=lambda pair: pair[0])
+        stop, groups = 0, list[tuple[int, int, int]]()
+        for slot, load in pairs:
+            groups.append((slot, stop, stop + load.n_rows))
+            stop += load.n_rows
+        numbers = [g[0] for g in groups] + [0] + [g[2] for g in groups]
+        numbers += layer.positions([load for _, load in pairs])
+        packed = gpu.pinned(len(numbers), dtype=torch.int32)
+        packed.copy_(torch.tensor(numbers, dtype=torch.int32))
+        return cls(packed, tuple(groups), layer.top_k)
+
+    def on(self, device: torch.device) -> Visits:
+        """Queue their way to the GPU."""
+        n = len(self.groups)
+        there = torch.empty_like(self.packed, device=device).copy_(self.packed, non_blocking=True)
+        slots, bounds, positions = there.split([n, n + 1, len(there) - 2 * n - 1])
+        most = max((stop - start for _, start, stop in self.groups), default=0)
+        return Visits(slots, bounds, positions, most, len(positions), self.top_k, self.groups)
+
+
+def _side_by_side(loads: Sequence[Load]) -> list[Load]:
+    """Return the loads as they lie when only their rows are there."""
+    stop, moved = 0, []
+    for load in loads:
+        moved.append(Load(load.expert, stop, stop + load.n_rows))
+        stop += load.n_rows
+    return moved
+
+
+def _lift(visits: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """Copy rows `[n, H]` from the host into their `visits` `[T·K, H]`."""
+    at = torch.empty_like(positions, device=visits.device).copy_(positions, non_blocking=True)
+    visits.index_copy_(0, at, torch.empty_like(rows, device=visits.device).copy_(rows, non_blocking=True))

@@ -1,0 +1,216 @@
+"""Lanes of a machine with a GPU: its streams, a worker for the host's experts and one for copies that need it.
+
+A job that a stream has been given is done: what comes next is queued behind it. How long it took is told once the
+GPU has passed its end. Only the dense part is done when its end has come: the host has to read what it asked for.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from time import perf_counter
+
+import torch
+from anyio import lowlevel
+
+from fiddler.cost.lanes import LaneName
+from fiddler.gpu.device import Event
+from fiddler.gpu.jobs import Computed, GpuJobs
+from fiddler.lanes.channel import Channel
+from fiddler.lanes.laneset import span
+from fiddler.lanes.threads import Worker
+from fiddler.scheduler.messages import (
+    CopyExpert,
+    CopyOrdered,
+    Failures,
+    Job,
+    JobDone,
+    JobTook,
+    LaneDied,
+    Report,
+    RunDense,
+    RunExperts,
+)
+from fiddler.trace import Trace
+
+SPINS = 200
+"""Times that events are asked for without a pause. A decoding layer takes less than that many turns of the loop."""
+PAUSE_S = 5e-5
+"""Between further times: long waits leave the core to the host's experts. Linux adds as much of its own."""
+
+logger = logging.getLogger("fiddler")
+
+_Told = Callable[[], None]
+"""What a worker leaves to be done in the engine's thread."""
+
+
+class StreamLanes:
+    """The lanes of one GPU and its host. Everything is queued from the engine's thread, but for staged copies."""
+
+    timed_dense = True
+
+    def __init__(
+        self,
+        jobs: GpuJobs,
+        *,
+        working: Callable[[], AbstractContextManager[None]] = nullcontext,
+        trace: Trace | None = None,
+    ) -> None:
+        """`working` is entered in each worker, for its life."""
+        self._jobs = jobs
+        self._crossing = jobs.crossing
+        self._watch = jobs.crossing.watch
+        self._trace = trace
+        self._n_computing = 0
+        self._said: set[type[BaseException]] = set()
+        self._reports: deque[Report] = deque()
+        self._told: Channel[_Told] = Channel()
+        self._anchor: tuple[Event, float] | None = None  # a point of the GPU's clock, and the same on the host's
+        self._cpu = Worker("cpu", self._compute, partial(self._bury, "cpu"), working)
+        self._link = Worker("link", self._stage, partial(self._bury, "link"), working)
+
+    def now_s(self) -> float:
+        """Return the wall clock's seconds."""
+        return perf_counter()
+
+    def start(self, job: Job) -> None:
+        """Queue a job on its stream, or for its worker."""
+        match job:
+            case RunDense():
+                self._await_dense(job)
+            case RunExperts(lane="cpu"):
+                self._n_computing += 1
+                self._cpu.put(job)
+            case RunExperts():
+                self._launch(job)
+            case CopyExpert():
+                self._copy(job)
+
+    async def report(self) -> Report:
+        """Wait for the next report."""
+        for turn in range(1 << 62):
+            self._collect()
+            if self._reports:
+                break
+            if turn > SPINS or self._n_computing:  # asking holds the interpreter, which the worker needs as well
+                time.sleep(PAUSE_S)  # noqa: ASYNC251  # the loop has nothing else to do, and its timers are coarse
+            await lowlevel.checkpoint()
+        return self._reports.popleft()
+
+    def drain(self) -> list[Report]:
+        """Return the reports that are there without waiting."""
+        self._collect()
+        drained = list(self._reports)
+        self._reports.clear()
+        return drained
+
+    async def aclose(self) -> None:
+        """End the workers, once they are through with what is queued."""
+        for worker in (self._cpu, self._link):
+            worker.end()
+        for worker in (self._cpu, self._link):
+            await worker.join()
+
+    def _collect(self) -> None:
+        for told in self._told.drain():
+            told()
+        self._reports += self._watch.collect()
+
+    def _await_dense(self, job: RunDense) -> None:
+        due = self._crossing.due[job.wave]
+
+        def done() -> Report:
+            self._anchor = due.ended, perf_counter()
+            if due.began is not None:
+                self._note(job, due.began, due.ended)
+            return JobDone(job.job, None if due.began is None else due.ended.since(due.began))
+
+        self._watch.down(due.there, done)
+
+    def _launch(self, job: RunExperts) -> None:
+        try:
+            queued = self._jobs.launch(job)
+        except BaseException as error:
+            self._reports.append(JobDone(job.job, None, self._failed(job, error)))
+            return
+        self._reports.append(JobDone(job.job, None))
+        if queued is not None:
+            self._watch.main(queued[1], lambda: self._took(job, *queued))
+
+    def _took(self, job: RunExperts | CopyExpert, began: Event, ended: Event) -> Report:
+        took_s = ended.since(began)
+        self._jobs.counters[job.lane].busy_s += took_s
+        self._note(job, began, ended)
+        if isinstance(job, RunExperts):
+            return JobTook(job.lane, job.predicted_s, took_s)
+        self._jobs.landed(job, ended)
+        return JobDone(job.job, took_s)
+
+    def _copy(self, job: CopyExpert) -> None:
+        if self._jobs.pageable(job):
+            self._link.put(job)
+        else:
+            self._queue(job)()
+
+    def _queue(self, job: CopyExpert) -> _Told:
+        """Queue a copy; returns what the engine's thread has to do about it."""
+        try:
+            began, landed = self._jobs.copy(job)
+        except BaseException as error:
+            failures = {job.expert: error}
+            return lambda: self._reports.append(JobDone(job.job, 0.0, failures))
+        return lambda: self._order(job, began, landed)
+
+    def _order(self, job: CopyExpert, began: Event, landed: Event) -> None:
+        self._jobs.order(job, landed)
+        self._reports.append(CopyOrdered(job.job))
+        self._watch.link(landed, lambda: self._took(job, began, landed))
+
+    # In the workers' threads
+
+    def _stage(self, job: Job) -> None:
+        assert isinstance(job, CopyExpert)
+        self._told.push(self._queue(job))
+
+    def _compute(self, job: Job) -> None:
+        assert isinstance(job, RunExperts)
+        started = perf_counter()
+        computed = self._jobs.compute(job)
+        ended = perf_counter()
+        if self._trace is not None:
+            self._trace.span(span(job, started, ended))
+        self._told.push(lambda: self._computed(job, computed, ended - started))
+
+    def _computed(self, job: RunExperts, computed: Computed | None, took_s: float) -> None:
+        self._n_computing -= 1
+        failures: Failures = {}
+        if computed is not None:
+            try:
+                self._jobs.land(computed)
+                failures = computed.failures
+            except BaseException as error:
+                failures = self._failed(job, error)
+        self._reports.append(JobDone(job.job, took_s, failures))
+
+    def _failed(self, job: RunExperts, error: BaseException) -> Failures:
+        """Say once what went wrong with experts on the GPU: the CPU does what it can of it."""
+        self._jobs.short |= isinstance(error, torch.OutOfMemoryError)
+        if type(error) not in self._said:
+            self._said.add(type(error))
+            logger.warning("experts on the GPU failed, and others may: %s: %s", type(error).__name__, error)
+        return {load.expert: error for load in job.loads}
+
+    def _bury(self, lane: LaneName, error: BaseException) -> None:
+        self._told.push(lambda: self._buried(lane, error))
+
+    def _buried(self, lane: LaneName, error: BaseException) -> None:
+        self._n_computing = 0 if lane == "cpu" else self._n_computing
+        self._reports.append(LaneDied(lane, error))
+
+    def _note(self, job: Job, began: Event, ended: Event) -> None:
+        """Write a span down, on the host's clock."""
+        if self._trace is not None:
+            point, at_s = self._anchor = self._anchor or (ended, perf_counter())
+            self._trace.span(span(job, at_s - point.since(began), at_s - point.since(ended)))

@@ -1,0 +1,255 @@
+"""Experts of few rows on slots, in Triton: each program finds its expert by a slot's number, nothing is gathered.
+
+Importing this imports triton. The kernels run on what Triton compiles for, and in Triton's interpreter. What is
+taken for granted here, with where it is written:
+
+- A launch goes to torch's current stream of the current device and lets the host go on (CUDA C++ Programming Guide,
+  "Asynchronous Concurrent Execution"), so it may be captured (ibid., "Creating a Graph Using Stream Capture"). The
+  first launch compiles the kernel and loads it, which a capture need not permit: run once before.
+- A kernel is compiled anew for other dtypes and tiles, and for a size, stride or address that becomes, or ceases to
+  be, 1 or a multiple of 16 (Triton, `triton.jit`). How many groups and rows there are is no reason, nor is where
+  those three lists lie.
+- What a mask leaves out is not read (Triton, `tl.load`).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fiddler.devices.formula import ExpertFormula, gated
+from fiddler.gpu.slots import Stack, Visits
+
+TILE_ROWS = 16
+"""Rows of a tile, unless no group has more than one. Source: `mma.m16n8k16`, in the PTX ISA's "Warp-level Matrix
+Instructions", multiplies no fewer at a time. A group of up to so many rows reads its weights once."""
+LINE = 128
+"""Bytes of a cache line. Source: CUDA C++ Best Practices Guide, "Coalesced Access to Global Memory"."""
+WARPS = 4
+STAGES = 3
+"""Turns of the loop over `tl.dot` that are under way: one multiplies while the others' tiles come to shared memory
+(Triton, `tl.range`). The largest tiles below take 40 KiB of it; the smallest GPUs with bfloat16 have 99 for a block
+(CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 8.6 and 8.9)."""
+
+
+class Tile(NamedTuple):
+    """What one program multiplies in one turn of its loop; powers of two."""
+
+    rows: int
+    out: int
+    """Rows of the weight `[out, in]`."""
+    inner: int
+    """Columns of the weight."""
+
+
+class Matrix(NamedTuple):
+    """A matrix `[n_slots, out, in]` and its bias `[n_slots, out]`.
+
+    With a twin, which lies in memory as the matrix does, `silu(x Wᵀ + b) * (x Vᵀ + c)` is computed.
+    """
+
+    weight: Tensor
+    twin: Tensor | None
+    bias: Tensor | None
+    twin_bias: Tensor | None
+
+
+def tile_of(most_rows: int, weight: Tensor) -> Tile:
+    """Return the tile for a weight `[n_slots, out, in]` and the rows of the largest group.
+
+    Reading weights is what takes the time. A turn reads up to 8 KiB of a matrix, in runs along the dimension that
+    lies side by side: 512 bytes for one row, which are the widest load, 16 bytes, of each lane of a warp; two lines
+    for more rows, since `tl.dot` wants more rows of the weight; one line where the weight is transposed.
+
+    Enough to fill a GPU, on paper: 3.35 TB/s (NVIDIA H100 SXM data sheet) at about 0.7 microseconds for a load are
+    2.3 MB in flight (Little's law), 18 KB for each of 132 SMs. A token of Qwen3-30B-A3B asks for little, with its
+    gates and ups: 8 experts of 768 / 16 programs are three for an SM, and each reads 16 KiB in a turn.
+    """
+    item = weight.element_size()
+    rows = 1 if most_rows <= 1 else TILE_ROWS
+    if weight.stride(1) < weight.stride(2):
+        return Tile(rows, LINE // item, 64)
+    return Tile(rows, 16, 4 * LINE // item) if rows == 1 else Tile(rows, 32, 2 * LINE // item)
+
+
+def run(stack: Stack, formula: ExpertFormula, swiglu: bool, visits: Visits, hidden: Tensor, out: Tensor) -> None:
+    """Write `out[position] = expert(hidden[position // top_k])`; `hidden` is `[T, H]`, `out` `[T * K, H]`.
+
+    `swiglu` is `formula.is_swiglu`. Which rows go where is read on the device: of `visits` the host reads counts.
+    Raises what triton raises for a kernel that it cannot compile.
+    """
+    hidden = hidden.contiguous()
+    matrix = _gate_and_up(stack) if swiglu else None
+    if matrix is None:
+        biases: tuple[Tensor | None, ...] = stack.up_bias or (None,) * len(stack.up)
+        ups = [_up(hidden, Matrix(w, None, b, None), visits) for w, b in zip(stack.up, biases, strict=True)]
+        middle = gated(formula, ups).contiguous()
+    else:
+        middle = _up(hidden, matrix, visits)
+    down = Matrix(stack.down, None, stack.down_bias, None)
+    if formula.post_norm is None:
+        _launch(middle, down, out, visits, scatter=True)
+        return
+    y = middle.new_empty(visits.n_rows, stack.down.shape[1])
+    _launch(middle, down, y, visits)
+    out.index_copy_(0, visits.positions.long(), formula.post_norm(y))
+
+
+def _gate_and_up(stack: Stack) -> Matrix | None:
+    """Return both of a gated stack; `None` where they do not lie alike."""
+    gate, up = stack.up if len(stack.up) == 2 else stack.up[0].chunk(2, dim=1)
+    if gate.stride() != up.stride():
+        return None
+    if not stack.up_bias:
+        return Matrix(gate, up, None, None)
+    gate_bias, up_bias = stack.up_bias if len(stack.up_bias) == 2 else stack.up_bias[0].chunk(2, dim=1)
+    return Matrix(gate, up, gate_bias, up_bias) if gate_bias.stride() == up_bias.stride() else None
+
+
+def _up(hidden: Tensor, matrix: Matrix, visits: Visits) -> Tensor:
+    """Return `[R, out]`, rows in the order of `visits`."""
+    made = hidden.new_empty(visits.n_rows, matrix.weight.shape[1])
+    _launch(hidden, matrix, made, visits, gather=True)
+    return made
+
+
+def _launch(
+    x: Tensor, matrix: Matrix, out: Tensor, visits: Visits, *, gather: bool = False, scatter: bool = False
+) -> None:
+    """Queue one kernel.
+
+    Rows of `x` are tokens if `gather`, those of `out` positions if `scatter`, else they are in the order of
+    `visits`. Columns of both lie side by side.
+    """
+    weight, bias = matrix.weight, matrix.bias
+    tile = tile_of(visits.most_rows, weight)
+    blocks, tiles = triton.cdiv(weight.shape[1], tile.out), triton.cdiv(visits.most_rows, tile.rows)
+    _multiply[blocks, visits.slots.shape[0], tiles](  # blocks first: programs side by side read memory side by side
+        x,
+        *matrix,
+        out,
+        visits.slots,
+        visits.bounds,
+        visits.positions,
+        visits.top_k,
+        weight.shape[1],
+        weight.shape[2],
+        x.stride(0),
+        out.stride(0),
+        *weight.stride(),
+        0 if bias is None else bias.stride(0),
+        gather=gather,
+        scatter=scatter,
+        tile_rows=tile.rows,
+        tile_out=tile.out,
+        tile_inner=tile.inner,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        enable_fp_fusion=True,  # sums are of fused products, as in any matmul; triton 3.9 warns unless it is told
+    )
+
+
+# A kernel is handed addresses and numbers, each by itself. Within one matrix offsets have 32 bits: 2^31 elements
+# would be an expert of 4 GiB and more. Between slots, and between rows, they have 64. `tl.zeros`, `tl.sum` and
+# `tl.sigmoid` are not used: they are kernels of triton's own, which the interpreter takes only if TRITON_INTERPRET
+# was set before triton was imported, and transformers imports it by way of torch.
+@triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=["slots", "bounds", "positions"])
+def _multiply(
+    x,
+    weight,
+    twin,
+    bias,
+    twin_bias,
+    out,
+    slots,
+    bounds,
+    positions,
+    top_k,
+    n_out,
+    n_inner,
+    x_stride,
+    out_stride,
+    slot_stride,
+    weight_out_stride,
+    weight_inner_stride,
+    bias_stride,
+    gather: tl.constexpr,
+    scatter: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_out: tl.constexpr,
+    tile_inner: tl.constexpr,
+):
+    """Multiply one tile of a group's rows by one block of its slot's weight, summing in float32."""
+    group = tl.program_id(1)
+    first = tl.load(bounds + group) + tl.program_id(2) * tile_rows
+    stop = tl.load(bounds + group + 1)
+    if first >= stop:
+        return
+    rows = first + tl.arange(0, tile_rows)
+    taken = rows < stop
+    visited = tl.load(positions + rows, mask=taken, other=0) if gather or scatter else rows
+    sources = (visited // top_k if gather else rows).to(tl.int64)
+    targets = (visited if scatter else rows).to(tl.int64)
+    slot = tl.load(slots + group).to(tl.int64)
+    columns = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
+    there = columns < n_out
+    inner = tl.arange(0, tile_inner)
+    x += _by_row(sources * x_stride, tile_rows) + _by_column(inner, tile_rows)
+    places = slot * slot_stride + columns[None, :] * weight_out_stride + inner[:, None] * weight_inner_stride
+    total = tl.full([tile_inner if tile_rows == 1 else tile_rows, tile_out], 0.0, tl.float32)
+    twin_total = total
+    for start in range(0, n_inner, tile_inner):
+        within = inner < n_inner - start
+        some = tl.load(x + start, mask=_by_row(taken, tile_rows) & _by_column(within, tile_rows), other=0.0)
+        held, at = there[None, :] & within[:, None], places + start * weight_inner_stride
+        total = _add(total, some, tl.load(weight + at, mask=held, other=0.0), tile_rows)
+        if twin is not None:
+            twin_total = _add(twin_total, some, tl.load(twin + at, mask=held, other=0.0), tile_rows)
+    y = _finish(total, bias, slot * bias_stride + columns, there, tile_rows)
+    if twin is not None:
+        y *= _finish(twin_total, twin_bias, slot * bias_stride + columns, there, tile_rows) / (1.0 + tl.exp(-y))
+    to = out + targets[:, None] * out_stride + columns[None, :]
+    tl.store(to, y.to(out.dtype.element_ty), mask=taken[:, None] & there[None, :])
+
+
+# A tile of `x` is `[rows, inner]`, as `tl.dot` wants it, but `[inner, 1]` where it is one row, by which the weights
+# `[inner, out]` are scaled. Weights have the inner dimension first whichever way they are stored: turned round for
+# `tl.dot`, loads of transposed ones were not pipelined (seen in the PTX of triton 3.9).
+@triton.jit
+def _by_row(values, tile_rows: tl.constexpr):
+    """Shape what varies by row as a tile of `x`."""
+    return values[None, :] if tile_rows == 1 else values[:, None]
+
+
+@triton.jit
+def _by_column(values, tile_rows: tl.constexpr):
+    """Shape what varies by inner column as a tile of `x`."""
+    return values[:, None] if tile_rows == 1 else values[None, :]
+
+
+@triton.jit
+def _add(total, x, weight, tile_rows: tl.constexpr):
+    """Add the products of two tiles; those of one row are summed up when the loop has ended."""
+    if tile_rows == 1:
+        total += weight.to(tl.float32) * x.to(tl.float32)
+    else:
+        # "ieee": float32 keeps its bits, as in torch, which rounds it to TF32 only when told to
+        total = tl.dot(x, weight, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _plus(a, b):
+    """Return the sum of two partial sums."""
+    return a + b
+
+
+@triton.jit
+def _finish(total, bias, places, there, tile_rows: tl.constexpr):
+    """Return the sums `[rows, out]`, with the bias."""
+    if tile_rows == 1:
+        total = tl.reduce(total, 0, _plus)[None, :]
+    if bias is not None:
+        total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
+    return total

@@ -1,0 +1,1 @@
+"""Runs forwards of packed rows, layer by layer."""
