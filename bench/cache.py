@@ -3,7 +3,7 @@
     python -m bench.cache [--tokens 128] [--sequences 4] [--half-life 32] [--processes 2] [--json FILE]
 
 Routing is recorded (`bench/traces/demo.safetensors`, in two halves of different domains) and made up
-(`fiddler.cache.synthetic`, the shapes that ship with Fiddler, with two sets of habits). Policies were tuned on the
+(`fiddler.lab.synthetic`, the shapes that ship with Fiddler, with two sets of habits). Policies were tuned on the
 traces called `tuning`; the others are held out. The sequences of a trace run one after the other through one cache.
 "static-profile" is a fixed placement by popularity in other text: the other half, or other sequences of the same
 made-up model.
@@ -20,14 +20,13 @@ import numpy as np
 
 from bench import machine
 from bench.report import command, finish, listing, result, side_by_side
-from fiddler.cache.compare import MakePolicy, compare
-from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.recorded import Recording, RoutingTrace, visits
-from fiddler.cache.static import by_popularity
-from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting
 from fiddler.config import EngineConfig
-from fiddler.cost.shape import ModelShape, shapes
-from fiddler.store.routing import load
+from fiddler.lab.policies import POLICIES, by_popularity, make_policy
+from fiddler.lab.replay import MakePolicy, compare
+from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.synthetic import PUBLISHED, Habits, SyntheticRouting
+from fiddler.lab.traces import load
+from fiddler.recording import Recording, RoutingTrace, visits
 
 DEMO = Path(__file__).parent / "traces" / "demo.safetensors"
 HALVES = ("demo, tuning", "demo, held out")

@@ -32,12 +32,12 @@ from fiddler import DEMO
 from fiddler.calibration.kernels import choose_kernels, compute_lane
 from fiddler.config import EngineConfig, PolicyName, PrefetchMode
 from fiddler.engine.assembly import Rig, assemble_rig
+from fiddler.lab.systems import System
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import load
 from fiddler.scheduler.rows import Span
-from fiddler.scheduler.systems import System
 
 DECIDED = {
     "hits": "hits",

@@ -8,19 +8,18 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from bench.report import Spread
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.synthetic import SyntheticRouting
-from fiddler.cost.machine import Machine, cost_model
 from fiddler.cost.model import Contention
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.script import Script, ScriptWave
+from fiddler.lab.machine import Machine, cost_model
+from fiddler.lab.script import Script, ScriptWave
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
+from fiddler.recording import Recording, guesses
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunExperts
-from fiddler.scheduler.planners import planner
 from fiddler.scheduler.rows import Span
-from fiddler.scheduler.systems import System, cache_of, prefetch_of
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
 SHARE = 0.5

@@ -15,14 +15,14 @@ from statistics import geometric_mean
 
 from bench import machine
 from bench.report import command, finish, result, side_by_side, table
-from fiddler.cache.keys import Key
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.static import by_popularity
-from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting
-from fiddler.cost.machine import Machine, n_slots
-from fiddler.cost.shape import ModelShape, shapes
-from fiddler.engine.simulation import Setting, simulate
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.cache.policy import Key
+from fiddler.lab.machine import Machine, n_slots
+from fiddler.lab.policies import by_popularity
+from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.simulation import Setting, simulate
+from fiddler.lab.synthetic import PUBLISHED, Habits, SyntheticRouting
+from fiddler.lab.systems import SYSTEMS
+from fiddler.recording import Recording, guesses
 
 OURS, ORIGINAL = "fiddler", "fiddler-2024"
 DESKTOP = "rtx4090-desktop"

@@ -25,7 +25,7 @@ from bench.kernels import Ceilings
 from bench.report import Spread, command, finish, listing, result
 from bench.workload import Workload
 from fiddler import Engine, EngineConfig
-from fiddler.cost.shape import ModelShape
+from fiddler.lab.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     python -m bench.waves [--prompt 64] [--new 48] [--resident 0.25] [--json FILE]
 
-Everything is simulated, in virtual time, on made-up routing (`fiddler.cache.synthetic`): shapes and machines are
+Everything is simulated, in virtual time, on made-up routing (`fiddler.lab.synthetic`): shapes and machines are
 those that ship with Fiddler, the same sequences on both sides.
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from bench import machine
 from bench.report import command, finish, listing, result
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.config import WaveMode
-from fiddler.cost.machine import Machine, n_slots
-from fiddler.cost.shape import ModelShape, shapes
-from fiddler.engine.simulation import Report, Setting, simulate
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.lab.machine import Machine, n_slots
+from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.simulation import Report, Setting, simulate
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import SYSTEMS
+from fiddler.recording import Recording, guesses
 
 MACHINES = ("fiddler-env1", "fiddler-env2", "rtx4090-desktop", "h100-server")
 SEQUENCES = (1, 2, 8, 16)

@@ -19,14 +19,14 @@ import numpy as np
 
 from bench import machine
 from bench.report import command, finish, result, table
-from fiddler.cache.keys import Key
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.static import by_popularity
-from fiddler.cache.synthetic import Habits, SyntheticRouting, read_counts
-from fiddler.cost.machine import FIGURES, Machine
-from fiddler.cost.shape import DENSE_BYTES, ModelShape
-from fiddler.engine.simulation import Report, Setting, simulate
-from fiddler.scheduler.systems import System, system
+from fiddler.cache.policy import Key
+from fiddler.lab.machine import FIGURES, Machine
+from fiddler.lab.policies import by_popularity
+from fiddler.lab.shape import DENSE_BYTES, ModelShape
+from fiddler.lab.simulation import Report, Setting, simulate
+from fiddler.lab.synthetic import Habits, SyntheticRouting, read_counts
+from fiddler.lab.systems import System, system
+from fiddler.recording import Recording, guesses
 
 WORLD = Path(__file__).parent / "world.json"
 OTHER_TEXT = range(100, 116)

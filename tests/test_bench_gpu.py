@@ -23,10 +23,10 @@ from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.calibration import dense as measure_dense
 from fiddler.calibration import measure
-from fiddler.cost.machine import Machine
-from fiddler.cost.shape import ModelShape
 from fiddler.engine import gpu_memory
 from fiddler.gpu import cuda
+from fiddler.lab.machine import Machine
+from fiddler.lab.shape import ModelShape
 from fiddler.trace import Decision, Span, Trace
 from tests.support.fake_gpu import FakeGpu
 

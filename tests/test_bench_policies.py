@@ -9,7 +9,7 @@ import pytest
 
 from bench import policies
 from bench.policies import ORIGINAL, OURS, Cell, Place, Work, verdicts
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.lab.systems import SYSTEMS
 
 RESULTS = Path(policies.__file__).parent / "results" / "policies-virtual.json"
 MANY = ("qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite")

@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from fiddler.cache.compare import BOUNDS
-from fiddler.cache.policy import POLICIES
-from fiddler.cache.recorded import Recording, RoutingTrace, visits
-from fiddler.cache.replay import belady
-from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cli import app
 from fiddler.cli.curves import spread
-from fiddler.store.routing import load, save
+from fiddler.lab.policies import POLICIES
+from fiddler.lab.replay import BOUNDS, belady
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.traces import load, save
+from fiddler.recording import Recording, RoutingTrace, visits
 
 SHORT = ("--shape", "mixtral-8x7b", "--tokens", 12)
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 from fiddler import DEMO
 from fiddler.cli import app
-from fiddler.cost.machine import FIGURES, Machine, machines
-from fiddler.cost.shape import ModelShape, shapes
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.lab.machine import FIGURES, Machine, machines
+from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--prompt-tokens", 16, "--new-tokens", 5)

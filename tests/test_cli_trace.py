@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fiddler.cache.recorded import Recording, RoutingTrace
 from fiddler.cli import app, session
 from fiddler.cli.habits import foreseen, recurrence
 from fiddler.cli.prompts import DEMO_PROMPTS, read_prompts
 from fiddler.errors import ConfigError, PromptError
+from fiddler.lab.traces import load
+from fiddler.recording import Recording, RoutingTrace
 from fiddler.steps.stream import TokenStream
-from fiddler.store.routing import load
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import fiddler
 from fiddler import errors
-from fiddler.cache.policy import POLICIES
 from fiddler.config import (
     KV_TOKENS,
     DeviceKind,
@@ -35,7 +34,8 @@ from fiddler.config import (
     resolve,
 )
 from fiddler.errors import ConfigError, FiddlerError
-from fiddler.scheduler.planners import PLANNERS
+from fiddler.lab.policies import POLICIES
+from fiddler.lab.systems import PLANNERS
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")

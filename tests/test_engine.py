@@ -27,7 +27,7 @@ from fiddler import (
     Statistics,
     Timing,
 )
-from fiddler.cost.machine import machines
+from fiddler.lab.machine import machines
 from fiddler.lanes.experts import ExpertWork
 from fiddler.models import seam
 from fiddler.models.kv import KvArena

@@ -9,7 +9,7 @@ import pytest
 from bench import overhead
 from bench import overhead_script as scripted
 from fiddler import EngineConfig
-from fiddler.scheduler.systems import System
+from fiddler.lab.systems import System
 
 
 def test_the_defaults_are_the_engine_s() -> None:

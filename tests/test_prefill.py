@@ -10,7 +10,7 @@ from bench import kernels, prefill
 from bench.kernels import Ceilings
 from bench.prefill import Reading, grid
 from bench.report import Spread
-from fiddler.cost.shape import ModelShape
+from fiddler.lab.shape import ModelShape
 
 SHAPE = ModelShape(
     name="small",

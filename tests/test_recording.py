@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError, GenerationConfig, PromptError
-from fiddler.cache.recorded import Recording
 from fiddler.engine import assembly as rigs
 from fiddler.models import loaded as loading
 from fiddler.models.seam import find_experts
+from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import Event, LayerDone, LayerReady
 from fiddler.steps.recorder import Recorder

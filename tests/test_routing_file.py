@@ -16,9 +16,9 @@ from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fiddler.cache.recorded import Recording, RoutingTrace, visits
 from fiddler.errors import ConfigError
-from fiddler.store.routing import FORMAT, VERSION, load, save
+from fiddler.lab.traces import FORMAT, VERSION, load, save
+from fiddler.recording import Recording, RoutingTrace, visits
 
 DEMO_TRACE = Path(__file__).parents[1] / "bench" / "traces" / "demo.safetensors"
 
@@ -255,7 +255,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, fiddler.store.routing; sys.exit('torch' in sys.modules)"
+    code = "import sys, fiddler.lab.traces; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

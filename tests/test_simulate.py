@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiddler.cache.recorded import Recording
-from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cost.lanes import LANES
-from fiddler.cost.machine import Machine
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.bounds import Bound
-from fiddler.engine.simulation import Report, Setting, simulate
 from fiddler.errors import ConfigError
-from fiddler.scheduler.systems import System
+from fiddler.lab.machine import Machine
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.simulation import Bound, Report, Setting, simulate
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import System
+from fiddler.recording import Recording
 from fiddler.trace import Decision, Trace
 
 SMALL = ModelShape(

@@ -6,9 +6,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from fiddler.cache.recorded import Recording, guesses
 from fiddler.config import PrefetchMode
-from fiddler.engine.simulation import simulate
+from fiddler.lab.simulation import simulate
+from fiddler.recording import Recording, guesses
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 from tests.test_simulate import SMALL, setting, text

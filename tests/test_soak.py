@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
-from fiddler.cache.recorded import Recording
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
-from fiddler.engine.script import Script, ScriptWave
+from fiddler.lab.policies import make_policy
+from fiddler.lab.script import Script, ScriptWave
+from fiddler.lab.systems import prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.virtual import VirtualLanes
+from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, LayerReady, RunExperts
 from fiddler.scheduler.rows import Span, assemble, halves
-from fiddler.scheduler.systems import prefetch_of
 from tests.support.tiny import save_tiny
 
 N_REQUESTS = 10_000

@@ -18,10 +18,10 @@ from bench.synthetic.memory import in_memory, loader
 from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
 from fiddler import ConfigError, Engine, EngineConfig
-from fiddler.cache.recorded import RoutingTrace
-from fiddler.cost.shape import ModelShape
 from fiddler.gpu import cuda
+from fiddler.lab.shape import ModelShape
 from fiddler.models.loaded import ServableModel, load
+from fiddler.recording import RoutingTrace
 from fiddler.steps import graphs
 from fiddler.store.blocks import PackedStore
 from tests.support.fake_gpu import FakeGpu

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from fiddler.cache.recorded import Recording
-from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cli import timeline
 from fiddler.cli.timeline import Window, choose_window
-from fiddler.cost.machine import Machine
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.simulation import Report, Setting, simulate
 from fiddler.errors import ConfigError
-from fiddler.scheduler.systems import System
+from fiddler.lab.machine import Machine
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.simulation import Report, Setting, simulate
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import System
+from fiddler.recording import Recording
 from fiddler.trace import Decision, Span, Trace
 
 ABOUT = {"title": "a model on a machine", "placement": "as planned", "work": "some"}

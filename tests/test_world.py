@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bench.world import WORLD, Cell, Predictor, World, invert, order_right
-from fiddler.cost.machine import FIGURES, machines
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.lab.machine import FIGURES, machines
+from fiddler.lab.systems import SYSTEMS
 
 KINDS = re.compile(r"(measured|derived|assumed): ")
 PARTS = ("constants", "machines", "models", "systems", "lengths")

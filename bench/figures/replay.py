@@ -8,7 +8,7 @@ from bench.figures import style
 from fiddler.cli import curves
 from fiddler.cli.notes import Notes
 from fiddler.cli.replay import CacheOptions, replays
-from fiddler.store.routing import load
+from fiddler.lab.traces import load
 
 TRACE = Path(__file__).resolve().parents[1] / "traces" / "demo.safetensors"
 CACHE = CacheOptions()

@@ -3,13 +3,13 @@
 from matplotlib.figure import Figure
 
 from bench.figures import style
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.synthetic import SyntheticRouting
 from fiddler.cli import timeline
-from fiddler.cost.machine import Machine, n_slots
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.simulation import Setting, simulate
-from fiddler.scheduler.systems import SYSTEMS
+from fiddler.lab.machine import Machine, n_slots
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.simulation import Setting, simulate
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import SYSTEMS
+from fiddler.recording import Recording, guesses
 from fiddler.trace import Trace
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"

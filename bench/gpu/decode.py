@@ -22,9 +22,9 @@ from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
 from fiddler.cost.lanes import LANES
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.bounds import Bound
-from fiddler.scheduler.systems import system
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.simulation import Bound
+from fiddler.lab.systems import system
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""

@@ -14,7 +14,7 @@ import torch
 from bench import machine
 from bench.gpu import device, recording, slots
 from bench.gpu.context import Context, said
-from fiddler.cost.machine import Machine
+from fiddler.lab.machine import Machine
 
 Section = Callable[[Context], Any]
 SECTIONS: Mapping[str, Section] = {

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from bench.synthetic.memory import in_memory
 from bench.synthetic.replayed import Replay, drawn, recorded
 from bench.synthetic.shapes import SHAPES, Shape, shape
-from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig
-from fiddler.cost.shape import ModelShape
 from fiddler.engine.engine import Loader
 from fiddler.gpu.device import Gpu
+from fiddler.lab.shape import ModelShape
 from fiddler.models.loaded import ServableModel
+from fiddler.recording import RoutingTrace
 from fiddler.store.blocks import PackedStore
 
 N_SEQUENCES, N_TOKENS = 32, 256

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bench import machine
 from bench.synthetic.replayed import Replay
 from bench.synthetic.shapes import Shape
-from fiddler.cache.recorded import RoutingTrace
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.formula import DTYPES
 from fiddler.engine.assembly import SHARE
@@ -28,6 +27,7 @@ from fiddler.errors import ConfigError
 from fiddler.models import attention, seam
 from fiddler.models.loaded import ServableModel, experts_per_token, model_context
 from fiddler.models.skeleton import meta_skeleton
+from fiddler.recording import RoutingTrace
 from fiddler.store.blocks import BlockLayout, PackedStore
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights

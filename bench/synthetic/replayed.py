@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.synthetic.shapes import Shape
-from fiddler.cache.recorded import Recording, RoutingTrace, guesses
-from fiddler.cache.synthetic import PUBLISHED, SyntheticRouting
 from fiddler.errors import ConfigError
+from fiddler.lab.synthetic import PUBLISHED, SyntheticRouting
+from fiddler.lab.traces import load
 from fiddler.models.captured import CapturedCache
 from fiddler.models.kv import KvArena, SequenceKV, WaveCache
 from fiddler.models.seam import ExpertsModule, Forward
-from fiddler.store.routing import load
+from fiddler.recording import Recording, RoutingTrace, guesses
 
 DEMO = Path(__file__).resolve().parents[1] / "traces" / "demo.safetensors"
 """Recorded with the demo model, whose layers and experts the tiny shape has."""
@@ -170,7 +170,7 @@ def _table(parts: Sequence[NDArray[Any]]) -> Tensor | None:
 
 
 def recorded(file: Path = DEMO) -> RoutingTrace:
-    """Read a recording (`fiddler.store.routing`). Raises `ConfigError`."""
+    """Read a recording (`fiddler.lab.traces`). Raises `ConfigError`."""
     return load(file)
 
 

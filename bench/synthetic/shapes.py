@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from fiddler.cost.shape import ModelShape
+from fiddler.lab.shape import ModelShape
 from tools import synthesize
 
 TINY: dict[str, Any] = synthesize.QWEN3 | {

@@ -1,14 +1,15 @@
-"""The expert cache: which experts hold a slot, who is let in, and who gives way."""
+"""The expert cache: which experts hold a slot, who is let in, and who gives way.
+
+What a policy and its history have learnt, to be kept between runs.
+"""
 
 from collections.abc import Mapping, Sequence
 
-from fiddler.cache import learnt
-from fiddler.cache.keys import Key, Rows
-from fiddler.cache.room import Room
-from fiddler.cache.slots import Reservation, Slots
-from fiddler.cache.staging import Staging
+from fiddler.cache.policy import Key, Policy, Rows
+from fiddler.cache.saved import counts, part, text
+from fiddler.cache.slots import Reservation, Room, Slots, Staging
 from fiddler.cache.victims import Place, Victims
-from fiddler.cache.worth import Policy
+from fiddler.given import shown
 
 
 class ExpertCache:
@@ -187,11 +188,11 @@ class ExpertCache:
 
     def state(self) -> dict[str, object]:
         """What was learned, JSON-able; not which experts are resident."""
-        return learnt.state(self.policy)
+        return state(self.policy)
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from what another run learned; ValueError for another policy's or another model's state."""
-        learnt.restore(self.policy, state)
+        restore(self.policy, state)
         for layer in range(len(self._keys)):
             self._victims.visited(layer)
 
@@ -262,3 +263,29 @@ class ExpertCache:
     def _highest(self, key: Key) -> Place:
         worth = self.policy.level(key[0]) - self.policy.rank(key)
         return worth, -self.history.last_visit(key), key[1], key[0]
+
+
+def state(policy: Policy) -> dict[str, object]:
+    """Return it, JSON-able."""
+    return {
+        "policy": policy.name,
+        "n_experts": [list(policy.history.n_experts)],
+        "history": policy.history.state(),
+        "worth": policy.state(),
+    }
+
+
+def restore(policy: Policy, saved: Mapping[str, object]) -> None:
+    """Go on from it; ValueError, and nothing changed, for another policy's or another model's."""
+    saved = part({"state": saved}, "state")
+    shape = policy.history.n_experts
+    found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
+    if found != (policy.name, [list(shape)]):
+        raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
+    before = policy.history.state()
+    try:
+        policy.history.restore(part(saved, "history"))
+        policy.restore(part(saved, "worth"))
+    except ValueError:
+        policy.history.restore(before)
+        raise

@@ -1,66 +1,155 @@
-"""The policies by name."""
+"""What routing did so far. One object records it; the policies read it.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+The words all of the cache shares.
 
-from fiddler.cache.forecast import Forecast
-from fiddler.cache.history import History
-from fiddler.cache.hybrimoe import HybriMoe
-from fiddler.cache.keys import Key
-from fiddler.cache.lfru import Lfru
-from fiddler.cache.lfu import AgedLfu, Lfu
-from fiddler.cache.lru import LayerLru, Lru
-from fiddler.cache.static import Static
-from fiddler.cache.worth import Policy
-from fiddler.errors import ConfigError
+What a policy is: it says what an expert is worth, and nothing about slots.
+"""
 
-__all__ = ["POLICIES", "Options", "Policy", "make_policy"]
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a policy may be told: `half_life` in tokens, `top_k` of the router, `order` of a static placement."""
+from fiddler.cache.saved import counts
 
-    half_life: float = 32.0
-    top_k: int = 2
-    order: tuple[Key, ...] | None = None
+Key = tuple[int, int]
+"""An expert: (layer, index in the layer)."""
+
+Rows = Sequence[tuple[int, int]]
+"""One visit to a layer: (expert, n_rows) pairs, each expert once, n_rows > 0."""
+Visit = tuple[int, Rows, int]
+"""One layer of one step: (layer, ((expert, n_rows), …), n_tokens)."""
 
 
-POLICIES: Mapping[str, Callable[[History, Options], Policy]] = MappingProxyType(
-    {
-        AgedLfu.name: lambda history, options: AgedLfu(history, options.half_life),
-        Forecast.name: lambda history, options: Forecast(history),
-        HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
-        LayerLru.name: lambda history, options: LayerLru(history),
-        Lfru.name: lambda history, options: Lfru(history),
-        Lfu.name: lambda history, options: Lfu(history),
-        Lru.name: lambda history, options: Lru(history),
-        Static.name: lambda history, options: Static(history, options.order),
-    }
-)
+class History:
+    """Raw facts per layer and expert: nothing here is aged or weighed.
+
+    Every layer has its own token clock, because waves stand at different layers at the same time.
+    """
+
+    def __init__(self, n_experts: tuple[int, ...]) -> None:
+        self.n_experts = n_experts
+        self.n_visits = 0
+        """Layers visited so far, by all waves: the clock of `last_visit`."""
+        self._layer_tokens = [0] * len(n_experts)
+        self._layer_visits = [0] * len(n_experts)
+        self._rows = [[0] * n for n in n_experts]
+        self._last_visit = [[0] * n for n in n_experts]
+        self._last_token = [[0] * n for n in n_experts]
+
+    def observe(self, layer: int, rows: Rows, n_tokens: int) -> None:
+        """Record one visit: `n_tokens` tokens passed `layer`. ValueError where none did."""
+        if n_tokens < 1:
+            raise ValueError(f"a visit carries at least one token, not {n_tokens}")
+        self.n_visits += 1
+        self._layer_visits[layer] += 1
+        self._layer_tokens[layer] += n_tokens
+        clock, visit = self._layer_tokens[layer], self.n_visits
+        total, last_visit, last_token = self._rows[layer], self._last_visit[layer], self._last_token[layer]
+        for expert, n_rows in rows:
+            total[expert] += n_rows
+            last_visit[expert] = visit
+            last_token[expert] = clock
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens seen by the layer that has seen most."""
+        return max(self._layer_tokens, default=0)
+
+    def layer_tokens(self, layer: int) -> int:
+        """The layer's clock: tokens that passed it."""
+        return self._layer_tokens[layer]
+
+    def layer_visits(self, layer: int) -> int:
+        """Visits to the layer."""
+        return self._layer_visits[layer]
+
+    def n_rows(self, key: Key) -> int:
+        """Rows that visited the expert since the beginning."""
+        return self._rows[key[0]][key[1]]
+
+    def last_visit(self, key: Key) -> int:
+        """`n_visits` at the expert's last touch; 0 if it was never touched."""
+        return self._last_visit[key[0]][key[1]]
+
+    def last_token(self, key: Key) -> int:
+        """Its layer's clock at the expert's last touch; 0 if it was never touched."""
+        return self._last_token[key[0]][key[1]]
+
+    def state(self) -> dict[str, object]:
+        """All of it, JSON-able."""
+        return {
+            "n_visits": [[self.n_visits]],
+            "layers": [list(self._layer_tokens), list(self._layer_visits)],
+            "rows": [list(row) for row in self._rows],
+            "last_visit": [list(row) for row in self._last_visit],
+            "last_token": [list(row) for row in self._last_token],
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a saved state; ValueError, and nothing changed, where it is not of this shape."""
+        n_layers, shape = len(self.n_experts), self.n_experts
+        ((n_visits,),) = counts(state, "n_visits", [1])
+        layer_tokens, layer_visits = counts(state, "layers", [n_layers, n_layers])
+        facts = [counts(state, field, shape) for field in ("rows", "last_visit", "last_token")]
+        for visits, tokens, clock in zip(facts[1], facts[2], layer_tokens, strict=True):
+            if max(visits, default=0) > n_visits or max(tokens, default=0) > clock:
+                raise ValueError("saved touches lie in the future")
+        self.n_visits, self._layer_tokens, self._layer_visits = n_visits, layer_tokens, layer_visits
+        self._rows, self._last_visit, self._last_token = facts
 
 
-def make_policy(
-    name: str,
-    n_experts: tuple[int, ...],
-    *,
-    half_life: float = 32.0,
-    top_k: int = 2,
-    order: Sequence[Key] | None = None,
-) -> Policy:
-    """A policy with a history of its own. ConfigError for an unknown name or an impossible option."""
-    if name not in POLICIES:
-        raise ConfigError(f"unknown cache policy {name!r}: known are {', '.join(POLICIES)}")
-    if not 0 < half_life < float("inf"):
-        raise ConfigError(f"half_life is a number of tokens above 0, not {half_life}")
-    if top_k < 1:
-        raise ConfigError(f"top_k is at least 1, not {top_k}")
-    if order is not None and not _distinct_experts(order, n_experts):
-        raise ConfigError("order names an expert twice, or one that the model does not have")
-    return POLICIES[name](History(n_experts), Options(half_life, top_k, None if order is None else tuple(order)))
+class Policy(Protocol):
+    """Numbers for an expert, valid whether it is resident or absent; higher stays.
 
+    `rank` orders the experts of one layer, `rank - level` those of all layers, and `score` is their worth: never
+    negative, in the same order, with ratios that mean something. `level` and ranks change through visits to their
+    own layer only.
+    """
 
-def _distinct_experts(order: Sequence[Key], n_experts: Sequence[int]) -> bool:
-    real = {(layer, expert) for layer, n in enumerate(n_experts) for expert in range(n)}
-    return len(set(order)) == len(order) and real.issuperset(order)
+    name: ClassVar[str]
+    per_layer: ClassVar[bool] = False
+    """True: slots are divided equally over the layers. False: one pool for all."""
+    bypasses: ClassVar[bool] = False
+    """True: an expert that was fetched and is worth less than its victim is not kept. False: the latest is kept."""
+    by_recency: ClassVar[bool] = False
+    """True: a visit touches all its experts alike, so what they are worth is asked before it is observed."""
+    history: History
+
+    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
+        """Learn from one visit that `history` has recorded already; most policies need no more than that."""
+        return
+
+    def rank(self, key: Key) -> float:
+        """The expert's place within its layer."""
+        ...
+
+    def level(self, layer: int) -> float:
+        """How much higher the layer's ranks are than their worth beside other layers."""
+        return 0.0
+
+    def worths(self, layer: int) -> NDArray[np.float64]:
+        """Return `rank - level` of a layer's experts, `[E]`."""
+        ranks = [self.rank((layer, expert)) for expert in range(self.history.n_experts[layer])]
+        return np.array(ranks) - self.level(layer)
+
+    def score(self, key: Key) -> float:
+        """What the expert is worth now; 0 for one that there is no reason to copy in."""
+        return self.rank(key)
+
+    def rate(self, key: Key) -> float:
+        """Visits that the expert may expect per token, as far as the policy can say; 0 where it cannot."""
+        return 0.0
+
+    def admits(self, key: Key, n_slots: int) -> bool:
+        """Whether the expert may hold one of `n_slots` slots at all."""
+        return True
+
+    def state(self) -> dict[str, object]:
+        """What the policy knows beyond the history, JSON-able."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a saved state, after the history did; ValueError where it does not fit."""
+        return

@@ -6,8 +6,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.keys import Key
-from fiddler.cache.worth import Policy
+from fiddler.cache.policy import Key, Policy
 
 Place = tuple[float, int, int, int]
 """Worth, recency, and the id to tell ties apart: the smallest goes first, no two are equal."""

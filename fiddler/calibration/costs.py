@@ -14,10 +14,10 @@ from typing import Any, Literal
 from fiddler.calibration.kernels import calibration_file
 from fiddler.calibration.measure import Measured, Measures
 from fiddler.config import EngineConfig
-from fiddler.cost.machine import Machine, expert_costs
 from fiddler.cost.model import NO_TIME, Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.devices.cpu import CpuDevice
 from fiddler.given import read_json
+from fiddler.lab.machine import Machine, expert_costs
 from fiddler.models.loaded import LoadedModel
 from fiddler.types import ExpertWeights
 

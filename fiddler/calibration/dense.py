@@ -22,15 +22,14 @@ from fiddler.config import EngineConfig
 from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
 from fiddler.gpu.crossing import GpuCrossing, Watch
 from fiddler.gpu.device import Event, Gpu
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.models.kv import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
-from fiddler.scheduler.planners import planner
 from fiddler.scheduler.rows import Span
-from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.steps.graphs import LEAST_TOKENS, Graphs
 from fiddler.steps.step import StepRunner

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 import transformers
 
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.calibration import measure
 from fiddler.calibration.costs import Calibration, calibrate
 from fiddler.calibration.dense import DenseBench, Extent

@@ -6,9 +6,9 @@ from math import ceil, log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fiddler.cache.compare import BELADY, Score
 from fiddler.cli.replayed import Replayed
 from fiddler.errors import ConfigError
+from fiddler.lab.replay import BELADY, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

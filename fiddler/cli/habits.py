@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.recorded import RoutingTrace
+from fiddler.recording import RoutingTrace
 
 Ids = NDArray[np.int16]
 

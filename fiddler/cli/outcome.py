@@ -11,10 +11,10 @@ from rich.table import Table
 
 from fiddler.cli.notes import copied_ahead, size
 from fiddler.cost.lanes import LaneName
-from fiddler.cost.machine import FIGURES, Machine, machines
-from fiddler.cost.shape import ModelShape, shapes
-from fiddler.engine.simulation import Report, Setting
-from fiddler.scheduler.systems import SYSTEMS, System
+from fiddler.lab.machine import FIGURES, Machine, machines
+from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.simulation import Report, Setting
+from fiddler.lab.systems import SYSTEMS, System
 
 LANES: Mapping[LaneName, str] = {"gpu": "GPU", "cpu": "CPU", "link": "link"}
 

@@ -18,9 +18,9 @@ from fiddler.config import EngineConfig, PolicyName
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fiddler.cache.compare import MakePolicy
-    from fiddler.cache.recorded import RoutingTrace
     from fiddler.cli.replayed import Replayed
+    from fiddler.lab.replay import MakePolicy
+    from fiddler.recording import RoutingTrace
 
 RESIDENT = (0.125, 0.25, 0.5)
 """Shares of the experts that have a slot, unless given."""
@@ -124,14 +124,14 @@ def _check(options: CacheOptions) -> None:
 def _policies(options: CacheOptions, n_experts: tuple[int, ...], top_k: int) -> "dict[str, MakePolicy]":
     from functools import partial
 
-    from fiddler.cache.policy import POLICIES, make_policy
+    from fiddler.lab.policies import POLICIES, make_policy
 
     make = partial(make_policy, n_experts=n_experts, half_life=options.half_life, top_k=top_k)
     return {name: partial(make, name) for name in options.policy or POLICIES}
 
 
 def _recorded(options: RoutingOptions) -> "list[tuple[str, RoutingTrace]]":
-    from fiddler.store.routing import load
+    from fiddler.lab.traces import load
 
     given = (options.shape, options.tokens, options.seed, options.routing)
     if any(value is not None for value in given):
@@ -147,8 +147,8 @@ def _named(trace: "RoutingTrace", file: Path, pattern: str | None) -> "RoutingTr
 
 
 def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
-    from fiddler.cache.recorded import Recording, RoutingTrace
-    from fiddler.cost.shape import ModelShape
+    from fiddler.lab.shape import ModelShape
+    from fiddler.recording import Recording, RoutingTrace
 
     if options.names is not None:
         raise ConfigError("--names chooses from what a trace recorded: name a trace")
@@ -165,9 +165,9 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
 
 def replays(traces: "Sequence[tuple[str, RoutingTrace]]", options: CacheOptions, notes: Notes) -> "list[Replayed]":
     """Replay each trace, whose name stands before it, with every policy and size of the options."""
-    from fiddler.cache.compare import BOUNDS, compare
-    from fiddler.cache.recorded import visits
     from fiddler.cli.replayed import Replayed
+    from fiddler.lab.replay import BOUNDS, compare
+    from fiddler.recording import visits
 
     shares = sorted(set(options.resident))
     results = []

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fiddler.cache.compare import Score
-from fiddler.cache.recorded import RoutingTrace
+from fiddler.lab.replay import Score
+from fiddler.recording import RoutingTrace
 
 _WIDEST = 10_000
 """Columns: wider than any table."""

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import anyio
 from anyio import lowlevel
 
-from fiddler.cache.recorded import RoutingTrace
 from fiddler.cli.ending import leave_at_once, on_sigint
 from fiddler.cli.prompts import Named
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
 from fiddler.errors import PromptError
+from fiddler.recording import RoutingTrace
 from fiddler.text.prompts import Prompt
 from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
 

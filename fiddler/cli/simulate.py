@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
 
-    from fiddler.cache.keys import Key
-    from fiddler.cache.synthetic import SyntheticRouting
-    from fiddler.cost.shape import ModelShape
-    from fiddler.engine.simulation import Report, Setting
-    from fiddler.scheduler.systems import System
+    from fiddler.cache.policy import Key
+    from fiddler.lab.shape import ModelShape
+    from fiddler.lab.simulation import Report, Setting
+    from fiddler.lab.synthetic import SyntheticRouting
+    from fiddler.lab.systems import System
 
 SHAPE = "qwen3-30b-a3b"
 """What is simulated if nothing was named."""
@@ -76,7 +76,7 @@ class PlacementOptions:
 
     def chosen(self) -> "System":
         """Return the system, with the parts that were asked for."""
-        from fiddler.scheduler.systems import system
+        from fiddler.lab.systems import system
 
         asked = {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
         with giving("--system"):
@@ -158,8 +158,8 @@ def simulate(
 
 
 def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOptions) -> "Setting":
-    from fiddler.cost.machine import Machine, n_slots
-    from fiddler.engine.simulation import Setting
+    from fiddler.lab.machine import Machine, n_slots
+    from fiddler.lab.simulation import Setting
 
     if options.shape is not None and options.model is not None:
         raise ConfigError("--shape and --model both name the model: give one")
@@ -185,7 +185,7 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
 
 
 def _shape(options: MachineOptions) -> "ModelShape":
-    from fiddler.cost.shape import ModelShape
+    from fiddler.lab.shape import ModelShape
 
     if options.model is None:
         return ModelShape.load(SHAPE if options.shape is None else options.shape)
@@ -202,8 +202,8 @@ def _shape(options: MachineOptions) -> "ModelShape":
 
 
 def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":
-    from fiddler.cache.recorded import Recording, guesses
-    from fiddler.engine import simulation
+    from fiddler.lab import simulation
+    from fiddler.recording import Recording, guesses
     from fiddler.trace import Trace
 
     routing = make_up(work.routing, setting.shape, work.seed)
@@ -215,7 +215,7 @@ def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":
 
 
 def _popular(work: WorkOptions, shape: "ModelShape") -> "Sequence[Key]":
-    from fiddler.cache.static import by_popularity
+    from fiddler.lab.policies import by_popularity
 
     return by_popularity(make_up(work.routing, shape, work.seed).profile().tolist())
 
@@ -231,7 +231,7 @@ def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
 
     Raises `ConfigError` for a file that has no counts of this shape.
     """
-    from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting
+    from fiddler.lab.synthetic import PUBLISHED, Habits, SyntheticRouting
 
     habits = {"synthetic": Habits(), "fitted": PUBLISHED}
     if routing in habits:
@@ -242,7 +242,7 @@ def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
 
 
 def _counts(name: str, shape: "ModelShape") -> "NDArray[float64]":
-    from fiddler.cache.synthetic import read_counts
+    from fiddler.lab.synthetic import read_counts
 
     file = Path(name)
     if not file.is_file():

@@ -18,8 +18,8 @@ from fiddler.cli.prompts import read_prompts
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fiddler.cache.recorded import RoutingTrace
     from fiddler.cli.habits import Share
+    from fiddler.recording import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def trace(
             run = partial(record, opened=loaded)
             routing, interrupted = anyio.run(run, checkpoint.source, config, prompts, sampling.overrides())
         if routing.recordings:
-            from fiddler.store.routing import save
+            from fiddler.lab.traces import save
 
             save(request.output, routing)
             _show(routing, request, interrupted=interrupted)

@@ -18,7 +18,6 @@ from fiddler.calibration.costs import calibrate, costs_on, no_costs
 from fiddler.calibration.kernels import compute_lane
 from fiddler.calibration.measure import Bench
 from fiddler.config import EngineConfig, Resolved
-from fiddler.cost.machine import Machine
 from fiddler.cost.model import CostModel
 from fiddler.devices.arena import Arena
 from fiddler.devices.cpu import CpuDevice
@@ -28,6 +27,8 @@ from fiddler.engine.gpu_assembly import gpu_side, torch_worker
 from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
+from fiddler.lab.machine import Machine
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.experts import ExpertWork, HostCrossing
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
@@ -39,8 +40,6 @@ from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
-from fiddler.scheduler.planners import planner
-from fiddler.scheduler.systems import System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.steps.recorder import Recorder
 from fiddler.steps.step import StepRunner

@@ -12,7 +12,6 @@ import anyio
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fiddler.cache.recorded import RoutingTrace
 from fiddler.calibration.kernels import checked
 from fiddler.config import EngineConfig
 from fiddler.engine.loop import EngineLoop, ended
@@ -22,6 +21,7 @@ from fiddler.given import shown
 from fiddler.lanes.channel import Channel
 from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
+from fiddler.recording import RoutingTrace
 from fiddler.steps.request import Submission
 from fiddler.steps.stream import Item, TokenStream
 from fiddler.text.prompts import Bound, Prompt, copy_prompt

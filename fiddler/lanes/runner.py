@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.cost.lanes import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet

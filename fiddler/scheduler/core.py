@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName

@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel

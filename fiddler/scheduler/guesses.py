@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key, Rows
+from fiddler.cache.policy import Key, Rows
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import LayerReady

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LANES, LaneName, Lanes

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fiddler.cache.keys import Rows
+from fiddler.cache.policy import Rows
 from fiddler.cost.lanes import LaneName
 from fiddler.scheduler.routing import LayerWork, Load
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
+from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, eager, pays, price_s, saved_s

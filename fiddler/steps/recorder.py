@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fiddler.cache.recorded import Recording, RoutingTrace
+from fiddler.recording import Recording, RoutingTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fiddler.cache.keys import Rows
+from fiddler.cache.policy import Rows
 from fiddler.lanes.experts import Ask, Crossing, Routing
 from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward

@@ -7,8 +7,8 @@ from statistics import mean, median
 import pytest
 
 from bench import cache
-from fiddler.cache.compare import BOUNDS
-from fiddler.cache.policy import POLICIES
+from fiddler.lab.policies import POLICIES
+from fiddler.lab.replay import BOUNDS
 
 QUICK = ["--tokens", "6", "--sequences", "1", "--processes", "0"]
 

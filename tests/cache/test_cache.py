@@ -5,9 +5,8 @@ import json
 import pytest
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
-from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.static import uniform
+from fiddler.cache.policy import Key
+from fiddler.lab.policies import POLICIES, make_policy, uniform
 
 
 def cache(

@@ -10,14 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cache.forecast import HALF_LIVES, Forecast
-from fiddler.cache.history import History
-from fiddler.cache.keys import Rows
-from fiddler.cache.policy import make_policy
-from fiddler.cache.recorded import Recording, visits
-from fiddler.cache.regression import Regression
-from fiddler.cache.replay import replay
-from fiddler.cache.synthetic import Habits, SyntheticRouting
+from fiddler.cache.forecast import HALF_LIVES, Forecast, Regression
+from fiddler.cache.policy import History, Rows
+from fiddler.lab.policies import make_policy
+from fiddler.lab.replay import replay
+from fiddler.lab.synthetic import Habits, SyntheticRouting
+from fiddler.recording import Recording, visits
 
 LAYERS = (3, 4)
 KEYS = [(layer, expert) for layer, n in enumerate(LAYERS) for expert in range(n)]

@@ -6,15 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.aged import AgedCounts
-from fiddler.cache.compare import BELADY, BOUNDS, FORESIGHTS, compare
-from fiddler.cache.foresight import Foresight
-from fiddler.cache.history import History
-from fiddler.cache.keys import Key, Visit
-from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.recorded import Recording, visits
-from fiddler.cache.replay import Replay, belady, replay
-from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.policy import History, Key, Visit
+from fiddler.lab.policies import POLICIES, make_policy
+from fiddler.lab.replay import BELADY, BOUNDS, FORESIGHTS, Foresight, Replay, belady, compare, replay
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.recording import Recording, visits
 from tests.cache.test_replay import LAYERS, traces
 from tests.cache.test_replay import visits as letters
 

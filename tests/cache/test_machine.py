@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
-from fiddler.cache.policy import POLICIES, make_policy
+from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
-from fiddler.cache.static import uniform
+from fiddler.lab.policies import POLICIES, make_policy, uniform
 
 LAYERS = (4, 3, 5)
 KEYS = uniform(LAYERS)

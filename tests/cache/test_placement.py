@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fiddler.cache.keys import Key, Visit
-from fiddler.cache.policy import make_policy
-from fiddler.cache.replay import replay
-from fiddler.cache.static import by_popularity, share_of_visits, uniform
-from fiddler.cache.synthetic import read_counts
+from fiddler.cache.policy import Key, Visit
+from fiddler.lab.policies import by_popularity, make_policy, share_of_visits, uniform
+from fiddler.lab.replay import replay
+from fiddler.lab.synthetic import read_counts
 
 Counts = list[list[float]]
 BESIDE = Path(__file__).parents[3] / "shared" / "routing"

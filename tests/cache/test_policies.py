@@ -5,13 +5,10 @@ import math
 
 import pytest
 
-from fiddler.cache.aged import AgedCounts
-from fiddler.cache.history import History
-from fiddler.cache.keys import Rows
-from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.static import by_popularity, uniform
-from fiddler.cache.worth import Policy
+from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.policy import History, Policy, Rows
 from fiddler.errors import ConfigError
+from fiddler.lab.policies import POLICIES, by_popularity, make_policy, uniform
 
 
 def observe(policy: Policy, layer: int, rows: Rows, n_tokens: int = 1, scores: list[float] | None = None) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fiddler.cache.recorded import RECALL, SPREAD, Recording, count_rows, guesses, visits
-from fiddler.cache.synthetic import SyntheticRouting
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.recording import RECALL, SPREAD, Recording, count_rows, guesses, visits
 
 SHAPE = (6, 16, 4)
 """Layers, experts, and experts a token."""

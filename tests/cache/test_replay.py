@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.keys import Key, Visit
-from fiddler.cache.lfu import Lfu
-from fiddler.cache.policy import POLICIES, make_policy
-from fiddler.cache.replay import Replay, belady, replay
+from fiddler.cache.frequency import Lfu
+from fiddler.cache.policy import Key, Visit
+from fiddler.lab.policies import POLICIES, make_policy
+from fiddler.lab.replay import Replay, belady, replay
 
 LAYERS = (4, 4)
 

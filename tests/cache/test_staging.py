@@ -3,10 +3,9 @@
 import pytest
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key
-from fiddler.cache.policy import make_policy
+from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation, Slots
-from fiddler.cache.static import uniform
+from fiddler.lab.policies import make_policy, uniform
 
 LAYERS = (4, 4)
 

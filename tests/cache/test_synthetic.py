@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fiddler.cache.synthetic import PUBLISHED, Habits, SyntheticRouting, read_counts
 from fiddler.errors import ConfigError
+from fiddler.lab.synthetic import PUBLISHED, Habits, SyntheticRouting, read_counts
 
 PLAIN = Habits(skew=0.0, topic=0.0, recurrence=0.0, drift=0.0)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.machine import FIGURES, FOLDER, RESERVE_BYTES, Machine, cost_model, machines, n_slots
 from fiddler.cost.model import Contention, CostModel
-from fiddler.cost.shape import ModelShape
 from fiddler.errors import ConfigError
+from fiddler.lab.machine import FIGURES, FOLDER, RESERVE_BYTES, Machine, cost_model, machines, n_slots
+from fiddler.lab.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = re.compile(r"https://|arXiv |derived: |measured: |assumed: ")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.shape import FOLDER, Latent, ModelShape, shapes
 from fiddler.errors import ConfigError
+from fiddler.lab.shape import FOLDER, Latent, ModelShape, shapes
 
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
+from fiddler.lab.policies import make_policy
+from fiddler.lab.systems import prefetch_of
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.guesses import Forecast
 from fiddler.scheduler.layer import LayerRun
@@ -29,7 +30,6 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.plan import Planner, all_cpu, all_fetch
 from fiddler.scheduler.routing import LayerWork, Load
-from fiddler.scheduler.systems import prefetch_of
 
 LAYERS = (6, 6, 6)
 COSTS = CostModel(

@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from fiddler.config import PrefetchMode
 from fiddler.cost.lanes import LANES, LaneName
+from fiddler.lab.systems import PLANNERS
 from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
-from fiddler.scheduler.planners import PLANNERS
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
 
 ROWS = st.dictionaries(st.integers(0, LAYERS[0] - 1), st.integers(1, 3), max_size=4)

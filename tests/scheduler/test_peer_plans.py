@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.cost.model import NO_CONTENTION, Contention, CostModel, Curve, ExpertCosts
-from fiddler.scheduler.peer_plans import (
+from fiddler.lab.systems import (
+    PLANNERS,
     PROMPT_ROWS,
     STREAM_ROWS,
     bandwidth_split,
     cheapest_each,
     cpu_or_stream,
+    planner,
     two_ended,
 )
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, best_cut
-from fiddler.scheduler.planners import PLANNERS, planner
 from fiddler.scheduler.routing import Load
 from tests.scheduler.instances import Instance, instance
 from tests.scheduler.oracle import replay

@@ -3,7 +3,7 @@
 from random import Random
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import make_policy
+from fiddler.lab.policies import make_policy
 from fiddler.scheduler.guesses import MANY, Auto, Frequency, LookAhead, Predictor, Transitions
 from fiddler.scheduler.messages import LayerReady
 from tests.scheduler.desk import LAYERS, work

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.keys import Key, Rows
-from fiddler.cache.policy import make_policy
+from fiddler.cache.policy import Key, Rows
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
+from fiddler.lab.policies import make_policy
 from fiddler.scheduler.guesses import Forecast, Guess, LookAhead, Rule, View, eager, impact, pays, price_s, saved_s
 from fiddler.scheduler.messages import LayerReady
 from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, best_cut

@@ -8,18 +8,16 @@ from typing import Literal, get_args
 import anyio
 import pytest
 
-from fiddler.cache.keys import Key
-from fiddler.cache.policy import POLICIES
-from fiddler.cache.recorded import Recording, guesses
-from fiddler.cache.static import uniform
+from fiddler.cache.policy import Key
 from fiddler.config import PlannerName, PolicyName, PrefetchMode, WaveMode
-from fiddler.cost.machine import Machine
-from fiddler.engine.simulation import Report, Setting, _Simulation
 from fiddler.errors import ConfigError
+from fiddler.lab.machine import Machine
+from fiddler.lab.policies import POLICIES, uniform
+from fiddler.lab.simulation import Report, Setting, _Simulation
+from fiddler.lab.systems import PLANNERS, STAGED, SYSTEMS, System, cache_of, planner, prefetch_of, system
+from fiddler.recording import Recording, guesses
 from fiddler.scheduler.guesses import Nobody
 from fiddler.scheduler.messages import Command, Event
-from fiddler.scheduler.planners import PLANNERS, planner
-from fiddler.scheduler.systems import STAGED, SYSTEMS, System, cache_of, prefetch_of, system
 from fiddler.trace import Kind, Span, Trace
 from tests.scheduler.desk import Desk
 from tests.test_simulate import DESKTOP, SMALL, text, visits

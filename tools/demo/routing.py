@@ -9,8 +9,8 @@ from pathlib import Path
 import anyio
 
 from fiddler import Engine, EngineConfig
-from fiddler.cache.recorded import RoutingTrace
-from fiddler.store.routing import save
+from fiddler.lab.traces import save
+from fiddler.recording import RoutingTrace
 from tools.demo import corpus, windows
 from tools.demo.__main__ import DEFAULT_CACHE, SHIPPED
 

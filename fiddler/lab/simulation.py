@@ -1,6 +1,9 @@
-"""A run of sequences on a simulated machine in virtual time, from routing alone: no model, no torch."""
+"""A run of sequences on a simulated machine in virtual time, from routing alone: no model, no torch.
 
-from collections.abc import Sequence
+What no schedule of the same reads can beat.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
@@ -8,24 +11,75 @@ import anyio
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.keys import Key
-from fiddler.cache.recorded import Recording
+from fiddler.cache.policy import Key
 from fiddler.config import WaveMode
 from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.machine import Machine, cost_model
-from fiddler.cost.shape import ModelShape
-from fiddler.engine.bounds import Bound, Chain
-from fiddler.engine.script import Script, ScriptWave
 from fiddler.errors import ConfigError, EngineFailedError
+from fiddler.lab.machine import Machine, cost_model
+from fiddler.lab.script import Script, ScriptWave
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.systems import SYSTEMS, System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
+from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.planners import planner
 from fiddler.scheduler.rows import Span, assemble
-from fiddler.scheduler.systems import SYSTEMS, System, cache_of, prefetch_of
 from fiddler.scheduler.waves import Waves
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What no schedule of the same bytes can beat: the longest of three reads, each at its full rate.
+
+    `max(bytes_cpu / B_H, bytes_link / B_P, bytes_gpu / B_V)`; the dense part and the keys and values read count as
+    the GPU's.
+    """
+
+    cpu_s: float
+    link_s: float
+    gpu_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The longest of the three."""
+        return max(self.cpu_s, self.link_s, self.gpu_s)
+
+
+class Chain:
+    """Reads in the order in which layers need them: the dense part, then CPU and GPU side by side, then the next.
+
+    What copies take is left out, for they may be made ahead. Where a step is two waves, one's dense part may hide
+    behind the other's experts, and its longest read alone counts.
+    """
+
+    def __init__(self, machine: Machine, read_bytes: Mapping[LaneName, int]) -> None:
+        self.seconds = 0.0
+        """Of all steps so far: no schedule of the same waves takes less."""
+        self._machine = machine
+        self._read_bytes = read_bytes
+        self._layers: list[tuple[float, float]] = []  # seconds of the CPU's reads and of the GPU's
+        self._before = (0, 0)
+        self.layer()
+        self._layers.clear()
+
+    def layer(self) -> None:
+        """Take note that a layer's experts have run."""
+        now, before = (self._read_bytes["cpu"], self._read_bytes["gpu"]), self._before
+        rates = self._machine.cpu_read_bytes_per_s, self._machine.gpu_read_bytes_per_s
+        self._layers.append(((now[0] - before[0]) / rates[0], (now[1] - before[1]) / rates[1]))
+        self._before = now
+
+    def step(self, n_waves: int, dense_bytes: int) -> None:
+        """Take note that a step is over, in which the GPU read so much beside experts."""
+        dense_s = dense_bytes / self._machine.gpu_read_bytes_per_s
+        if n_waves == 1:
+            self.seconds += dense_s + sum(max(layer) for layer in self._layers)
+        else:
+            cpu_s, gpu_s = (sum(reads) for reads in zip(*self._layers, strict=True))
+            self.seconds += max(cpu_s, gpu_s + dense_s)
+        self._layers.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

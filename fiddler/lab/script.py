@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.keys import Rows
-from fiddler.cache.recorded import Recording
+from fiddler.cache.policy import Rows
+from fiddler.recording import Recording
 from fiddler.scheduler.messages import LayerDone, LayerReady
 from fiddler.scheduler.routing import route
 from fiddler.scheduler.rows import Span

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from fiddler.cost import profile
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
-from fiddler.cost.shape import DENSE_BYTES, ModelShape
 from fiddler.errors import ConfigError
+from fiddler.lab import shape as profile
+from fiddler.lab.shape import DENSE_BYTES, ModelShape
 
 FOLDER = Path(__file__).parent.parent / "machines"
 RESERVE_BYTES = 2**30

@@ -1,12 +1,63 @@
-"""What a model is made of, as far as time and memory go: sizes, and the bytes and operations that follow."""
+"""What a model is made of, as far as time and memory go: sizes, and the bytes and operations that follow.
 
-from collections.abc import Mapping
+Profiles: machines and model shapes as JSON objects in files, shipped in a folder or the user's own.
+"""
+
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from fiddler.cost import profile
 from fiddler.errors import ConfigError
+from fiddler.given import read_json
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of the profiles that a folder ships, sorted."""
+    return sorted(path.stem for path in folder.glob("*.json"))
+
+
+def find(folder: Path, name_or_path: str | Path) -> Path:
+    """Return the file of a shipped profile, or of a path as given; `ConfigError` names the profiles there are."""
+    shipped = folder / f"{name_or_path}.json"
+    if str(name_or_path) in names(folder):
+        return shipped
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"no profile {str(name_or_path)!r}; give the path of a JSON file, or one of: {', '.join(names(folder))}"
+        )
+    return path
+
+
+def read(path: Path, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
+    """Return the object in a file; `ConfigError` names the file and every unknown or missing key."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    return keyed(value, str(path), required, optional)
+
+
+def keyed(value: object, where: str, required: Set[str], optional: Set[str] = frozenset()) -> dict[str, Any]:
+    """Return an object whose keys are the required ones and some of the optional; else `ConfigError`."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: must be a JSON object")
+    unknown = sorted(set(value) - required - optional)
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}")
+    missing = sorted(required - set(value))
+    if missing:
+        raise ConfigError(f"{where}: missing key {', '.join(missing)}")
+    return dict(value)
+
+
+def text(value: object, where: str) -> str:
+    """Return a text that says something; else `ConfigError`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where}: must be a text that is not empty")
+    return value
+
 
 FOLDER = Path(__file__).parent.parent / "shapes"
 DENSE_BYTES = 2
@@ -163,13 +214,13 @@ class ModelShape:
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:
         """Read a shipped shape by its name, or a file; `ConfigError` names the file and the key that is wrong."""
-        path = profile.find(FOLDER, name_or_path)
+        path = find(FOLDER, name_or_path)
         required, optional = _keys(cls)
-        values = profile.read(path, required - {"name"} | {"source"}, optional - {"source"})
-        profile.text(values["source"], f"{path}: source")
+        values = read(path, required - {"name"} | {"source"}, optional - {"source"})
+        text(values["source"], f"{path}: source")
         try:
             if values.get("latent") is not None:
-                values["latent"] = Latent(**profile.keyed(values["latent"], "latent", *_keys(Latent)))
+                values["latent"] = Latent(**keyed(values["latent"], "latent", *_keys(Latent)))
             return cls(name=path.stem, **values)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -209,7 +260,7 @@ class ModelShape:
 
 def shapes() -> list[str]:
     """Return the names of the shapes that ship with Fiddler."""
-    return profile.names(FOLDER)
+    return names(FOLDER)
 
 
 def _first(config: Mapping[str, Any], *known: str) -> Any:

@@ -1,10 +1,15 @@
-"""Counts that forget: every row weighs half as much after each half-life of tokens."""
+"""Counts that forget: every row weighs half as much after each half-life of tokens.
+
+The expert with the fewest rows goes: of all time, or weighed by age.
+
+The expert touched longest ago goes.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from fiddler.cache.history import History
-from fiddler.cache.keys import Key, Rows
+from fiddler.cache.policy import History, Key, Policy, Rows
 from fiddler.cache.saved import number, table
 
 _LOG_LIMIT = 64.0  # of a count: far above any real one, far below what overflows
@@ -74,3 +79,80 @@ class AgedCounts:
             shift = clock / self.half_life - clock / saved_half_life
             logs[layer] = [log + shift for log in row]
         self._logs = logs
+
+
+class Lfu(Policy):
+    """Score: rows since the beginning."""
+
+    name: ClassVar[str] = "lfu"
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+
+    def rank(self, key: Key) -> float:
+        """The same as the score."""
+        return self.history.n_rows(key)
+
+
+class AgedLfu(Policy):
+    """Score: rows, each halved for every `half_life` tokens its layer has seen since."""
+
+    name: ClassVar[str] = "aged-lfu"
+
+    def __init__(self, history: History, half_life: float = 32.0) -> None:
+        self.history = history
+        self.counts = AgedCounts(history, half_life)
+
+    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
+        """Add the visit's rows."""
+        self.counts.observe(layer, rows, n_tokens)
+
+    def rank(self, key: Key) -> float:
+        """The inflated count, which ageing does not touch."""
+        return self.counts.inflated(key)
+
+    def level(self, layer: int) -> float:
+        """By how many half-lives the layer's counts are inflated."""
+        return self.counts.inflation(layer)
+
+    def score(self, key: Key) -> float:
+        """The aged count."""
+        return self.counts.count(key)
+
+    def rate(self, key: Key) -> float:
+        """The aged count over the tokens it stands for: the mean life of a visit, half-life / ln 2."""
+        return self.counts.count(key) * math.log(2) / self.counts.half_life
+
+    def state(self) -> dict[str, object]:
+        """The aged counts."""
+        return self.counts.state()
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """The aged counts; a state of another half-life is converted."""
+        self.counts.restore(state)
+
+
+class Lru(Policy):
+    """Score 1 / (visits to any layer since the last touch + 1)."""
+
+    name: ClassVar[str] = "lru"
+    by_recency: ClassVar[bool] = True
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+
+    def rank(self, key: Key) -> float:
+        """The visit that touched the expert last."""
+        return self.history.last_visit(key)
+
+    def score(self, key: Key) -> float:
+        """As a share, so that hysteresis compares ages."""
+        last = self.history.last_visit(key)
+        return 1 / (self.history.n_visits - last + 1) if last else 0.0
+
+
+class LayerLru(Lru):
+    """The same with an equal quota for every layer: mixtral-offloading's cache (Eliseev and Mazur, 2023)."""
+
+    name: ClassVar[str] = "layer-lru"
+    per_layer: ClassVar[bool] = True

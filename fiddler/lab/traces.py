@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from fiddler.cache.recorded import Recording, RoutingTrace
 from fiddler.errors import ConfigError
+from fiddler.recording import Recording, RoutingTrace
 
 FORMAT = "fiddler-routing"
 VERSION = "1"

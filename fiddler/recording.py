@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.keys import Rows, Visit
+from fiddler.cache.policy import Rows, Visit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,1 @@
+"""Simulates machines, compares policies and systems, reads recorded routing; the engine does without it."""
