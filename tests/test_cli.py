@@ -498,7 +498,7 @@ def test_inspect_says_whether_it_fits(
 
 
 def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fiddler.cli import machine
+    from fiddler.cli import facts as machine
 
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     unlimited = machine.available_bytes()

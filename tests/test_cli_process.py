@@ -83,7 +83,7 @@ def test_ctrl_c_has_its_handler_before_anything_that_takes_time_is_imported() ->
     imported = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
 
     assert "fiddler.cli" in imported.split()
-    assert not {"pathlib", "dataclasses", "fiddler.config", "fiddler.cli.ending"} & set(imported.split())
+    assert not {"pathlib", "dataclasses", "fiddler.config", "fiddler.cli.terminal"} & set(imported.split())
 
 
 def test_version() -> None:

@@ -14,7 +14,7 @@ class CommandLine:
     def __call__(self, *arguments: Any, **options: Any) -> None:
         """Run what the arguments say, and exit."""
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # there is nothing to end yet
-        from fiddler.cli.ending import as_process
+        from fiddler.cli.terminal import as_process
 
         with as_process():
             self._application(*arguments, **options)

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fiddler.cli.ending import guarded
 from fiddler.cli.notes import Notes, size
 from fiddler.cli.options import CheckpointOptions
+from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
 

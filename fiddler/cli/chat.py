@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fiddler.cli.ending import complain, guarded, on_sigint
 from fiddler.cli.flags import spoken
 from fiddler.cli.notes import Notes, speed, virtual_speed
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
+from fiddler.cli.terminal import complain, guarded, on_sigint
 from fiddler.errors import RequestError
 
 if TYPE_CHECKING:

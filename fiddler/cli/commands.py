@@ -7,12 +7,12 @@ import typer
 import fiddler
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.chat import chat
-from fiddler.cli.flatten import flattened
+from fiddler.cli.flags import flattened
 from fiddler.cli.generate import generate
 from fiddler.cli.inspect import inspect
+from fiddler.cli.record import trace
 from fiddler.cli.replay import replay
 from fiddler.cli.simulate import simulate
-from fiddler.cli.trace import trace
 
 application = typer.Typer(
     name="fiddler",

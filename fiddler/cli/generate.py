@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from fiddler.cli.ending import INTERRUPTED, guarded
 from fiddler.cli.notes import Notes
 from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
+from fiddler.cli.terminal import INTERRUPTED, guarded
 from fiddler.errors import PromptError
 
 DEMO_PROMPT = "And it came to pass"

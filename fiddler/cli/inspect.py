@@ -8,13 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fiddler.cli.ending import guarded
 from fiddler.cli.notes import Notes, size
 from fiddler.cli.options import CheckpointOptions
+from fiddler.cli.terminal import guarded
 
 if TYPE_CHECKING:
-    from fiddler.cli.facts import Facts
-    from fiddler.cli.sizes import Amount
+    from fiddler.cli.facts import Amount, Facts
 
 
 @dataclass(frozen=True, kw_only=True)

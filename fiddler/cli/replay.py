@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fiddler.cli.ending import guarded
 from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes
 from fiddler.cli.options import choice
 from fiddler.cli.simulate import SHAPE, check_length, make_up
+from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig, PolicyName
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fiddler.cli.replayed import Replayed
+    from fiddler.cli.curves import Replayed
     from fiddler.lab.replay import MakePolicy
     from fiddler.recording import RoutingTrace
 
@@ -97,7 +97,8 @@ def replay(routing: RoutingOptions, cache: CacheOptions, output: ReplayOptions) 
     reads less; "foresight N" knows the next N tokens.
     """
     with guarded():
-        from fiddler.cli import curves, replayed
+        from fiddler.cli import curves
+        from fiddler.cli import curves as replayed
 
         if output.plot is not None:
             with giving("--plot"):
@@ -165,7 +166,7 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
 
 def replays(traces: "Sequence[tuple[str, RoutingTrace]]", options: CacheOptions, notes: Notes) -> "list[Replayed]":
     """Replay each trace, whose name stands before it, with every policy and size of the options."""
-    from fiddler.cli.replayed import Replayed
+    from fiddler.cli.curves import Replayed
     from fiddler.lab.replay import BOUNDS, compare
     from fiddler.recording import visits
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import anyio
 from anyio import lowlevel
 
-from fiddler.cli.ending import leave_at_once, on_sigint
 from fiddler.cli.prompts import Named
+from fiddler.cli.terminal import leave_at_once, on_sigint
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
 from fiddler.errors import PromptError

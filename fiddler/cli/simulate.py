@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fiddler.cli.ending import guarded
 from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes
 from fiddler.cli.options import choice
+from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
