@@ -1,12 +1,16 @@
 """Ways to attend that are chosen by the device: each is held against torch's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fiddler.models.attention import _explicit, _tiled
+from fiddler.errors import UnsupportedModelError
+from fiddler.models.attention import _explicit, _tiled, attention_function
+from fiddler.models.masks import Sight
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 7), st.integers(0, 9))
 """Key heads, query heads for each, rows, and tokens before them."""
@@ -38,3 +42,20 @@ def test_sinks_and_soft_caps_are_those_of_their_formulas(softcap: float | None) 
         torch.testing.assert_close(
             made[0, :, head], scores.softmax(1)[:, :5] @ v[0, head // 2], atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"bias": torch.zeros(1)}, "takes bias,"),
+        (
+            {"position_ids": torch.zeros(1), "relative": torch.zeros(1), "slopes": torch.zeros(1)},
+            "relative, slopes,",
+        ),
+        ({"is_causal": False, "bias": torch.zeros(1)}, "is_causal=False, bias,"),
+    ],
+)
+def test_arguments_that_would_change_the_result_are_refused(arguments: dict[str, Any], named: str) -> None:
+    rows = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(UnsupportedModelError, match=named):
+        attention_function(None, rows, rows, rows, Sight(), dropout=0.0, **arguments)

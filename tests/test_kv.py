@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiddler.config import EngineConfig
 from fiddler.errors import EngineError
-from fiddler.models.kv import KvArena, LayerKV, Run, SequenceKV
+from fiddler.models.kv import KvArena, Run, SequenceKV
 from fiddler.steps.request import KvRoom, Reserved
 from fiddler.steps.step import StepRunner
 from tests.architectures import build
@@ -97,7 +97,7 @@ def test_a_layer_is_made_when_it_is_first_needed_and_stays_where_it_is() -> None
         arena.layer(1)
     assert (arena.nbytes, sequence.nbytes) == (0, 0)
     for layer, (heads, key_dim, value_dim) in SHAPES.items():
-        sequence.layer(layer).append(*rows(layer, 2, 0))
+        sequence.append(layer, *rows(layer, 2, 0))
         keys, values = arena.layer(layer)
         assert keys.shape == (11, heads, key_dim)
         assert values.shape == (11, heads, value_dim)
@@ -105,7 +105,7 @@ def test_a_layer_is_made_when_it_is_first_needed_and_stays_where_it_is() -> None
     n_floats = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in SHAPES.values())
     assert (arena.nbytes, sequence.nbytes) == (11 * n_floats * 4, 4 * n_floats * 4)
     made = arena.layer(0)
-    SequenceKV(reserved(arena, 6)).layer(0).append(*rows(0, 6, 1))
+    SequenceKV(reserved(arena, 6)).append(0, *rows(0, 6, 1))
     assert all(one is other for one, other in zip(arena.layer(0), made, strict=True))
 
 
@@ -113,11 +113,11 @@ def test_a_run_s_tokens_lie_in_the_arena_and_are_not_copied() -> None:
     arena = KvArena(10)
     reserved(arena, 3)
     run = reserved(arena, 5)
-    layer = SequenceKV(run).layer(0)
+    sequence = SequenceKV(run)
     keys, values = rows(0, 4, 0)
     for i in range(4):
-        layer.append(keys[:, :, i : i + 1], values[:, :, i : i + 1])
-    for whole, part, seen in zip(arena.layer(0), (keys, values), layer.view(4), strict=True):
+        sequence.append(0, keys[:, :, i : i + 1], values[:, :, i : i + 1])
+    for whole, part, seen in zip(arena.layer(0), (keys, values), sequence.view(0), strict=True):
         assert torch.equal(whole[run.start : run.start + 4].transpose(0, 1)[None], part)
         assert torch.equal(seen, part)
         assert seen.data_ptr() == whole[run.start].data_ptr()
@@ -127,13 +127,13 @@ def test_a_run_s_tokens_lie_in_the_arena_and_are_not_copied() -> None:
 def test_appending_beyond_a_run_is_a_bug_that_is_named(n_first: int) -> None:
     arena = KvArena(10)
     own, other = SequenceKV(reserved(arena, 4)), SequenceKV(reserved(arena, 6))
-    other.layer(0).append(*rows(0, 6, 1))
+    other.append(0, *rows(0, 6, 1))
     if n_first:
-        own.layer(0).append(*rows(0, n_first, 0))
+        own.append(0, *rows(0, n_first, 0))
     before = [part.clone() for part in arena.layer(0)]
     with pytest.raises(EngineError, match=r"token 5 .* reserved keys and values for 4"):
-        own.layer(0).append(*rows(0, 5 - n_first, 2))
-    assert own.layer(0).length == n_first
+        own.append(0, *rows(0, 5 - n_first, 2))
+    assert own.length(0) == n_first
     assert all(torch.equal(a, b) for a, b in zip(arena.layer(0), before, strict=True))
 
 
@@ -141,19 +141,17 @@ def test_appending_beyond_a_run_is_a_bug_that_is_named(n_first: int) -> None:
 def test_truncating_forgets_what_a_failed_step_appended(in_arena: bool) -> None:
     sequence = SequenceKV(reserved(KvArena(9), 9) if in_arena else None)
     for layer in SHAPES:
-        sequence.layer(layer).append(*rows(layer, 3, 0))
+        sequence.append(layer, *rows(layer, 3, 0))
     for layer in list(SHAPES)[:2]:  # the step failed before the last layer
-        sequence.layer(layer).append(*rows(layer, 2, 1))
+        sequence.append(layer, *rows(layer, 2, 1))
     sequence.truncate(3)
     for layer in SHAPES:
-        assert sequence.layer(layer).length == 3
-        sequence.layer(layer).append(*rows(layer, 4, 2))
-        for seen, first, later in zip(
-            sequence.layer(layer).view(7), rows(layer, 3, 0), rows(layer, 4, 2), strict=True
-        ):
+        assert sequence.length(layer) == 3
+        sequence.append(layer, *rows(layer, 4, 2))
+        for seen, first, later in zip(sequence.view(layer), rows(layer, 3, 0), rows(layer, 4, 2), strict=True):
             assert torch.equal(seen, torch.cat([first, later], dim=-2))
     sequence.truncate(0)
-    assert {sequence.layer(layer).length for layer in SHAPES} == {0}
+    assert {sequence.length(layer) for layer in SHAPES} == {0}
 
 
 appends = st.lists(
@@ -167,28 +165,36 @@ def test_an_arena_s_views_are_those_of_buffers_that_grow(script: list[tuple[int,
     in_arena = [SequenceKV(reserved(arena, 150)) for _ in range(3)]
     growing = [SequenceKV() for _ in range(3)]
     for seed, (sequence, layer, n, forgets) in enumerate(script):
-        one, other = in_arena[sequence].layer(layer), growing[sequence].layer(layer)
-        for kept in (one, other):
-            kept.append(*rows(layer, n, seed))
+        both = in_arena[sequence], growing[sequence]
+        one, other = (kept.append(layer, *rows(layer, n, seed)) for kept in both)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
         if forgets:
-            for kept in (in_arena[sequence], growing[sequence]):
-                kept.truncate(other.length - 1)
+            n_tokens = growing[sequence].length(layer) - 1
+            for kept in both:
+                kept.truncate(n_tokens)
     for one_sequence, other_sequence in zip(in_arena, growing, strict=True):
         for layer in SHAPES:
-            one, other = one_sequence.layer(layer), other_sequence.layer(layer)
-            assert one.length == other.length
-            if one.length:
-                for a, b in zip(one.view(one.length), other.view(other.length), strict=True):
+            assert one_sequence.length(layer) == other_sequence.length(layer)
+            if one_sequence.length(layer):
+                for a, b in zip(one_sequence.view(layer), other_sequence.view(layer), strict=True):
                     assert torch.equal(a, b)
 
 
 def test_buffers_of_its_own_grow() -> None:
-    layer = SequenceKV().layer(0)
-    assert type(layer) is LayerKV
-    for _ in range(3):
-        layer.append(*rows(0, 200, 0))
-    assert layer.length == 600
-    assert layer.nbytes >= 600 * 2 * (3 + 4) * 4
+    sequence, appended = SequenceKV(), [rows(0, 200, seed) for seed in range(3)]
+    sizes = []
+    for keys, values in appended:
+        seen = sequence.append(0, keys, values)
+        sizes.append(sequence.nbytes)
+    for part, whole in zip(zip(*appended, strict=True), seen, strict=True):
+        assert torch.equal(torch.cat(part, dim=-2), whole)
+    assert sequence.length(0) == 600
+    assert sizes == [n * 2 * (3 + 4) * 4 for n in (256, 512, 768)]
+    sequence.append(1, *rows(1, 1, 0))
+    assert sequence.nbytes == sizes[-1] + 256 * 1 * (5 + 2) * 4
+    assert sequence.token_bytes == (2 * (3 + 4) + 1 * (5 + 2)) * 4
+    sequence.truncate(0)
+    assert sequence.nbytes == sizes[-1] + 256 * 1 * (5 + 2) * 4
 
 
 # Room

@@ -41,25 +41,36 @@ def attention_function(
 
     Raises `UnsupportedModelError` for a mask or an argument that would change the result and is not known here.
     """
-    sight = masks.sight(attention_mask)
-    _check(kwargs)
+    sight = attention_mask
+    if not isinstance(sight, Sight) or sight.unknown:
+        sight = masks.sight(attention_mask)  # which raises
+    unknown = ["is_causal=False"] if kwargs.get("is_causal") is False else []
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor) and name not in _IGNORED:
+            unknown.append(name)
+    if unknown:
+        raise UnsupportedModelError(
+            f"the model's attention takes {', '.join(unknown)}, which packed steps do not know"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
     wave: WaveCache | CapturedCache = getcurrent().wave
     if isinstance(wave, CapturedCache):
-        rows, (k, v) = query.permute(2, 1, 0, 3), wave.past(key, value)
-        if plain:
-            out = _grouped(rows, k, v, scale, wave.bias(sight, query.dtype))
-        else:
-            out = _explicit(rows, k, v, scale, wave.visible(sight), softcap, s_aux)
-        return out.transpose(0, 1), None
+        return _recorded(query, *wave.past(key, value), scale, sight, wave, softcap, s_aux), None
     wave.sights[module.layer_idx] = sight
     pasts = wave.pasts(key, value, module.layer_idx)
+    # One sequence's rows are all there are; anything else is split, which also checks how many.
+    queries = (query,) if query.shape[2] == wave.lengths[0] else query.split(wave.lengths, -2)
     outputs = []
-    for q, (k, v) in zip(query.split(wave.lengths, -2), pasts, strict=True):
-        first = sight.hidden(k.shape[2] - q.shape[2] + 1)  # what the oldest row does not see, none does
-        mask = _mask(q.shape[2], k.shape[2], first, sight, wave, q.device)
-        k, v = k[:, :, first:], v[:, :, first:]
+    for q, (k, v) in zip(queries, pasts, strict=True):
+        first, n_rows, n_tokens = 0, q.shape[2], k.shape[2]
+        if sight.window or sight.chunk:
+            first = sight.hidden(n_tokens - n_rows + 1)  # what the oldest row does not see, none does
+            k, v = k[:, :, first:], v[:, :, first:]
+        if plain and n_rows == 1:
+            outputs.append(_grouped(q, k, v, scale))
+            continue
+        mask = _mask(n_rows, n_tokens, first, sight, wave, q.device)
         if plain:
             outputs.append(_fused(q, k, v, scale, mask))
         else:
@@ -71,25 +82,32 @@ AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, masks.mask)
 
 
-def _check(kwargs: dict[str, Any]) -> None:
-    unknown = [n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in _IGNORED]
-    if kwargs.get("is_causal") is False:
-        unknown.append("is_causal=False")
-    if unknown:
-        raise UnsupportedModelError(
-            f"the model's attention takes {', '.join(unknown)}, which packed steps do not know"
-        )
+def _recorded(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sight: Sight,
+    wave: CapturedCache,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return `[1, n, heads, dim]` for one row of each of `n` sequences, whose lengths the host does not know."""
+    rows = query.permute(2, 1, 0, 3)
+    if softcap is None and sinks is None:
+        out = _grouped(rows, k, v, scale, wave.bias(sight, query.dtype))
+    else:
+        out = _explicit(rows, k, v, scale, wave.visible(sight), softcap, sinks)
+    return out.transpose(0, 1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Return `[1, t, heads, dim]` through torch's fused attention."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if q.shape[2] == 1:
-        return _grouped(q, k, v, scale)
-    if mask is not None and heads != kv_heads and q.is_cuda:
+    """Return `[1, t, heads, dim]` through torch's fused attention; no `mask` is plain causal from the start."""
+    grouped = q.shape[1] != k.shape[1]
+    if mask is not None and grouped and q.is_cuda:
         return _tiled(q, k, v, scale, mask)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
 
@@ -147,11 +165,13 @@ def _explicit(
 ) -> Tensor:
     """Return `[n, t, heads, dim]` step by step, for soft-capped scores and attention sinks.
 
-    A sink is one more score per head that takes probability and gives nothing (gpt-oss; arXiv:2309.17453).
+    A sink is one more score per head that takes probability and gives nothing (gpt-oss; arXiv:2309.17453). On a CPU
+    products are in float32: in 16 bits oneDNN would keep a kernel for every length of a past (devices/kernels.py).
     """
+    wide = q.dtype if q.is_cuda else torch.float32
     groups, n_rows = q.shape[1] // k.shape[1], q.shape[2]
     rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # a key head's query heads: keys need no copies
-    scores = _product(rows, k.transpose(2, 3)) * scale
+    scores = torch.matmul(rows.to(wide), k.transpose(2, 3).to(wide)).to(q.dtype) * scale
     scores = scores.unflatten(2, (groups, n_rows)).flatten(1, 2)  # [n, heads, t, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -163,16 +183,6 @@ def _explicit(
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
-    out = _product(weights.unflatten(1, (-1, groups)).flatten(2, 3), v)
+    out = torch.matmul(weights.unflatten(1, (-1, groups)).flatten(2, 3).to(wide), v.to(wide)).to(q.dtype)
     heads: Tensor = out.unflatten(2, (groups, n_rows)).flatten(1, 2)
     return heads.transpose(1, 2)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b`, rounded once.
-
-    On a CPU in float32: in 16 bits oneDNN would keep a kernel for every length of a past (devices/kernels.py).
-    """
-    if a.is_cuda or a.dtype == torch.float32:
-        return torch.matmul(a, b)
-    return torch.matmul(a.float(), b.float()).to(a.dtype)

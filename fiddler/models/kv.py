@@ -134,94 +134,52 @@ BLOCK_TOKENS = 256
 """KV buffers grow by at least this many tokens, and by half their size: appending is amortised O(1)."""
 
 
+@dataclass(slots=True, eq=False)
 class LayerKV:
-    """One layer's keys and values of one sequence, `[1, heads, capacity, dim]` with `length` tokens filled.
+    """One layer's keys and values of one sequence, `[1, heads, capacity, dim]` with `length` tokens filled."""
 
-    Its buffers grow.
-    """
-
-    __slots__ = ("_keys", "_values", "length")
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add rows `[1, heads, t, dim]`."""
-        end = self.length + keys.shape[-2]
-        own_keys, own_values = self._keys, self._values = self._roomy(keys, values, end)
-        own_keys[:, :, self.length : end] = keys
-        own_values[:, :, self.length : end] = values
-        self.length = end
-
-    def view(self, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the first tokens, `[1, heads, n_tokens, dim]`, without copying."""
-        assert self._keys is not None
-        assert self._values is not None
-        return self._keys[:, :, :n_tokens], self._values[:, :, :n_tokens]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes reserved."""
-        return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return sum(t.nbytes // t.shape[-2] for t in (self._keys, self._values) if t is not None)
-
-    def _roomy(self, keys: Tensor, values: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return buffers with room for `n_tokens` tokens such as these."""
-        return self._grown(self._keys, keys, n_tokens), self._grown(self._values, values, n_tokens)
-
-    def _grown(self, buffer: Tensor | None, rows: Tensor, n_tokens: int) -> Tensor:
-        if buffer is not None and buffer.shape[-2] >= n_tokens:
-            return buffer
-        wanted = max(n_tokens, self.length * 3 // 2)
-        capacity = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
-        grown = rows.new_empty(*rows.shape[:2], capacity, rows.shape[-1])
-        if buffer is not None:
-            grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
-
-
-class RunKV(LayerKV):
-    """One layer's keys and values of one sequence in its run of an arena; they never grow nor move."""
-
-    __slots__ = ("_index", "_run")
-
-    def __init__(self, index: int, run: Run) -> None:
-        super().__init__()
-        self._index = index
-        self._run = run
-
-    def _roomy(self, keys: Tensor, values: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-        if n_tokens > self._run.n_tokens:  # a slice would end early, and one row be written to nowhere
-            raise EngineError(
-                f"a bug: token {n_tokens} of a sequence that has reserved keys and values for {self._run.n_tokens}"
-            )
-        if self._keys is None or self._values is None:
-            return self._run.arena.buffers(self._index, self._run, keys, values)
-        return self._keys, self._values
+    keys: Tensor
+    values: Tensor
+    capacity: int
+    length: int = 0
 
 
 class SequenceKV:
-    """The past of one sequence, layer by layer: in `run`, or in buffers of its own that grow.
+    """The past of one sequence, layer by layer: in `run`, where it never moves, or in buffers of its own that grow.
 
     Whoever reserved the run releases it, once no step is left that reads it.
     """
 
     def __init__(self, run: Run | None = None) -> None:
         self.run = run
+        self.nbytes = 0
+        """Bytes reserved over all layers."""
         self._layers: dict[int, LayerKV] = {}
 
-    def layer(self, index: int) -> LayerKV:
-        """Return a layer's keys and values, empty at first."""
-        found = self._layers.get(index)
-        if found is None:
-            found = self._layers[index] = LayerKV() if self.run is None else RunKV(index, self.run)
-        return found
+    def append(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows `[1, heads, t, dim]` to a layer; returns its keys and values up to them, without copying."""
+        layer = self._layers.get(index)
+        start = layer.length if layer is not None else 0
+        n_rows = keys.shape[-2]
+        end = start + n_rows
+        if layer is None or end > layer.capacity:
+            layer = self._roomy(index, keys, values, end)
+        layer.keys.narrow(-2, start, n_rows).copy_(keys)
+        layer.values.narrow(-2, start, n_rows).copy_(values)
+        layer.length = end
+        return layer.keys.narrow(-2, 0, end), layer.values.narrow(-2, 0, end)
+
+    def view(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, `[1, heads, length, dim]`, without copying.
+
+        Raises `KeyError` for a layer nothing was appended to yet.
+        """
+        layer = self._layers[index]
+        return layer.keys.narrow(-2, 0, layer.length), layer.values.narrow(-2, 0, layer.length)
+
+    def length(self, index: int) -> int:
+        """Return the tokens of a layer."""
+        return self._layers[index].length if index in self._layers else 0
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first `n_tokens` tokens, as after a step that failed in some of the layers."""
@@ -236,12 +194,33 @@ class SequenceKV:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token over the layers that hold any."""
-        return sum(layer.token_bytes for layer in self._layers.values())
+        return sum((each.keys.nbytes + each.values.nbytes) // each.capacity for each in self._layers.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes reserved over all layers."""
-        return sum(layer.nbytes for layer in self._layers.values())
+    def _roomy(self, index: int, keys: Tensor, values: Tensor, n_tokens: int) -> LayerKV:
+        """Make room for `n_tokens` tokens such as these in a layer."""
+        old = self._layers.get(index)
+        if self.run is None:
+            wanted = max(n_tokens, old.length * 3 // 2 if old is not None else 0)
+            capacity = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
+            own_keys, own_values = (
+                rows.new_empty(*rows.shape[:2], capacity, rows.shape[-1]) for rows in (keys, values)
+            )
+        elif n_tokens > self.run.n_tokens:  # a slice would end early, and one row be written to nowhere
+            raise EngineError(
+                f"a bug: token {n_tokens} of a sequence that has reserved keys and values for {self.run.n_tokens}"
+            )
+        else:
+            own_keys, own_values = self.run.arena.buffers(index, self.run, keys, values)
+            capacity = self.run.n_tokens
+        layer = LayerKV(own_keys, own_values, capacity)
+        self.nbytes += own_keys.nbytes + own_values.nbytes
+        if old is not None:
+            own_keys[:, :, : old.length] = old.keys[:, :, : old.length]
+            own_values[:, :, : old.length] = old.values[:, :, : old.length]
+            layer.length = old.length
+            self.nbytes -= old.keys.nbytes + old.values.nbytes
+        self._layers[index] = layer
+        return layer
 
 
 class Directness:
@@ -275,32 +254,28 @@ class WaveCache(Cache):
         self.sights: dict[int, Sight] = {}
         """By layer, what its rows may see; noted by the attention."""
         self._directness = directness
-        self._totals: dict[int, list[int]] = {}  # by layer, tokens of each sequence once this step's are in
-        self._returned: dict[
-            int, tuple[int, Tensor, Tensor]
-        ] = {}  # by id of the keys, held so that ids stay theirs
+        # By the layer that appended them, each sequence's keys and values; and, by id of the keys, what that layer
+        # was given back, held so that ids stay theirs.
+        self._pasts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._returned: dict[int, tuple[int, Tensor, Tensor]] = {}
         self._n_seen = n_seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append `[1, heads, ΣT, dim]` and return what the layer's attention needs."""
-        owners = [sequence.layer(layer_idx) for sequence in self.sequences]
-        keys, values = key_states, value_states
-        if len(owners) == 1:
-            owners[0].append(key_states, value_states)
-            keys, values = owners[0].view(owners[0].length)
+        if len(self.sequences) == 1:
+            pasts = [self.sequences[0].append(layer_idx, key_states, value_states)]
+            keys, values = pasts[0]
         else:
-            rows = zip(
-                owners, key_states.split(self.lengths, -2), value_states.split(self.lengths, -2), strict=True
-            )
-            for owner, key, value in rows:
-                owner.append(key, value)
+            pasts, keys, values = [], key_states, value_states
+            parts = key_states.split(self.lengths, -2), value_states.split(self.lengths, -2)
+            for sequence, key, value in zip(self.sequences, *parts, strict=True):
+                pasts.append(sequence.append(layer_idx, key, value))
             if not self._directness.known_direct(layer_idx):
-                pasts = [owner.view(owner.length) for owner in owners]
-                keys = torch.cat([past[0] for past in pasts], dim=-2)
-                values = torch.cat([past[1] for past in pasts], dim=-2)
-        self._totals[layer_idx] = [owner.length for owner in owners]
+                all_keys, all_values = zip(*pasts, strict=True)
+                keys, values = torch.cat(all_keys, dim=-2), torch.cat(all_values, dim=-2)
+        self._pasts[layer_idx] = pasts
         self._returned[id(keys)] = (layer_idx, keys, values)
         return keys, values
 
@@ -312,11 +287,14 @@ class WaveCache(Cache):
         """
         source, returned_keys, returned_values = self._returned.get(id(keys), (layer, None, None))
         direct = returned_keys is keys and returned_values is values
-        if len(self.sequences) > 1:
+        pasts = self._pasts[source]
+        if len(pasts) > 1:
             self._directness.observe(source, direct)
-        totals = self._totals[source]
         if direct:
-            return [s.layer(source).view(n) for s, n in zip(self.sequences, totals, strict=True)]
+            return pasts
+        totals = []
+        for past, _ in pasts:
+            totals.append(past.shape[-2])
         return list(zip(keys.split(totals, -2), values.split(totals, -2), strict=True))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

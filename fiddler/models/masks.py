@@ -53,6 +53,8 @@ def mask(*, mask_function: MaskFunction, attention_mask: Tensor | None = None, *
 
 def read(function: MaskFunction) -> Sight:
     """Return the description of a mask function of transformers."""
+    if function is masking_utils.causal_mask_function:
+        return Sight()
     causal, windows, chunks, others = False, set[int](), set[int](), list[str]()
     for part in _parts(function):
         code = getattr(part, "__code__", None)
