@@ -27,6 +27,7 @@ from fiddler import (
     Statistics,
     Timing,
 )
+from fiddler.engine.loop import EngineLoop
 from fiddler.lab.machine import machines
 from fiddler.lanes.experts import ExpertWork
 from fiddler.models import seam
@@ -491,6 +492,25 @@ def test_two_engines_in_threads_of_their_own(tiny: Path) -> None:
             return left
 
     assert anyio.run(run) == anyio.run(run, backend="trio")
+
+
+async def test_what_a_step_changed_is_published_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[int] = []
+    publish, step = EngineLoop._publish, EngineLoop._step
+
+    def counted(self: EngineLoop) -> None:
+        published.append(self._counters.n_steps)
+        publish(self)
+
+    async def told(self: EngineLoop) -> None:
+        assert not self._outbox, "a step may take long: who was admitted has been told"
+        await step(self)
+
+    monkeypatch.setattr(EngineLoop, "_publish", counted)
+    monkeypatch.setattr(EngineLoop, "_step", told)
+    async with opened(tiny) as engine:
+        await engine.generate([5], greedy(9))
+    assert [published.count(n_steps) for n_steps in range(1, 9)] == [1] * 8
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 1), (3, 3)])

@@ -143,11 +143,13 @@ class EngineLoop:
             with anyio.move_on_after(PATIENCE_S if self._line.held_up else None):
                 command = await self._inbox.receive()
                 self._apply([command])  # not in one line: bench puts another `_apply` there while this waits
-        self._apply(self._inbox.drain())
+        news = self._inbox.drain()
+        self._apply(news)
         self._admit()
         self._start_over()
-        self._publish()
         if self._running and not self._closing:
+            if news or self._outbox:  # before a step, which may take long
+                self._publish()
             await self._step()
         self._publish()
 
@@ -341,7 +343,10 @@ class EngineLoop:
 
     def _snapshot(self) -> Statistics:
         counters, rig = self._counters, self._rig
-        decided = rig.scheduler.counters
+        decided, n_slots = rig.scheduler.counters, rig.scheduler.cache.n_slots
+        kv_bytes = 0
+        for request in self._running:
+            kv_bytes += past_bytes(request.past)
         return Statistics(
             n_requests=counters.n_requests,
             n_finished=counters.n_finished,
@@ -352,11 +357,11 @@ class EngineLoop:
             n_steps=counters.n_steps,
             n_prompt_tokens=counters.n_prompt_tokens,
             n_new_tokens=counters.n_new_tokens,
-            kv_bytes=sum(past_bytes(request.past) for request in self._running),
+            kv_bytes=kv_bytes,
             n_kv_tokens=self._room.n_reserved,
             **{lane: counted.snapshot() for lane, counted in rig.side.work.counters.items()},
-            n_slots=rig.scheduler.cache.n_slots,
-            n_slots_used=rig.scheduler.cache.n_slots - rig.scheduler.cache.n_free,
+            n_slots=n_slots,
+            n_slots_used=n_slots - rig.scheduler.cache.n_free,
             n_hits=decided.n_hits,
             n_fetches=decided.n_fetches,
             n_promotions=decided.n_promotions,
