@@ -100,17 +100,21 @@ def test_it_is_what_the_next_router_picks(name: str, place: str, by_hand: Callab
         assert made.expected[len(paths) - 1] is None
 
 
+def torch_modes() -> tuple[bool, bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("name", included())
 def test_asking_leaves_no_trace(name: str) -> None:
     model, lookahead = opened(name)
     alone = run(model)
     state = {key: value.clone() for key, value in (*model.named_parameters(), *model.named_buffers())}
-    noise, modes = torch.get_rng_state(), seam._torch_modes()
+    noise, modes = torch.get_rng_state(), torch_modes()
     for _ in range(2):
         made = run(model, lookahead.expects)
         assert torch.equal(made.logits, alone.logits)
         assert all(torch.equal(value, alone.hidden[layer]) for layer, value in made.hidden.items())
-    assert seam._torch_modes() == modes
+    assert torch_modes() == modes
     assert torch.equal(torch.get_rng_state(), noise)
     now = dict((*model.named_parameters(), *model.named_buffers()))
     assert now.keys() == state.keys()
@@ -178,11 +182,11 @@ def hold(block: nn.Module, hidden: Tensor) -> torch.autocast:
 def test_a_block_that_does_not_bear_it_is_not_asked_again(change: Change) -> None:
     model, lookahead = opened("deepseek_v3")
     block = block_of(model, 2)
-    noise, modes = torch.get_rng_state(), seam._torch_modes()
+    noise, modes = torch.get_rng_state(), torch_modes()
     alone, again = asked_ahead(model, lookahead, block, change)
     assert torch.equal(again.logits, alone.logits)
     assert torch.equal(torch.get_rng_state(), noise)
-    assert seam._torch_modes() == modes
+    assert torch_modes() == modes
     assert not hasattr(block, "n_calls")
     assert again.expected[0] is not None  # the others still are
     assert again.expected[1] is None

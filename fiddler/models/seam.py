@@ -7,9 +7,8 @@ in any other code (a plain `model.generate()`) it computes at once. Calls are ke
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
 from transformers.integrations import moe
 
 from fiddler.devices.formula import ExpertFormula
@@ -70,11 +69,11 @@ class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
 
     def send(self, output: Tensor | None = None) -> Any:
         """Resume with an expert output; returns the next `ExpertsCall`, or what `run` returned once `dead`."""
-        modes = _torch_modes()
+        modes = is_grad_enabled(), is_inference_mode_enabled(), is_autocast_enabled("cpu")
         result = self.switch() if output is None else self.switch(output)
         if isinstance(result, GreenletExit):  # greenlet returns this one where it raises every other
             raise result
-        if _torch_modes() != modes:
+        if modes != (is_grad_enabled(), is_inference_mode_enabled(), is_autocast_enabled("cpu")):
             raise EngineError("a torch mode (grad, inference, autocast) was held across a switch of forwards")
         return result
 
@@ -88,10 +87,6 @@ class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
         """Unwind an unfinished forward."""
         if self and not self.dead:
             self.throw()
-
-
-def _torch_modes() -> tuple[bool, bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsModule]:
