@@ -43,7 +43,7 @@ class Sampler:
         raw = logits.to(device="cpu", dtype=torch.float32)
         if "remove_invalid_values" not in self._options.processors:
             _check_logits(raw)
-        scores = self._processed(raw, context)
+        scores = self._processed(raw, context) if self._processors else raw
         token = self._draw(scores.softmax(-1)) if self._options.sample else _likeliest(scores)
         if token is None:
             said = named(self._options.processors)
@@ -51,8 +51,6 @@ class Sampler:
         return token, float(scores.log_softmax(-1)[token]) if self._options.logprobs else None
 
     def _processed(self, raw: Tensor, context: Sequence[int]) -> Tensor:
-        if not self._processors:
-            return raw
         new = torch.tensor([context[self._ids.shape[1] :]], dtype=torch.int64, device="cpu")
         self._ids = torch.cat((self._ids, new), dim=1)
         scores = raw[None]  # [1, V]

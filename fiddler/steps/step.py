@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import chain, groupby
 from typing import Any, cast
 
 import torch
@@ -84,7 +84,8 @@ class StepRunner:
                 if earlier is None or earlier.error is None:
                     outcomes[id(span.request)] = outcome
         for part, wave in waves:
-            self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
+            if wave.record is not None:
+                self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
     async def run_again(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
@@ -100,10 +101,14 @@ class StepRunner:
             forwards = [self._replay(group, number) or self._packed_forward(group) for group in groups]
         else:
             forwards = [self._single(span) for span in spans]
-        lengths = [sum(span.n_rows for span in group) for group in groups]
-        record = self._recorder.wave(lengths) if self._recorder is not None else None
-        n_context = sum(s.stop for s in spans)
-        return ModelWave(forwards, self._experts, n_rows=sum(lengths), n_context=n_context, record=record)
+        record = None
+        if self._recorder is not None:
+            record = self._recorder.wave([sum(span.n_rows for span in group) for group in groups])
+        n_rows = n_context = 0
+        for span in spans:
+            n_rows += span.n_rows
+            n_context += span.stop
+        return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
 
     def _groups(self, spans: Sequence[Span[Request]]) -> list[Sequence[Span[Request]]]:
         """Return the spans of each forward of a wave, in their order."""
@@ -115,9 +120,9 @@ class StepRunner:
         assert self._rotary is not None
         return self._rotary.regime(_length(span))
 
-    def _keep(self, record: WaveRecord | None, spans: Sequence[tuple[Span[Request], bool]]) -> None:
+    def _keep(self, record: WaveRecord, spans: Sequence[tuple[Span[Request], bool]]) -> None:
         """Give each span that succeeded its recorded rows; they lie in the spans' order, however they travelled."""
-        if record is None or not any(succeeded for _, succeeded in spans):
+        if not any(succeeded for _, succeeded in spans):
             return
         rows, start = record.rows(), 0
         for span, succeeded in spans:
@@ -143,12 +148,18 @@ class StepRunner:
 
     def _packed_forward(self, spans: Sequence[Span[Request]]) -> Forward:
         """All spans as one forward."""
-        pasts = [cast("SequenceKV", span.request.past) for span in spans]
-        n_seen = max(span.start for span in spans)
-        cache = WaveCache(pasts, [span.n_rows for span in spans], self._directness, n_seen)
+        pasts: list[SequenceKV] = []
+        lengths: list[int] = []
+        n_seen = longest = 0
+        for span in spans:
+            pasts.append(cast("SequenceKV", span.request.past))
+            lengths.append(span.n_rows)
+            n_seen = max(n_seen, span.start)
+            longest = max(longest, _length(span))
+        cache = WaveCache(pasts, lengths, self._directness, n_seen)
         call = self._call(spans, cache)
         forward = Forward(lambda: call()[0])
-        forward.wave, forward.length = cache, max(map(_length, spans))
+        forward.wave, forward.length = cache, longest
         return forward
 
     def _single(self, span: Span[Request]) -> Forward:
@@ -163,10 +174,14 @@ class StepRunner:
 
     def _call(self, spans: Sequence[Span[Request]], cache: Cache | None) -> Callable[[], tuple[Tensor, Cache]]:
         """Return the model's forward over the spans: logits `[rows kept, V]` and the cache it used."""
-        ids = [i for s in spans for i in s.request.tokens(s.start, s.stop)]
-        positions = [p for s in spans for p in range(s.start, s.stop)]
-        ends = accumulate(s.n_rows for s in spans)
-        kept = [end - 1 for s, end in zip(spans, ends, strict=True) if s.last]
+        ids: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
+        for span in spans:
+            ids += span.request.tokens(span.start, span.stop)
+            positions += range(span.start, span.stop)
+            if span.last:
+                kept.append(len(ids) - 1)
 
         def call() -> tuple[Tensor, Cache]:
             keep = self._tensor(kept)
@@ -194,7 +209,7 @@ class StepRunner:
         """Give each span of a wave its logits, its own experts' failure, or what ended the wave."""
         if wave.error is not None:
             return [Outcome(error=wave.error) for _ in spans]
-        rows = iter([row for logits in wave.results for row in logits])
+        rows = chain.from_iterable(wave.results)
         outcomes = [Outcome(next(rows) if span.last else None) for span in spans]
         for (forward, row), error in wave.failed.items():
             outcomes[self._span_of(spans, forward, row)].error = error

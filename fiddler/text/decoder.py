@@ -82,7 +82,7 @@ class Decoder:
         else:
             self._advance(self._vocabulary, token_id)
         if not self._stops:
-            return self._held.take(self._held.n), False
+            return self._held.take(len(self._held.text)), False
         ahead = "".join(text for text, _ in self._pieces())
         read = self._held.text + self._spaces.ahead(ahead.rstrip(_HALF))
         found = [at for stop in self._stops if (at := read.find(stop)) >= 0]
@@ -99,7 +99,7 @@ class Decoder:
         self._out += self._open
         self._settle()
         self._held.add(self._spaces.flush())
-        return self._held.take(self._held.n)
+        return self._held.take(len(self._held.text))
 
     def _pieces(self) -> list[tuple[str, bool]]:
         """Return the open text and the special tokens in it, in their order, and whether each is shown."""
@@ -137,10 +137,6 @@ class _Held:
         self.text = ""
         self._parts: list[tuple[str, bool]] = []
 
-    @property
-    def n(self) -> int:
-        return len(self.text)
-
     def add(self, text: str, *, shown: bool = True) -> None:
         if text:
             self.text += text
@@ -149,6 +145,7 @@ class _Held:
     def take(self, n: int) -> str:
         """Let go of the first `n` characters and return those that are shown."""
         taken, left = "", []
+        self.text = self.text[max(n, 0) :]
         for text, shown in self._parts:
             now, later = text[: max(n, 0)], text[max(n, 0) :]
             n -= len(now)
@@ -156,7 +153,6 @@ class _Held:
             if later:
                 left.append((later, shown))
         self._parts = left
-        self.text = "".join(text for text, _ in left)
         return taken
 
 
