@@ -1,7 +1,8 @@
 """Routing as plain integers: which rows of a step visit which expert of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,11 +12,15 @@ class Load:
     expert: int
     start: int
     stop: int
+    n_rows: int = field(init=False, repr=False, compare=False)
+    """Visits of tokens to this expert."""
 
-    @property
-    def n_rows(self) -> int:
-        """Visits of tokens to this expert."""
-        return self.stop - self.start
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_rows", self.stop - self.start)
+
+
+_load = lru_cache(1 << 12)(Load)
+"""Loads of few rows come again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ def route(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[
     for expert in sorted(rows):
         start = len(order)
         order += rows[expert]
-        loads.append(Load(expert, start, len(order)))
+        loads.append(_load(expert, start, len(order)))
     return LayerWork(layer, tuple(loads), tuple(order))
 
 
