@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fiddler.devices.formula import ExpertFormula, Matmul, run_expert
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.native import Outline, fits, takes
+from fiddler.devices.native import Outline, fits, learns
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -38,8 +38,20 @@ class CpuDevice:
     formulas: tuple[ExpertFormula, ...]
     """By layer."""
     kernels: Kernels
+    _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
     _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
     _outlines: dict[int, tuple[ExpertWeights, Outline]] = field(default_factory=dict)
+
+    def experts(self, layer: int, loads: Sequence[Load]) -> list[ExpertWeights]:
+        """Return the weights that loads of a layer are run with on the host, each asked for once."""
+        known, found = self._experts, []
+        for load in loads:
+            key = layer, load.expert
+            own = known.get(key)
+            if own is None:
+                own = known[key] = self.weights(*key)
+            found.append(own)
+        return found
 
     def run(
         self, layer: int, loads: Sequence[Load], weights: Sequence[ExpertWeights], rows: Tensor, out: Tensor
@@ -48,26 +60,29 @@ class CpuDevice:
 
         `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
         """
-        ways = [self._way(layer, load.n_rows) for load in loads]
-        together = [i for i, way in enumerate(ways) if way.together]
-        if together and takes(rows, weights):
+        by_torch = torch.is_grad_enabled() and learns(rows, *(own.down for own in weights))
+        ways, known = self._ways, self._outlines
+        together, outlines, apart = [], [], []
+        for load, own in zip(loads, weights, strict=True):
+            way = ways.get((layer, load.n_rows)) or self._way(layer, load.n_rows)
+            if by_torch or not way.together:
+                apart.append((load, own, way))
+            else:
+                together.append(load)
+                outlines.append((known.get(id(own)) or self._look(own))[1])
+        if together:
             assert self.kernels.native is not None
-            outlines = [self._outline(weights[i]) for i in together]
-            self.kernels.native.experts([loads[i] for i in together], outlines, rows, out)
-        else:
-            together = []
-        for i in sorted(set(range(len(loads))) - set(together)):
-            mine = slice(loads[i].start, loads[i].stop)
-            out[mine] = run_expert(self.formulas[layer], weights[i], rows[mine], ways[i].up, ways[i].down)
+            self.kernels.native.experts(together, outlines, rows, out)
+        for load, own, way in apart:
+            mine = slice(load.start, load.stop)
+            out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
 
-    def _outline(self, weights: ExpertWeights) -> Outline:
+    def _look(self, weights: ExpertWeights) -> tuple[ExpertWeights, Outline]:
         """Look at an expert once; it is kept alive, so that its id stays its own."""
-        known = self._outlines.get(id(weights))
-        if known is None:
-            if len(self._outlines) >= MOST_OUTLINES:
-                self._outlines.clear()
-            known = self._outlines[id(weights)] = weights, Outline.of(weights)
-        return known[1]
+        if len(self._outlines) >= MOST_OUTLINES:
+            self._outlines.clear()
+        found = self._outlines[id(weights)] = weights, Outline.of(weights)
+        return found
 
     def _way(self, layer: int, n_rows: int) -> _Way:
         """Look up once per layer and row count: experts share a shape.

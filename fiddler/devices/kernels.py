@@ -15,7 +15,7 @@ to MKL, which keeps nothing, and its rows travel as they are.
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -54,7 +54,9 @@ def in_rooms(matmul: Matmul, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         return matmul(x, weight, bias)
     if zeros := sum(sizes) - n_rows:
         x = F.pad(x, (0, 0, 0, zeros))
-    parts = [matmul(part, weight, bias) for part in x.split(sizes)]
+    parts = []
+    for part in x.split(sizes):
+        parts.append(matmul(part, weight, bias))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:n_rows]
 
 
@@ -79,13 +81,8 @@ def shape_key(weight: Tensor) -> ShapeKey:
     return weight.shape[0], weight.shape[1], weight.dtype, weight.stride(1) == 1
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x Wᵀ + b`, `[n, out]`, rows first."""
-    return in_rooms(_linear, x, weight, bias)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+linear = partial(in_rooms, F.linear)
+"""Return `x Wᵀ + b`, `[n, out]`, rows first."""
 
 
 def rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,15 +91,16 @@ def rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.shape[0] == 1:  # one column would take torch's matrix-vector path: two keep the AMX tiles
-        return _rows_last(x.expand(2, -1), weight, bias)[:1]
+    n_rows = x.shape[0]
+    if n_rows == 1:  # one column would take torch's matrix-vector path: two keep the AMX tiles
+        x = x.expand(2, -1)
     y = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())
-    return y.t()
+    return y.t()[:n_rows]
 
 
 def vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same for exactly one row."""
-    weight = _without_gaps(weight)
+    weight = weight if 1 in weight.stride() else _without_gaps(weight)
     y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
     return y[None]
 
@@ -119,6 +117,11 @@ def _without_gaps(weight: Tensor) -> Tensor:
 
 TORCH: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
 """The kernels that are always there."""
+_WHOLE: Mapping[KernelName, Matmul] = {"linear": F.linear, "rows_last": _rows_last, "vector": vector}
+"""The same for rows that fill a room, and weights without gaps."""
+
+ProductKey = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
+"""(shape, strides, dtype) of a weight matrix, and the rows that it multiplies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,8 @@ class Kernels:
     choice: Mapping[tuple[ShapeKey, int], KernelName] = field(default_factory=dict)
     native: Native | None = None
     """Ours, where they could be compiled."""
+    products: dict[ProductKey, Matmul] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `product` has returned for fewer than `TIE` rows."""
 
     def name(self, weight: Tensor, n_rows: int) -> KernelName:
         """Return the kernel's name for `n_rows` rows of this weight."""
@@ -139,6 +144,21 @@ class Kernels:
     def pick(self, weight: Tensor, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
         return self.kernel(self.name(weight, n_rows))
+
+    def product(self, weight: Tensor, n_rows: int) -> Matmul:
+        """Return what computes as that kernel does for `n_rows` rows and no others: straight, if they fill a room.
+
+        Callers look into `products` first. Its keys hold all that the choice depends on: a weight may be replaced.
+        """
+        if not n_rows:
+            return F.linear
+        name, stride = self.name(weight, n_rows), weight.stride()
+        fills = weight.dtype == torch.float32 or rooms(n_rows) == (n_rows,)
+        whole = name in _WHOLE and fills and 1 in stride
+        found = _WHOLE[name] if whole else self.kernel(name)
+        if n_rows < TIE:
+            self.products[weight.shape, stride, weight.dtype, n_rows] = found
+        return found
 
     def kernel(self, name: KernelName) -> Matmul:
         """Return a kernel by name."""

@@ -10,13 +10,13 @@ import os
 import platform
 import shlex
 import subprocess
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,11 +35,6 @@ MOST_ROWS = 64
 UNUSED = "cannot compile our own kernels, so experts run on torch's, which may be slower"
 DEFAULT = "cc"
 """The compiler, where `$CC` names none."""
-
-_POINTERS = ("gate", "up", "down", "x", "y")
-_COUNTS = ("gate_stride", "up_stride", "down_stride", "n_rows")
-_EXPERT = np.dtype([*((name, np.uintp) for name in _POINTERS), *((name, np.int64) for name in _COUNTS)])
-"""`expert` of native.c."""
 
 
 class Native:
@@ -61,24 +56,26 @@ class Native:
         self._matmul.restype = self._experts.restype = None
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; what does not fit is left to torch."""
-        out, columns = weight.shape
-        alike = x.dtype == weight.dtype and x.shape[1] == columns and (bias is None or bias.dtype == weight.dtype)
-        if not fits(weight) or not alike or _learns(x, weight):
+        """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; what does not fit is left to torch.
+
+        In one piece, for it runs several times a layer and token: what the kernels take is what `fits` says.
+        """
+        (out, columns), (stride, step), (n_rows, width) = weight.shape, weight.stride(), x.shape
+        if (
+            not (x.dtype == weight.dtype == torch.bfloat16)
+            or step != 1
+            or width != columns
+            or not columns
+            or not weight.is_cpu
+            or not (bias is None or bias.dtype == torch.bfloat16)
+            or (torch.is_grad_enabled() and learns(x, weight))
+        ):
             return F.linear(x, weight, bias)
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-        y = x.new_empty(x.shape[0], out)
-        self._matmul(
-            weight.data_ptr(),
-            weight.stride(0),
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            out,
-            columns,
-            x.shape[0],
-            _threads(),
-        )
+        y = x.new_empty(n_rows, out)
+        added = None if bias is None else bias.data_ptr()
+        n_threads = min(torch.get_num_threads(), most_threads())
+        self._matmul(weight.data_ptr(), stride, x.data_ptr(), added, y.data_ptr(), out, columns, n_rows, n_threads)
         return y
 
     def experts(self, loads: Sequence[Load], outlines: Sequence["Outline"], rows: Tensor, out: Tensor) -> None:
@@ -95,17 +92,19 @@ class Native:
                 raise ValueError(
                     f"rows are {tensor.dtype}, {tensor.shape[1]} wide, and not bfloat16, {hidden} wide"
                 )
-        table = np.empty(len(loads), _EXPERT)
+        table, n_rows = array("Q"), 0  # of `expert` of native.c
         start, to, row_bytes = rows.data_ptr(), out.data_ptr(), hidden * rows.itemsize
-        for i, (load, outline) in enumerate(zip(loads, outlines, strict=True)):
-            if (outline.hidden, outline.inner) != (hidden, inner):
+        for load, outline in zip(loads, outlines, strict=True):
+            if outline.hidden != hidden or outline.inner != inner:
                 raise ValueError(
                     f"expert {load.expert} is {outline.hidden} x {outline.inner}, not {hidden} x {inner}"
                 )
             shift = load.start * row_bytes
-            table[i] = (*outline.pointers, start + shift, to + shift, *outline.strides, load.n_rows)
-        middle = rows.new_empty(sum(load.n_rows for load in loads), inner)
-        self._experts(table.ctypes.data, len(table), hidden, inner, middle.data_ptr(), _threads())
+            table.extend((*outline.pointers, start + shift, to + shift, *outline.strides, load.n_rows))
+            n_rows += load.n_rows
+        middle = rows.new_empty(n_rows, inner)
+        n_threads = min(torch.get_num_threads(), most_threads())
+        self._experts(table.buffer_info()[0], len(loads), hidden, inner, middle.data_ptr(), n_threads)
 
 
 class Outline(NamedTuple):
@@ -133,18 +132,9 @@ class Outline(NamedTuple):
         return cls(pointers, (gate.stride(0), up.stride(0), down.stride(0)), hidden, inner)
 
 
-def _threads() -> int:
-    return min(torch.get_num_threads(), most_threads())
-
-
-def _learns(*tensors: Tensor) -> bool:
-    """Whether somebody wants gradients, of which the kernels know nothing."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def takes(rows: Tensor, weights: Sequence[ExpertWeights]) -> bool:
-    """Whether the kernels may run these rows: nobody wants gradients of them."""
-    return not torch.is_grad_enabled() or not _learns(rows, *(own.down for own in weights))
+def learns(*tensors: Tensor) -> bool:
+    """Whether somebody wants gradients where they are enabled; the kernels know nothing of them."""
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def fits(weight: Tensor) -> bool:

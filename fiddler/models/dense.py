@@ -58,27 +58,26 @@ class _Weight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            known = func is F.linear and not kwargs and args[0].dtype == args[1].dtype
-            return _linear(*args) if known else func(*args, **(kwargs or {}))
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.dim() == 2:
-        return linear(x, weight, bias)
-    return linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], -1)
+            if func is not F.linear or kwargs or args[0].dtype != args[1].dtype:
+                return func(*args, **(kwargs or {}))
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            if x.dim() == 2:
+                return linear(x, weight, bias)
+            return linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], -1)
 
 
 class _Linear:
-    """A linear layer's forward."""
+    """A linear layer's forward. It runs several times a layer and token, so nothing is asked twice."""
 
     def __init__(self, module: nn.Linear, kernels: Kernels) -> None:
         self._module = module
         self._kernels = kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self._module.weight
-        rows = x.reshape(-1, x.shape[-1])
-        if not rows.shape[0]:
-            return x.new_empty(*x.shape[:-1], weight.shape[0])
-        y = self._kernels.pick(weight, rows.shape[0])(rows, weight, self._module.bias)
-        return y.reshape(*x.shape[:-1], -1)
+        weight, kernels = self._module.weight, self._kernels
+        rows, shape = x.reshape(-1, x.shape[-1]), weight.shape
+        n_rows = rows.shape[0]
+        multiply = kernels.products.get((shape, weight.stride(), weight.dtype, n_rows))
+        if multiply is None:
+            multiply = kernels.product(weight, n_rows)
+        return multiply(rows, weight, self._module.bias).reshape(*x.shape[:-1], shape[0])
