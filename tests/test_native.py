@@ -26,8 +26,11 @@ from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.devices.library import compiled, keep, kept, loaded, private_room
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
+from fiddler.lanes.experts import ExpertWork
+from fiddler.scheduler.messages import RunExperts
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+from tests.support.entries import entries
 from tests.support.processes import wait_until_gone
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
@@ -254,6 +257,16 @@ class TestDevice:
         del device
         gc.collect()
         assert down() is None
+
+    @pytest.mark.parametrize("n_loads", [1, 3])
+    def test_a_job_enters_as_many_functions_however_many_loads_it_has(self, n_loads: int) -> None:
+        work = ExpertWork(self.device())
+        loads = tuple(Load(expert, expert, expert + 1) for expert in range(n_loads))
+        job = RunExperts(0, "cpu", 7, 0, loads, (), 0.0)
+        with torch.inference_mode():
+            work.open(7, 0, random(n_loads, 64))
+            work(job)  # looks at each expert
+            assert len(entries(lambda: work(job))) == 1 + 6
 
     def test_gradients_go_through_torch(self) -> None:
         device = self.device()

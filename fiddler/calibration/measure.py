@@ -225,7 +225,7 @@ def _filled(accelerator: SimDevice, sample: Sequence[tuple[int, int]]) -> list[E
     slots = list(zip(range(accelerator.arena.n_slots), sample, strict=False))
     for slot, key in slots:
         accelerator.arena.write(slot, accelerator.block(*key))
-    return [accelerator.weights(layer, slot) for slot, _ in slots]
+    return accelerator.weights(layer, [slot for slot, _ in slots])
 
 
 def _copies(accelerator: SimDevice, sample: Sequence[tuple[int, int]], budget_s: float | None) -> Iterator[float]:

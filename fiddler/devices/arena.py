@@ -79,7 +79,7 @@ class Arena:
         They are views: what is written to the slot later shows in them. Raises `IndexError` for a slot that does
         not exist.
         """
-        found = self._views[slot] if 0 <= slot < self.n_slots else None
+        found = self._views[slot] if 0 <= slot < len(self._views) else None
         if found is None or found[0] is not layout:
             found = self._views[slot] = layout, layout.views(self._slot(slot))
         return found[1]

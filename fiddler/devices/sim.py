@@ -5,7 +5,7 @@ copy is a plain one, and the clock of `lanes.virtual` says what it took.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +37,9 @@ class SimDevice:
             left_s = block.nbytes / self.link_bytes_per_s - (time.perf_counter() - started)
             time.sleep(max(left_s, 0.0))
 
-    def weights(self, layer: int, slot: int) -> ExpertWeights:
-        """Return what lies in a slot as an expert of `layer`."""
-        return self.arena.views(slot, self.layout(layer))
+    def weights(self, layer: int, slots: Sequence[int]) -> list[ExpertWeights]:
+        """Return what lies in slots as experts of `layer`."""
+        layout, found = self.layout(layer), []
+        for slot in slots:
+            found.append(self.arena.views(slot, layout))
+        return found

@@ -96,7 +96,7 @@ class GpuJobs:
 
         def run(which: Sequence[int]) -> None:
             mine = [loads[i] for i in which]
-            self.host.run(job.layer, mine, [self.host.weights(job.layer, load.expert) for load in mine], rows, out)
+            self.host.run(job.layer, mine, self.host.experts(job.layer, mine), rows, out)
 
         failures = all_or_each(loads, run)
         self._count(job.lane, job)

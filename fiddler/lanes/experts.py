@@ -12,6 +12,7 @@ A layer's experts at once, on the CPU, for a forward that nobody drives.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -63,8 +64,8 @@ class Accelerator(Protocol):
         """Copy an expert's block into a slot."""
         ...
 
-    def weights(self, layer: int, slot: int) -> ExpertWeights:
-        """Return what lies in a slot as an expert of `layer`."""
+    def weights(self, layer: int, slots: Sequence[int]) -> Sequence[ExpertWeights]:
+        """Return what lies in slots as experts of `layer`."""
         ...
 
 
@@ -134,32 +135,35 @@ class ExpertWork:
         buffers = self._open.get((job.wave, job.layer))
         if buffers is None:
             return {}
-        return all_or_each(job.loads, lambda which: self._run_loads(job, which, buffers))
+        return all_or_each(job.loads, partial(self._run_loads, job, buffers))
 
-    def _run_loads(self, job: RunExperts, which: Sequence[int], buffers: _Buffers) -> None:
-        loads, weights = [job.loads[i] for i in which], [self._weights(job, i) for i in which]
+    def _run_loads(self, job: RunExperts, buffers: _Buffers, which: Sequence[int]) -> None:
+        loads, slots = job.loads, job.slots
+        if len(which) < len(loads):
+            loads, slots = tuple(loads[i] for i in which), tuple(slots[i] for i in which if slots)
+        weights: Sequence[ExpertWeights]
+        if job.lane == "cpu":
+            weights = self.host.experts(job.layer, loads)
+        else:
+            assert self.accelerator is not None
+            weights = self.accelerator.weights(job.layer, slots)
         self.host.run(job.layer, loads, weights, buffers.rows, buffers.out)
         counters = self.counters[job.lane]
-        counters.n_rows += sum(load.n_rows for load in loads)
         counters.n_loads += len(loads)
-        counters.n_bytes += sum(own.nbytes for own in weights)
-
-    def _weights(self, job: RunExperts, i: int) -> ExpertWeights:
-        if job.lane == "cpu":
-            return self.host.weights(job.layer, job.loads[i].expert)
-        assert self.accelerator is not None
-        return self.accelerator.weights(job.layer, job.slots[i])
+        for load, own in zip(loads, weights, strict=True):
+            counters.n_rows += load.n_rows
+            counters.n_bytes += own.nbytes
 
     def _copy(self, job: CopyExpert) -> Failures:
         assert self.accelerator is not None
         try:
             self.accelerator.copy(job.layer, job.expert, job.slot)
-            nbytes = self.accelerator.weights(job.layer, job.slot).nbytes
+            (copied,) = self.accelerator.weights(job.layer, (job.slot,))
         except BaseException as error:
             return {job.expert: error}
         counters = self.counters["link"]
         counters.n_loads += 1
-        counters.n_bytes += nbytes
+        counters.n_bytes += copied.nbytes
         return {}
 
 
@@ -314,6 +318,5 @@ class ComputeLane:
             return hidden.new_zeros(hidden.shape)
         rows = gather(hidden, work, index.shape[1])
         out = empty_results(rows)
-        own = [self.device.weights(layer, load.expert) for load in work.loads]
-        self.device.run(layer, work.loads, own, rows, out)
+        self.device.run(layer, work.loads, self.device.experts(layer, work.loads), rows, out)
         return combine(out, work.order, weights)

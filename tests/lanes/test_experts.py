@@ -1,5 +1,7 @@
 """The work behind jobs: what fails is named, what is let go is skipped, and failed rows count as zero."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,8 +30,8 @@ class Memory:
             raise BROKEN
         self.slots[slot] = expert
 
-    def weights(self, layer: int, slot: int) -> ExpertWeights:
-        return scaled(10.0 * (self.slots[slot] + 1))
+    def weights(self, layer: int, slots: Sequence[int]) -> list[ExpertWeights]:
+        return [scaled(10.0 * (self.slots[slot] + 1)) for slot in slots]
 
 
 def scaled(factor: float) -> ExpertWeights:
