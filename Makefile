@@ -66,7 +66,7 @@ $(VENV)/.torch:
 
 $(VENV)/.runtime: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "Installing Fiddler into $(VENV) …"
-	@$(RUN) pip $(PIP_INSTALL) --constraint constraints.txt --editable ".[uvloop]"
+	@$(RUN) pip $(PIP_INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
@@ -79,5 +79,5 @@ $(LOWEST)/.dev: pyproject.toml constraints.txt
 	@$(call make_venv,$(LOWEST))
 	@grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(LOWEST)/constraints.txt
 	@$(LOWEST)/bin/python -m pip $(PIP_INSTALL) --constraint $(LOWEST)/constraints.txt \
-		--editable ".[uvloop]" --group dev "transformers==$(LOWEST_TRANSFORMERS)"
+		--editable . --group dev "transformers==$(LOWEST_TRANSFORMERS)"
 	@touch $@

@@ -14,15 +14,13 @@ Three figures, each a median:
 
 import argparse
 import gc
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-import anyio
 import torch
 
 from bench import machine
@@ -71,7 +69,7 @@ class Decoding:
         return Span(self, self.n_past - 1, self.n_past, last=True)
 
 
-async def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:
+def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:
     """Return the microseconds of a step of a model with the machinery and without."""
     config = EngineConfig(device="cpu")
     loaded = load(model, config)
@@ -84,17 +82,17 @@ async def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:
         turns = [("scheduler", partial(_managed, rig, managed)), ("plain call", partial(_plain, rig, lane, plain))]
         for name, step in turns if i % 2 else reversed(turns):
             started = perf_counter()
-            await step()
+            step()
             times[name].append(1e6 * (perf_counter() - started))
-    await rig.aclose()
+    rig.close()
     return {name: Spread.of(taken[WARM_UP:]) for name, taken in times.items()}
 
 
-async def _managed(rig: Rig, sequence: Decoding) -> None:
-    await rig.steps.run([sequence.span()])
+def _managed(rig: Rig, sequence: Decoding) -> None:
+    rig.steps.run([sequence.span()])
 
 
-async def _plain(rig: Rig, lane: ComputeLane, sequence: Decoding) -> None:
+def _plain(rig: Rig, lane: ComputeLane, sequence: Decoding) -> None:
     forward = rig.steps._packed_forward([sequence.span()])
     call = forward.send()
     while not forward.dead:
@@ -107,9 +105,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     placed = System(policy=options.policy, prefetch=options.prefetch)
     gc.disable()
     with torch.inference_mode():
-        hop = _run(lambda: hop_us(options.layers * options.steps))
-        one = _run(lambda: layer(placed, options.layers, options.steps))
-        steps = _run(lambda: model_step_us(options.model, options.steps))
+        hop = hop_us(options.layers * options.steps)
+        one = layer(placed, options.layers, options.steps)
+        steps = model_step_us(options.model, options.steps)
     gc.enable()
     return result(
         "overhead",
@@ -159,10 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(render(report))
     if options.json is not None:
         write_json(options.json, report)
-
-
-def _run(work: Callable[[], Any]) -> Any:
-    return anyio.run(work, backend_options={"use_uvloop": importlib.util.find_spec("uvloop") is not None})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.recording import Recording, guesses
+from fiddler.scheduler import layer as layers
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, RunExperts
+from fiddler.scheduler.messages import CopyExpert, Job, JobDone, Report, RunExperts
+from fiddler.scheduler.routing import LayerWork
 from fiddler.scheduler.rows import Span
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
@@ -62,24 +64,24 @@ class ToldLanes(ThreadLanes):
         self._predicted_s[job.job] = job.predicted_s
         super().start(job)
 
-    async def report(self) -> JobDone | LaneDied:
+    def report(self) -> Report:
         """Wait for the next report."""
-        return self._told(await super().report())
+        return self._told(super().report())
 
-    def drain(self) -> list[JobDone | LaneDied]:
+    def drain(self) -> list[Report]:
         """Return the reports that are there without waiting."""
         return [self._told(report) for report in super().drain()]
 
-    def _told(self, report: JobDone | LaneDied) -> JobDone | LaneDied:
+    def _told(self, report: Report) -> Report:
         return replace(report, took_s=self._predicted_s.pop(report.job)) if isinstance(report, JobDone) else report
 
 
-async def layer(system: System, n_layers: int, n_steps: int) -> Layer:
+def layer(system: System, n_layers: int, n_steps: int) -> Layer:
     """Decode a made-up sequence by a system's rules, with `n_layers` of the model's layers."""
     shape = replace(ModelShape.load(MODEL), n_layers=n_layers)
     scheduler, lanes = _scheduler(shape, system), ToldLanes()
     runner = Runner(scheduler, lanes)
-    await runner.preload()
+    runner.preload()
     n_copied = lanes.n_jobs
     routing = SyntheticRouting(n_layers, shape.n_experts, shape.top_k).sequence(0, n_steps)
     script = Script(Recording("scripted", 0, routing, ahead=guesses(routing)))
@@ -87,10 +89,10 @@ async def layer(system: System, n_layers: int, n_steps: int) -> Layer:
     for token in range(n_steps):
         wave = ScriptWave([Span(script, token, token + 1, last=True)], (shape.n_experts,) * n_layers)
         started = perf_counter()
-        await runner.run([wave])
+        runner.run([wave])
         times.append(1e6 * (perf_counter() - started) / n_layers)
-    await runner.settle()
-    await lanes.aclose()
+    runner.settle()
+    lanes.close()
     return _layer(times, scheduler, lanes.n_jobs - n_copied, n_layers * n_steps)
 
 
@@ -114,16 +116,16 @@ def _layer(times: list[float], scheduler: Scheduler, n_jobs: int, n_layers: int)
     )
 
 
-async def hop_us(n_hops: int) -> Spread:
+def hop_us(n_hops: int) -> Spread:
     """Return the microseconds from handing a job each to two lanes to having both reports."""
-    lanes = ThreadLanes(nothing)
+    lanes, nowhere = ThreadLanes(nothing), layers.Layer(layers.Wave(), LayerWork(0, (), ()), 0, 1)
     times = []
     for i in range(n_hops):
         started = perf_counter()
-        lanes.start(RunExperts(2 * i, "cpu", 0, 0, (), (), 0.0))
+        lanes.start(RunExperts(2 * i, "cpu", nowhere, (), (), 0.0))
         lanes.start(CopyExpert(2 * i + 1, 0, 0, 0, "demand", 0.0))
         for _ in range(2):
-            await lanes.report()
+            lanes.report()
         times.append(1e6 * (perf_counter() - started))
-    await lanes.aclose()
+    lanes.close()
     return Spread.of(times[WARM_UP:])

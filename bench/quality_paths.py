@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
-import anyio
 import torch
 import transformers
 from torch import Tensor
@@ -65,22 +64,22 @@ def by_engine(texts: Texts, config: EngineConfig, *, chunk: int = 1, defer: int 
 
     `defer` is `EngineConfig.defer`, also where the engine would refuse it. Raises what a step fails with.
     """
-    return anyio.run(_by_engine, texts, config, chunk, defer)
+    return _by_engine(texts, config, chunk, defer)
 
 
-async def _by_engine(texts: Texts, config: EngineConfig, chunk: int, defer: int) -> Tensor:
+def _by_engine(texts: Texts, config: EngineConfig, chunk: int, defer: int) -> Tensor:
     loaded = load(DEMO, config)
     kernels = choose_kernels(loaded, config)
     dense.accelerate(loaded.model, kernels)
     machine = _machine(loaded, kernels, config, defer)
-    await machine.runner.preload()
+    machine.runner.preload()
     sequences: list[Any] = [_Forced(ids) for ids in texts]
     read = []
     for start in range(0, len(texts[0]) - chunk, chunk):
         stop = start + chunk
-        outcomes = await machine.steps.run([Span(one, start, stop, last=True) for one in sequences])
+        outcomes = machine.steps.run([Span(one, start, stop, last=True) for one in sequences])
         read.append([_logprob(outcome, one.ids[stop]) for one, outcome in zip(sequences, outcomes, strict=True)])
-    await machine.aclose()
+    machine.close()
     return torch.tensor(read).t()
 
 

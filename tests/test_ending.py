@@ -179,7 +179,7 @@ async def test_what_a_loader_raises_does_not_end_the_program(error: BaseExceptio
 
 
 async def test_a_preload_that_fails_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fail(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise Panic("no")
 
     monkeypatch.setattr("fiddler.lanes.runner.Runner.preload", fail)

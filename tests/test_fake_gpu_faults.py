@@ -59,10 +59,6 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
             yield engine
             await conformance.settled(engine)
         assert loop is not None
-        crossing = loop._rig.side.crossing
-        assert not crossing._layers  # type: ignore[attr-defined]
-        assert not crossing._began  # type: ignore[attr-defined]
-        assert not crossing.due  # type: ignore[attr-defined]
         assert loop._rig.scheduler.idle
         loop._rig.scheduler.check()
 

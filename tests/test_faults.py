@@ -65,8 +65,7 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
             yield engine
         assert loop is not None
         rig = loop._rig
-        assert not rig.side.work._open
-        assert not rig.runner._waves
+        assert not rig.runner._running
         assert rig.scheduler.idle
         rig.scheduler.check()
         cache = rig.scheduler.cache

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import anyio
 import pytest
 
 from bench import overhead
@@ -20,12 +19,12 @@ def test_the_defaults_are_the_engine_s() -> None:
 
 def test_half_the_experts_are_resident_and_guesses_are_copied_ahead() -> None:
     n_steps = scripted.WARM_UP + 8
-    found = anyio.run(scripted.layer, System(), 6, n_steps)
+    found = scripted.layer(System(), 6, n_steps)
     assert found.us.low > 0.0
     assert found.hits + found.on_cpu + found.fetched == pytest.approx(8.0)
     assert found.hits > 2.0
     assert found.ahead > 0.0
-    without = anyio.run(scripted.layer, System(policy="aged-lfu", prefetch="off", promote=False), 6, n_steps)
+    without = scripted.layer(System(policy="aged-lfu", prefetch="off", promote=False), 6, n_steps)
     assert (without.ahead, without.promoted) == (0.0, 0.0)
 
 

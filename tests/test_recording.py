@@ -241,7 +241,7 @@ async def test_the_scheduler_hears_what_is_expected(tiny: Path, monkeypatch: pyt
 
     def listen(scheduler: Scheduler, event: Event, now_s: float) -> Any:
         if isinstance(event, LayerReady):
-            heard.append(event)
+            heard.append(event.layer)
         return handle(scheduler, event, now_s)
 
     monkeypatch.setattr(Scheduler, "handle", listen)
@@ -251,7 +251,7 @@ async def test_the_scheduler_hears_what_is_expected(tiny: Path, monkeypatch: pyt
     assert len(heard) == 6 * N_LAYERS
     for ready in heard:
         rows = [n for _, n in ready.ahead]
-        assert sum(rows) == (0 if ready.work.layer == N_LAYERS - 1 else ready.n_tokens * TOP_K)
+        assert sum(rows) == (0 if ready.index == N_LAYERS - 1 else ready.n_tokens * TOP_K)
         assert rows == sorted(rows, reverse=True)
 
 

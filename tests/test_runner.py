@@ -1,50 +1,46 @@
 """Driving waves: what one raises ends that one alone, and nothing that breaks makes anybody wait for ever."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import anyio
 import pytest
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
-from fiddler.lanes.runner import Runner
+from fiddler.lanes.runner import DrivenWave, Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import (
     CopyExpert,
     Failures,
     Job,
-    JobDone,
-    LaneDied,
     LayerDone,
-    LayerReady,
+    Report,
     RunDense,
     RunExperts,
 )
 from fiddler.scheduler.plan import Planner, all_fetch
 from tests.scheduler.desk import BROKEN, COSTS, LAYERS, Desk, work
-
-pytestmark = pytest.mark.anyio
-WAIT_S = 20
-"""Longest wait for what must happen; nothing is concluded from how long it took."""
+from tests.support.patience import patience
 
 
-class Walk:
+class Walk(DrivenWave):
     """A wave that visits two experts in every layer; `raises` says in which call."""
 
     n_rows = 2
     n_context = 0
 
     def __init__(self, *experts: int, raises: tuple[str, int] | None = None) -> None:
+        super().__init__()
         self.experts = experts or (1, 2)
         self.raises = raises
         self.layer = -1
         self.dones: list[LayerDone] = []
-        self.ends: list[Exception | None] = []
+        self.ends: list[BaseException | None] = []
         self.log: list[tuple[str, int]] = []
 
     def _call(self, name: str) -> None:
@@ -57,23 +53,22 @@ class Walk:
     def at_end(self) -> bool:
         return self.layer + 1 == len(LAYERS)
 
-    def launch(self, wave: int) -> None:
+    def launch(self) -> None:
         self.layer += 1
-        self.wave = wave
         self._call("launch")
 
-    def advance(self) -> LayerReady | None:
+    def advance(self) -> Layer | None:
         self._call("advance")
         if self.layer == len(LAYERS):
             return None
-        return LayerReady(self.wave, work(self.layer, dict.fromkeys(self.experts, 1)), 2, 1)
+        return Layer(self, work(self.layer, dict.fromkeys(self.experts, 1)), 2, 1)
 
     def take(self, done: LayerDone) -> None:
         self._call("take")
-        assert done.layer == self.layer
+        assert done.layer.index == self.layer
         self.dones.append(done)
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, error: BaseException | None) -> None:
         self.ends.append(error)
 
 
@@ -85,18 +80,18 @@ def runner(lanes: LaneSet, *, planner: Planner = all_fetch, promote: bool = True
     return Runner(Desk(n_slots=n_slots, planner=planner, promote=promote).core, lanes)
 
 
-@asynccontextmanager
-async def driven(lanes: LaneSet, **options: Any) -> AsyncIterator[Runner]:
+@contextmanager
+def driven(lanes: LaneSet, **options: Any) -> Generator[Runner]:
     """Settle and close in the end, and wait for nothing for ever: then nothing may be left."""
-    with anyio.fail_after(WAIT_S):
+    with patience():
         driver = runner(lanes, **options)
         try:
             yield driver
         finally:
-            await driver.settle()
-            await lanes.aclose()
+            driver.settle()
+            lanes.close()
     assert driver.scheduler.idle
-    assert not driver._waves
+    assert not driver._running
     assert not driver._in_lanes
     assert not driver.scheduler.cache._slots._leases
     driver.scheduler.check()
@@ -120,12 +115,12 @@ def lanes(request: pytest.FixtureRequest) -> LaneSet:
     return make()
 
 
-async def test_waves_run_to_their_ends(lanes: LaneSet) -> None:
-    async with driven(lanes) as driver:
+def test_waves_run_to_their_ends(lanes: LaneSet) -> None:
+    with driven(lanes) as driver:
         waves = [Walk(1, 2), Walk(2, 3), Walk(4, 5)]
-        await driver.run(waves)
+        driver.run(waves)
         assert [wave.ends for wave in waves] == [[None]] * 3
-        assert [[done.layer for done in wave.dones] for wave in waves] == [[0, 1, 2]] * 3
+        assert [[done.layer.index for done in wave.dones] for wave in waves] == [[0, 1, 2]] * 3
         assert not any(done.failures for wave in waves for done in wave.dones)
 
 
@@ -145,30 +140,30 @@ async def test_waves_run_to_their_ends(lanes: LaneSet) -> None:
 )
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("which", [0, 1])
-async def test_what_a_wave_raises_ends_that_wave_alone(
+def test_what_a_wave_raises_ends_that_wave_alone(
     lanes: LaneSet, raises: tuple[str, int], in_order: bool, which: int
 ) -> None:
-    async with driven(lanes) as driver:
+    with driven(lanes) as driver:
         waves = [Walk(1, 2), Walk(2, 3)]
         waves[which].raises = raises
-        await driver.run(waves, in_order=in_order)
+        driver.run(waves, in_order=in_order)
         assert waves[which].ends == [BROKEN]
         assert waves[1 - which].ends == [None]
         assert len(waves[1 - which].dones) == 3
 
 
-async def test_in_order_no_wave_overtakes_the_one_in_front(lanes: LaneSet) -> None:
-    async with driven(lanes) as driver:
+def test_in_order_no_wave_overtakes_the_one_in_front(lanes: LaneSet) -> None:
+    with driven(lanes) as driver:
         order: list[tuple[int, int]] = []
 
         class Noting(Walk):
-            def launch(self, wave: int) -> None:
+            def launch(self) -> None:
                 order.append((waves.index(self), self.layer + 1))
-                super().launch(wave)
+                super().launch()
 
         waves = [Noting(1, 2, 3, 4), Noting(5), Noting(5)]
         waves[1].experts = waves[2].experts = ()  # nothing but the order holds them up
-        await driver.run(waves, in_order=True)
+        driver.run(waves, in_order=True)
     for layer in range(len(LAYERS) + 1):
         assert [order.index((wave, layer)) for wave in range(3)] == sorted(
             order.index((wave, layer)) for wave in range(3)
@@ -189,55 +184,53 @@ class Stubborn(VirtualLanes):
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_a_lane_that_takes_no_job_counts_as_dead(lane: LaneName) -> None:
-    async with driven(Stubborn(lane)) as driver:
+def test_a_lane_that_takes_no_job_counts_as_dead(lane: LaneName) -> None:
+    with driven(Stubborn(lane)) as driver:
         waves = [Walk(1, 2), Walk(2, 3)]
-        await driver.run(waves)
+        driver.run(waves)
         assert [wave.ends for wave in waves] == [[None]] * 2
         assert lane == "cpu" or not any(done.failures for wave in waves for done in wave.dones)
 
 
-async def test_without_any_lane_waves_end_with_failures() -> None:
-    async with driven(Stubborn(*LANES)) as driver:
+def test_without_any_lane_waves_end_with_failures() -> None:
+    with driven(Stubborn(*LANES)) as driver:
         wave = Walk(1, 2)
-        await driver.run([wave])
+        driver.run([wave])
         assert [done.failures for done in wave.dones] == [{1: BROKEN, 2: BROKEN}] * 3
 
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("kind", ["threads", "virtual"])
-async def test_a_lane_that_dies_is_done_without_and_settling_does_not_wait_for_it(
-    kind: str, lane: LaneName
-) -> None:
+def test_a_lane_that_dies_is_done_without_and_settling_does_not_wait_for_it(kind: str, lane: LaneName) -> None:
     def execute(job: Job) -> Failures:
         if job.lane == lane and job.job > 3 and not isinstance(job, RunDense):
             raise BROKEN
         return {}
 
     made = ThreadLanes(execute) if kind == "threads" else VirtualLanes(COSTS, execute)
-    async with driven(made, n_slots=1) as driver:
+    with driven(made, n_slots=1) as driver:
         for _ in range(3):
             waves = [Walk(1, 2), Walk(2, 3), Walk(4, 5)]
-            await driver.run(waves)
+            driver.run(waves)
             assert [wave.ends for wave in waves] == [[None]] * 3
             failures = [done for wave in waves for done in wave.dones if done.failures]
             assert lane == "cpu" or not failures
-        await driver.settle()
-        await driver.settle()
+        driver.settle()
+        driver.settle()
 
 
-async def test_an_error_of_the_schedulers_own_ends_the_run_and_not_the_runner(
+def test_an_error_of_the_schedulers_own_ends_the_run_and_not_the_runner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with driven(threads()) as driver:
+    with driven(threads()) as driver:
         with monkeypatch.context() as patch:
             patch.setattr(driver.scheduler, "_plan", raise_broken)
             waves = [Walk(1, 2), Walk(2, 3)]
             with pytest.raises(RuntimeError, match="broken"):
-                await driver.run(waves)
+                driver.run(waves)
         assert [type(error) for wave in waves for error in wave.ends] == [EngineFailedError] * 2
         wave = Walk(1, 2)
-        await driver.run([wave])
+        driver.run([wave])
         assert wave.ends == [None]
 
 
@@ -253,75 +246,74 @@ class Silent(InlineLanes):
         self._reports.clear()
 
 
-async def test_waves_that_no_lane_works_for_are_an_error_and_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    with anyio.fail_after(WAIT_S):
+def test_waves_that_no_lane_works_for_are_an_error_and_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with patience():
         driver = runner(virtual())
         monkeypatch.setattr(driver.scheduler, "_dispatch", lambda *_: iter(()))
         wave = Walk(1, 2)
         with pytest.raises(RuntimeError, match="no lane"):
-            await driver.run([wave])
+            driver.run([wave])
         assert [type(error) for error in wave.ends] == [EngineFailedError]
-        await driver.settle()
+        driver.settle()
         with pytest.raises(RuntimeError, match="no job is in flight"):
-            await runner(Silent(nothing)).run([Walk(1, 2)])
+            runner(Silent(nothing)).run([Walk(1, 2)])
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-async def test_a_run_that_is_cancelled_gives_up_its_waves_and_the_next_goes_on(in_order: bool) -> None:
-    class Waiting(VirtualLanes):
-        async def report(self) -> JobDone | LaneDied:
+def test_a_run_that_is_interrupted_gives_up_its_waves_and_the_next_goes_on(in_order: bool) -> None:
+    class Interrupted(VirtualLanes):
+        def report(self) -> Report:
             if len(waves[0].dones) == 1:
-                await anyio.sleep_forever()
-            return await super().report()
+                raise KeyboardInterrupt
+            return super().report()
 
-    lanes = Waiting(COSTS, nothing)
-    async with driven(lanes) as driver:
+    lanes = Interrupted(COSTS, nothing)
+    with driven(lanes) as driver:
         waves: Sequence[Walk] = [Walk(1, 2), Walk(2, 3)]
-        with anyio.move_on_after(0.05):
-            await driver.run(waves, in_order=in_order)
+        with pytest.raises(KeyboardInterrupt):
+            driver.run(waves, in_order=in_order)
         assert [[type(error) for error in wave.ends] for wave in waves] == [[EngineFailedError]] * 2
         assert len([entry for entry in waves[1].log if entry[0] == "advance"]) <= 2
-        waves = [Walk(4, 5)]
-        waves[0].dones.append(LayerDone(0, 0, {}, {}))
-        waves[0].dones.append(LayerDone(0, 0, {}, {}))
-        await driver.run(waves, in_order=in_order)
+        first, waves = waves[0], [Walk(4, 5)]
+        waves[0].dones += first.dones * 2
+        driver.run(waves, in_order=in_order)
         assert waves[0].ends == [None]
 
 
-async def test_an_error_while_waves_wait_in_order_lets_none_of_them_go_on() -> None:
+def test_an_error_while_waves_wait_in_order_lets_none_of_them_go_on() -> None:
     class Broken(VirtualLanes):
-        async def report(self) -> JobDone | LaneDied:
+        def report(self) -> Report:
             if broken:
                 raise BROKEN
-            return await super().report()
+            return super().report()
 
     broken = True
-    async with driven(Broken(COSTS, nothing)) as driver:
+    with driven(Broken(COSTS, nothing)) as driver:
         waves = [Walk(1, 2), Walk(2, 3), Walk(3, 4)]
         with pytest.raises(RuntimeError, match="broken"):
-            await driver.run(waves, in_order=True)
+            driver.run(waves, in_order=True)
         assert [wave.log for wave in waves] == [[("launch", 0)], [], []]
         assert [len(wave.ends) for wave in waves] == [1, 1, 1]
         broken = False
 
 
-async def test_failures_reach_the_wave_they_concern() -> None:
+def test_failures_reach_the_wave_they_concern() -> None:
     def execute(job: Job) -> Failures:
         if isinstance(job, RunExperts) and job.lane == "cpu":
             return {load.expert: BROKEN for load in job.loads if load.expert == 2}
         return {job.expert: BROKEN} if isinstance(job, CopyExpert) and job.expert == 3 else {}
 
-    async with driven(VirtualLanes(COSTS, execute), n_slots=0) as driver:
+    with driven(VirtualLanes(COSTS, execute), n_slots=0) as driver:
         waves = [Walk(1, 2), Walk(3, 4)]
-        await driver.run(waves)
+        driver.run(waves)
         assert [done.failures for done in waves[0].dones] == [{2: BROKEN}] * 3
         assert [done.failures for done in waves[1].dones] == [{}] * 3
 
 
-async def test_settling_waits_for_copies_that_outlive_their_step() -> None:
-    async with driven(virtual(), n_slots=2) as driver:
-        await driver.run([Walk(1, 2)])
+def test_settling_waits_for_copies_that_outlive_their_step() -> None:
+    with driven(virtual(), n_slots=2) as driver:
+        driver.run([Walk(1, 2)])
         before = driver.scheduler.counters.n_promotions
-        await driver.settle()
+        driver.settle()
         assert driver.scheduler.idle
         assert driver.scheduler.counters.n_promotions == before

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-import anyio
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,8 @@ from fiddler.lanes.runner import Runner
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.messages import CopyExpert, Failures, Job, LayerReady, RunExperts
+from fiddler.scheduler.layer import Layer
+from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
 from fiddler.scheduler.rows import Span, assemble, halves
 from tests.support.tiny import save_tiny
 
@@ -48,7 +48,7 @@ class FailingWave(ScriptWave):
         super().__init__(spans, N_EXPERTS)
         self._at = at
 
-    def advance(self) -> LayerReady | None:
+    def advance(self) -> Layer | None:
         if self._layer + 1 == self._at:
             raise BROKEN
         return super().advance()
@@ -85,7 +85,7 @@ class Soak:
         ahead = np.roll(experts, 1, axis=0)  # guesses that come true where tokens agree
         return Script(Recording("soak", self.rng.randint(1, n_tokens), experts, ahead=ahead))
 
-    async def run(self) -> None:
+    def run(self) -> None:
         n_left, n_steps = N_REQUESTS, 0
         while n_left or self.running:
             for _ in range(min(n_left, MAX_RUNNING - len(self.running), self.rng.randint(1, 8))):
@@ -93,17 +93,17 @@ class Soak:
                 n_left -= 1
             self.end([script for script in self.running if self.rng.random() < P_LEAVES], "left")
             if self.running:
-                await self.step()
+                self.step()
             n_steps += 1
             if n_steps % 50 == 0:
                 self.scheduler.check()
 
-    async def step(self) -> None:
+    def step(self) -> None:
         spans = assemble(self.running, 32, chunked=True)
         parts = halves(spans, cut=True) if self.rng.random() < 0.5 else [spans]
         cut = len(parts) == 2 and parts[0][-1].request is parts[1][0].request
         waves = [self.wave(part) for part in parts]
-        await self.runner.run(waves, in_order=cut)
+        self.runner.run(waves, in_order=cut)
         for wave, part in zip(waves, parts, strict=True):
             scripts = [span.request for span in part if span.request in self.running]
             if wave.error is not None:
@@ -125,7 +125,7 @@ class Soak:
         found = []
         for span in spans:
             rows = span.request.recording.experts[span.start : span.stop]
-            if any(np.isin(rows[:, done.layer], [*done.failures]).any() for done in wave.failed):
+            if any(np.isin(rows[:, done.layer.index], [*done.failures]).any() for done in wave.failed):
                 found.append(span.request)
         assert found, "experts failed that nobody visited"
         return [script for script in found if script in self.running]
@@ -138,13 +138,10 @@ class Soak:
 
 @pytest.mark.parametrize("seed", [1])
 def test_after_ten_thousand_requests_everything_is_free(seed: int) -> None:
-    async def run() -> None:
-        await soak.run()
-        await soak.runner.settle()
-        await soak.lanes.aclose()
-
     soak = Soak(seed)
-    anyio.run(run)
+    soak.run()
+    soak.runner.settle()
+    soak.lanes.close()
     assert soak.ended.total() == N_REQUESTS
     assert min(soak.ended["finished"], soak.ended["left"], soak.ended["failed"]) > 100
     scheduler, cache, counters = soak.scheduler, soak.scheduler.cache, soak.scheduler.counters
@@ -153,9 +150,8 @@ def test_after_ten_thousand_requests_everything_is_free(seed: int) -> None:
     assert min(counters.n_hits, counters.n_fetches, counters.n_fallbacks, counters.n_cpu) > 100
     assert cache.n_free + cache.n_ready == N_SLOTS
     assert not cache._slots._leases
-    assert not soak.runner._waves
+    assert not soak.runner._running
     assert not soak.runner._in_lanes
-    assert not soak.runner._held
     assert not soak.lanes._jobs
     assert not soak.lanes._began
     assert scheduler.backlog().cpu_s == scheduler.backlog().gpu_s == scheduler.backlog().link_s == 0.0

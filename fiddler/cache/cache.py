@@ -3,7 +3,7 @@
 What a policy and its history have learnt, to be kept between runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fiddler.cache.policy import Key, Policy, Rows
 from fiddler.cache.saved import counts, part, text
@@ -150,6 +150,18 @@ class ExpertCache:
         if key in self._staging and self._slots.idle(key):
             self._pass_on(key)
         self._place(key)
+
+    def lease_ready(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Pin those of a layer's experts that are READY, while they are used; returns them."""
+        leased = self._slots.lease_ready(layer, experts)
+        if leased:
+            self._victims.pin(layer, leased)
+        return leased
+
+    def release_all(self, layer: int, experts: Sequence[int]) -> None:
+        """End a lease of each of a layer's experts; ValueError where there is none."""
+        for expert in experts:
+            self.release((layer, expert))
 
     def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
         """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.

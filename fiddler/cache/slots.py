@@ -5,7 +5,7 @@ Who may take a slot from whom: a quota per layer, or one pool in which every lay
 Slots for experts in passing: used, and let go for the next unless they turn out to be worth keeping.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fiddler.cache.policy import Key
@@ -95,6 +95,16 @@ class Slots:
             raise ValueError(f"expert {key} is not ready")
         self._leases[key] = self._leases.get(key, 0) + 1
         return self._ready[key]
+
+    def lease_ready(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Pin those of a layer's experts that are READY; returns them."""
+        leased, ready, leases = [], self._ready, self._leases
+        for expert in experts:
+            key = layer, expert
+            if key in ready:
+                leases[key] = leases.get(key, 0) + 1
+                leased.append(expert)
+        return leased
 
     def release(self, key: Key) -> None:
         """End one lease; ValueError where there is none."""

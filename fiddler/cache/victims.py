@@ -1,6 +1,6 @@
 """Finds the worst expert that may give way, by an array minimum, on demand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 
 import numpy as np
@@ -34,6 +34,11 @@ class Victims:
         """Take note whether an expert may give way."""
         layer, expert = key
         self._may_go[layer][expert] = may_go
+        self._stale.add(layer)
+
+    def pin(self, layer: int, experts: Sequence[int]) -> None:
+        """Take note that some of a layer's experts may not give way for now."""
+        self._may_go[layer][experts] = False
         self._stale.add(layer)
 
     def visited(self, layer: int) -> None:

@@ -9,18 +9,19 @@ Lanes that leave the experts out, so that what is left of a step is its dense pa
 """
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 
 from fiddler.calibration.measure import rising, typical
 from fiddler.config import EngineConfig
 from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
-from fiddler.gpu.crossing import GpuCrossing, Watch
+from fiddler.gpu.crossing import Due, GpuCrossing, Watch
 from fiddler.gpu.device import Event, Gpu
 from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
@@ -35,16 +36,13 @@ from fiddler.steps.graphs import LEAST_TOKENS, Graphs
 from fiddler.steps.step import StepRunner
 from fiddler.steps.wave import Experts
 
-T = TypeVar("T")
-
 
 class DenseLanes:
     """Lanes of a GPU that run no expert: their rows stay zero."""
 
     timed_dense = True
 
-    def __init__(self, crossing: GpuCrossing, watch: Watch) -> None:
-        self._crossing = crossing
+    def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._reports: deque[Report] = deque()
         self._began: Event | None = None
@@ -56,9 +54,7 @@ class DenseLanes:
         self._began = began
         self.taken = []
 
-    def now_s(self) -> float:
-        """Return the wall clock's seconds."""
-        return perf_counter()
+    now_s = staticmethod(perf_counter)
 
     def start(self, job: Job) -> None:
         """Be through with a job, unless it is the dense part: that is reported when the GPU has passed it."""
@@ -67,8 +63,8 @@ class DenseLanes:
         else:
             self._reports.append(JobDone(job.job, None))
 
-    async def report(self) -> Report:
-        """Ask until there is a report; it never gives way to the event loop."""
+    def report(self) -> Report:
+        """Ask until there is a report: no wait is as exact."""
         while not self._reports:
             self._reports += self._watch.collect()
         return self._reports.popleft()
@@ -79,11 +75,11 @@ class DenseLanes:
         self._reports.clear()
         return drained
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Nothing is left to end."""
 
     def _await_dense(self, job: RunDense) -> None:
-        due = self._crossing.due[job.wave]
+        due = cast("Due", job.due)
         began = due.began if due.began is not None else self._began
         assert began is not None
 
@@ -92,16 +88,6 @@ class DenseLanes:
             return JobDone(job.job, None)
 
         self._watch.down(due.there, done)
-
-
-def at_once(step: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never gives way, such as a step with `DenseLanes`. Raises `RuntimeError` for another."""
-    try:
-        step.send(None)
-    except StopIteration as ended:
-        value: T = ended.value
-        return value
-    raise RuntimeError("a step waits for an event loop")
 
 
 ROWS = (1, 4, 16, 64, 256)
@@ -217,8 +203,7 @@ class DenseBench:
         self._n_layers = len(loaded.n_experts)
         self._extent = Extent.of(loaded, config)
         watch = Watch()
-        crossing = GpuCrossing(gpu, watch)
-        self._lanes = DenseLanes(crossing, watch)
+        self._lanes = DenseLanes(watch)
         lookahead = Lookahead(loaded.model, loaded.experts) if slots and self._extent.ahead else None
         self._graphs: Graphs | None = None
         if loaded.packed:
@@ -230,7 +215,7 @@ class DenseBench:
         self._steps = StepRunner(
             loaded,
             Runner(scheduler, self._lanes),
-            Experts(crossing, loaded.n_experts, lookahead=lookahead),
+            Experts(partial(GpuCrossing, gpu, watch), loaded.n_experts, lookahead=lookahead),
             Waves("one", scheduler, loaded.top_k),
             graphs=self._graphs,
         )
@@ -313,7 +298,7 @@ class DenseBench:
         lanes = self._lanes
         lanes.begin(self._gpu.main.mark())
         began_s = perf_counter()
-        outcomes = at_once(self._steps.run(spans))
+        outcomes = self._steps.run(spans)
         wall_s = perf_counter() - began_s
         for outcome in outcomes:
             if outcome.error is not None:

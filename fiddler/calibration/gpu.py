@@ -28,12 +28,13 @@ from fiddler.calibration.measure import FITTED, HELD_OUT, Bench, Measured, Point
 from fiddler.config import EngineConfig
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts, Moves
 from fiddler.devices.cpu import CpuDevice
-from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch
+from fiddler.gpu.crossing import GpuLayer, Watch
 from fiddler.gpu.device import Event
 from fiddler.gpu.jobs import Computed, GpuJobs
 from fiddler.lanes.experts import Ask
 from fiddler.models.kv import KvArena
 from fiddler.models.loaded import ServableModel
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import CopyExpert, RunExperts
 from fiddler.scheduler.routing import route
 
@@ -120,9 +121,8 @@ class GpuExperts:
         most = min(TOGETHER, self.n_slots, self.n_experts[layer])
         n = max(1, min(most, MOST_ROWS // n_rows))
         with self._asked(layer, n_rows, n) as asked:
-            assert asked.work is not None
-            loads, mine = asked.work.loads, tuple(islice(slots, n))
-            queued = self.jobs.launch(RunExperts(0, "gpu", _WAVE, layer, loads, mine, 0.0))
+            mine = tuple(islice(slots, n))
+            queued = self.jobs.launch(RunExperts(0, "gpu", asked, asked.work.loads, mine, 0.0))
             assert queued is not None
             return _took(*queued) / n
 
@@ -160,38 +160,36 @@ class GpuExperts:
         deadline, taken = perf_counter() + measure.BESIDE_S, list[float]()
         while len(taken) < measure.LEAST or perf_counter() < deadline:
             with self._asked(layer, n_rows, 1) as asked:
-                there = self.jobs.crossing.due[_WAVE].there
-                down_s = asked.rows_there.since(there)
-                results = self.jobs.gpu.pinned(*asked.rows.shape, dtype=asked.rows.dtype).zero_()
+                tensors: GpuLayer = asked.tensors
+                down_s = tensors.rows_there.since(tensors.note_came)
+                results = self.jobs.gpu.pinned(*tensors.rows.shape, dtype=tensors.rows.dtype).zero_()
                 began = self.jobs.gpu.up.mark()
-                self.jobs.land(Computed(asked, range(n_rows), results, {}))
-                assert asked.up is not None
-                taken.append(down_s + _took(began, asked.up))
+                self.jobs.land(Computed(tensors, range(n_rows), results, {}))
+                assert tensors.up is not None
+                taken.append(down_s + _took(began, tensors.up))
         return typical(taken)
 
     @contextmanager
-    def _asked(self, layer: int, n_rows: int, n_experts: int) -> Generator[GpuLayer]:
+    def _asked(self, index: int, n_rows: int, n_experts: int) -> Generator[Layer]:
         """Have rows wait at a layer, each for as many experts, and nothing on its way any more."""
-        gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing, self.jobs.host.weights(layer, 0).up[0]
+        gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing(), self.jobs.host.weights(index, 0).up[0]
 
         def ask() -> Ask:
             numbers = torch.Generator(gpu.device).manual_seed(0)  # nobody else's random numbers are used up
             shape = n_rows, weight.shape[1]
             hidden = torch.randn(shape, generator=numbers, device=gpu.device, dtype=torch.float32).to(weight.dtype)
-            index = torch.arange(n_experts, device=gpu.device).expand(n_rows, -1)
-            return Ask(layer, hidden, index, torch.ones_like(index, dtype=torch.float32), None)
+            visited = torch.arange(n_experts, device=gpu.device).expand(n_rows, -1)
+            return Ask(index, hidden, visited, torch.ones_like(visited, dtype=torch.float32), None)
 
-        crossing.announce(_WAVE, gpu.launch(ask))
-        crossing.open(_WAVE, route(layer, list(range(n_experts)) * n_rows, self.n_experts[layer]))
-        asked = crossing.find(_WAVE, layer)
-        assert asked is not None
-        until(asked.rows_there)
+        crossing.announce(gpu.launch(ask))
+        work = route(index, list(range(n_experts)) * n_rows, self.n_experts[index])
+        layer = Layer(Wave(), work, n_rows, n_experts, tensors=crossing.open(work))
+        until(layer.tensors.rows_there)
         until(gpu.main.mark())
         try:
-            yield asked
+            yield layer
         finally:
-            crossing.let_go(_WAVE, layer)
-            crossing.end(_WAVE)
+            crossing.let_go(layer)
 
 
 def _took(began: Event, ended: Event, pause_s: float = 0.0) -> float:
@@ -223,7 +221,7 @@ class GpuBench:
     def of(cls, loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> "GpuBench":
         """Measure with the devices of an engine's jobs."""
         gpu = jobs.gpu
-        own = GpuJobs(gpu, GpuCrossing(gpu, Watch()), jobs.host, jobs.experts, jobs.copying)
+        own = GpuJobs(gpu, Watch(), jobs.host, jobs.experts, jobs.copying)
         return cls(loaded, GpuExperts(own, loaded.n_experts), config)
 
     @property

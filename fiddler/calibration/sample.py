@@ -20,7 +20,7 @@ from fiddler.devices.formula import DTYPES
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.sim import SimDevice
 from fiddler.gpu import cuda
-from fiddler.gpu.crossing import GpuCrossing, Watch
+from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs
 from fiddler.gpu.ring import StagingRing
 from fiddler.gpu.slots import SlotExperts, Stack
@@ -102,7 +102,7 @@ def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]
     copying = Copying(arena, blocks.block, blocks.pinned, StagingRing(gpu))
     host = CpuDevice(blocks.weights, formulas, kernels)
     try:
-        yield GpuBench.of(loaded, GpuJobs(gpu, GpuCrossing(gpu, Watch()), host, experts, copying), config)
+        yield GpuBench.of(loaded, GpuJobs(gpu, Watch(), host, experts, copying), config)
     finally:
         blocks.unpin(gpu.unpin)
 

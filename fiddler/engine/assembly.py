@@ -93,22 +93,22 @@ class Rig:
     recorder: Recorder | None
     config: EngineConfig
 
-    async def relieve(self) -> bool:
+    def relieve(self) -> bool:
         """Have fewer slots, so that what a GPU's memory ran out for finds room; whether that was possible."""
         self.side.work.short = False
         if self.side.shrink is None or not self.scheduler.cache.n_slots:
             return False
-        await self.runner.settle()
+        self.runner.settle()
         self.scheduler.cache.shrink(self.side.shrink())
-        await self.runner.preload()
+        self.runner.preload()
         return True
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Let the lanes finish, end them, and save what the cache has learnt."""
         try:
-            await self.runner.settle()
+            self.runner.settle()
         finally:
-            await self.lanes.aclose()
+            self.lanes.close()
             self.side.close()
             if self.scheduler.cache.n_slots:
                 save(self.scheduler.cache, self.config.warm_start)
@@ -153,7 +153,7 @@ def _host_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, tra
     work = ExpertWork(host, accelerator)
     costs = _costs(loaded, host, accelerator, config)
     n_slots = accelerator.arena.n_slots if accelerator is not None else 0
-    return Side(HostCrossing(work), work, costs, n_slots, lambda: _lanes(resolved, work, costs, trace))
+    return Side(HostCrossing, work, costs, n_slots, lambda: _lanes(resolved, work, costs, trace))
 
 
 def _scheduler(

@@ -23,7 +23,7 @@ from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.gpu import cuda
 from fiddler.gpu.budget import Room, shrunk
-from fiddler.gpu.crossing import GpuCrossing, Watch
+from fiddler.gpu.crossing import Watch
 from fiddler.gpu.device import Gpu
 from fiddler.gpu.jobs import Copying, GpuJobs
 from fiddler.gpu.ring import StagingRing
@@ -56,7 +56,7 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
         stacks = lru_cache(None)(partial(_stack, store, arena))
         experts = SlotExperts(stacks, loaded.formulas)
         copying = Copying(arena, store.block, pinned.holds, ring)
-        jobs = GpuJobs(gpu, GpuCrossing(gpu, Watch()), host, experts, copying)
+        jobs = GpuJobs(gpu, Watch(), host, experts, copying)
         memory = GpuMemory(loaded, jobs, room, _graphs(loaded, gpu, config), stacks.cache_clear)
         costs = _costs(loaded, jobs, config)
     except BaseException:

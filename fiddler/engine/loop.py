@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import anyio
 import torch
 
 from fiddler.engine.assembly import Rig
@@ -19,7 +18,7 @@ from fiddler.errors import (
     PromptError,
     RequestError,
 )
-from fiddler.lanes.channel import Channel
+from fiddler.lanes.mailbox import Mailbox
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
 from fiddler.scheduler.rows import Span, assemble
@@ -80,7 +79,7 @@ class EngineLoop:
         self,
         loaded: ServableModel,
         rig: Rig,
-        inbox: Channel[Command],
+        inbox: Mailbox[Command],
         *,
         max_running: int,
         chunk_tokens: int,
@@ -109,7 +108,7 @@ class EngineLoop:
         self._inbox.push(Submit(submission, reading))
         self._readings.put(reading)
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    def serve(self, ready: Callable[[], None]) -> None:
         """Run until a `Close`; `ready` is called once requests may come. Raises what ends it before its time.
 
         However it ends, everybody is told: requests in flight, those that wait, and those that come too late.
@@ -119,30 +118,29 @@ class EngineLoop:
             self._readings.start()
             ready()
             with torch.inference_mode():
-                await self._rig.runner.preload()
+                self._rig.runner.preload()
                 while not self._closing:
-                    await self._turn()
+                    self._turn()
         except BaseException as error:
             cause = error
         try:
-            await self._end(cause)
+            self._end(cause)
         finally:
             if cause is not None:  # rather than what came of it
                 raise cause
 
-    async def _end(self, cause: BaseException | None) -> None:
+    def _end(self, cause: BaseException | None) -> None:
         try:
             self._abandon(cause)
         finally:
             self._readings.close()
-            await self._rig.aclose()
+            self._rig.close()
 
-    async def _turn(self) -> None:
+    def _turn(self) -> None:
         """Take what came in, waiting for it if there is nothing else to do, and run one step."""
         if not self._running and self._line.first() is None:
-            with anyio.move_on_after(PATIENCE_S if self._line.held_up else None):
-                command = await self._inbox.receive()
-                self._apply([command])  # not in one line: bench puts another `_apply` there while this waits
+            found = self._inbox.receive_within(PATIENCE_S if self._line.held_up else None)
+            self._apply(found)  # not in one line: bench puts another `_apply` there while this waits
         news = self._inbox.drain()
         self._apply(news)
         self._admit()
@@ -150,7 +148,7 @@ class EngineLoop:
         if self._running and not self._closing:
             if news or self._outbox:  # before a step, which may take long
                 self._publish()
-            await self._step()
+            self._step()
         self._publish()
 
     def _apply(self, commands: Iterable[Command]) -> None:
@@ -258,12 +256,12 @@ class EngineLoop:
         if max(prompt_ids) >= n_vocabulary:
             raise PromptError(f"token id {max(prompt_ids)} is outside the vocabulary of {n_vocabulary}")
 
-    async def _step(self) -> None:
+    def _step(self) -> None:
         now_s = self._rig.lanes.now_s
         started_s = now_s()
         spans = assemble(self._running, self._chunk_tokens, chunked=self._loaded.packed)
         try:
-            outcomes = await self._relieved(spans, await self._steps.run(spans))
+            outcomes = self._relieved(spans, self._steps.run(spans))
             self._loaded.store.check()  # no token of weights that changed while they were read
         except Exception as error:
             self._fail([span.request for span in spans], "a step failed", error)
@@ -273,7 +271,7 @@ class EngineLoop:
         self._counters.n_steps += 1
         self._counters.step_s += now_s() - started_s
 
-    async def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Where a GPU's memory ran out, have fewer slots, and run the spans that failed again, once a step."""
         short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
         if not short and not self._rig.side.work.short:
@@ -282,9 +280,9 @@ class EngineLoop:
             error = outcomes[i].error
             assert error is not None
             error.__traceback__ = error.__context__ = None
-        if not await self._rig.relieve() or not self._loaded.packed or not short:
+        if not self._rig.relieve() or not self._loaded.packed or not short:
             return outcomes
-        again = await self._steps.run_again([spans[i] for i in short])
+        again = self._steps.run_again([spans[i] for i in short])
         relieved = dict(zip(short, again, strict=True))
         return [relieved.get(i, outcome) for i, outcome in enumerate(outcomes)]
 

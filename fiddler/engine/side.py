@@ -19,7 +19,8 @@ def _nothing() -> None:
 class Side:
     """The experts' side of an engine; the model's own side only knows the crossing."""
 
-    crossing: Crossing
+    crossing: Callable[[], Crossing]
+    """Makes a wave's own."""
     work: ExpertWork | GpuJobs
     """What the lanes do jobs with."""
     costs: CostModel

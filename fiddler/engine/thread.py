@@ -3,21 +3,16 @@
 It knows no `Engine`: one that nobody holds any more is collected, and that closes it.
 """
 
-import asyncio
 import atexit
 import errno
-import importlib.util
 import os
 import traceback
-from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from time import monotonic
-from typing import Any, cast
 from weakref import WeakSet
 
-import anyio
 import torch
 
 from fiddler.calibration.kernels import choose_kernels, choose_threads
@@ -26,7 +21,8 @@ from fiddler.engine.assembly import assemble_rig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.readings import Reading
 from fiddler.errors import EngineClosedError, EngineFailedError
-from fiddler.lanes.channel import Channel, Latch
+from fiddler.lanes.channel import Latch
+from fiddler.lanes.mailbox import Mailbox
 from fiddler.models import dense
 from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
@@ -41,16 +37,13 @@ Loader = Callable[[EngineConfig], ServableModel]
 
 LEAVE_S = 30.0
 """Seconds that the end of a program waits for its engines. A thread that is in torch by then aborts the process."""
-_STDERR = 2
-_DESCRIPTORS = 8
-"""What an event loop needs, and some to spare. uvloop aborts the process where it gets only a part of them."""
 
 
 class EngineThread:
     """One engine's life, from loading to letting go. `booted` and `ended` are set however it goes."""
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig) -> None:
-        self.inbox: Channel[Command] = Channel()
+        self.inbox: Mailbox[Command] = Mailbox()
         self.booted = Latch()
         """Set once requests may come, or none ever will."""
         self.ended = Latch()
@@ -154,17 +147,13 @@ class EngineThread:
             raise self.failure
 
     def _live(self) -> None:
-        events = _event_loop()  # first: where it cannot be had nothing else is worth the time
-        try:
-            loaded, loop = self._load()
+        loaded, loop = self._load()
 
-            def ready() -> None:
-                self.loaded, self.loop, self.opened = loaded, loop, True
-                self.booted.set()
+        def ready() -> None:
+            self.loaded, self.loop, self.opened = loaded, loop, True
+            self.booted.set()
 
-            anyio.run(loop.serve, ready, backend_options={"loop_factory": lambda: events})
-        finally:
-            events.close()
+        loop.serve(ready)
 
     def _load(self) -> tuple[ServableModel, EngineLoop]:
         model, config = self._model, self._config
@@ -190,24 +179,6 @@ def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
         return loaded.model.name_or_path or str(loaded.model.config.model_type)
     folder = Path(model).expanduser()
     return folder.absolute().name if folder.is_dir() else str(model)
-
-
-def _event_loop() -> AbstractEventLoop:
-    """Return a new event loop, uvloop's if it is installed. Raises `OSError` without file descriptors for it.
-
-    uvloop aborts the process where it closes a standard stream's descriptor, its own where a program lacks one.
-    """
-    opened: list[int] = []
-    try:
-        while len(opened) < _DESCRIPTORS:
-            opened.append(os.open(os.devnull, os.O_RDONLY))
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    if opened[0] <= _STDERR or importlib.util.find_spec("uvloop") is None:
-        return asyncio.new_event_loop()
-    uvloop: Any = importlib.import_module("uvloop")
-    return cast("AbstractEventLoop", uvloop.new_event_loop())
 
 
 def _clear(error: BaseException) -> None:

@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fiddler.gpu.device import Event, Gpu
 from fiddler.lanes.experts import Ask, Routing, summed
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import LayerTook, Report
 from fiddler.scheduler.routing import LayerWork, Load
 
@@ -30,12 +32,21 @@ class _Points:
     """Points of one stream, in its order: if one is not passed, none behind it is."""
 
     waiting: deque[tuple[Event, Tell]] = field(default_factory=deque)
+    n_awaited: int = 0
+    """Of them, the first so many: somebody waits for them already."""
 
     def passed(self) -> list[Tell]:
         found = []
         while self.waiting and self.waiting[0][0].done():
             found.append(self.waiting.popleft()[1])
+        self.n_awaited = max(0, self.n_awaited - len(found))
         return found
+
+    def unawaited(self) -> list[Event]:
+        """Return those that nobody waits for yet; the caller does from now on."""
+        events = [event for event, _ in islice(self.waiting, self.n_awaited, None)]
+        self.n_awaited = len(self.waiting)
+        return events
 
 
 class Watch:
@@ -56,6 +67,14 @@ class Watch:
         """Tell once what is on its way to the host up to `event` is there."""
         self._down.waiting.append((event, tell))
 
+    def alone(self) -> Event | None:
+        """Return the next point of what comes down to the host; `None` where copies are under way as well."""
+        return self._down.waiting[0][0] if self._down.waiting and not self._link.waiting else None
+
+    def unawaited(self) -> tuple[list[Event], list[Event]]:
+        """Return the points of the link, and of what comes down, that nobody waits for yet; the caller does now."""
+        return self._link.unawaited(), self._down.unawaited()
+
     def collect(self) -> list[Report]:
         """Return what is to be told now: of the main stream first, for what comes down from it comes later."""
         down = self._down.passed()  # asked first, or it could pass a point that the main stream was not seen to
@@ -74,6 +93,7 @@ class GpuLayer:
     """The routing; see `noted`."""
     note_there: Tensor
     """The same on the host, pinned."""
+    note_came: Event
     rows: Tensor
     """`[T, H]` on the host, pinned."""
     rows_there: Event
@@ -124,20 +144,17 @@ def blank_visits(ask: Ask) -> Tensor:
 
 @dataclass(slots=True)
 class GpuCrossing:
-    """The layers on their way, and what each wave waits for."""
+    """One wave's way to its experts and back."""
 
     gpu: Gpu
     watch: Watch
-    due: dict[int, Due] = field(default_factory=dict)
-    """By wave, of its latest dense part."""
-    _layers: dict[tuple[int, int], GpuLayer] = field(default_factory=dict)
-    _began: dict[int, Event] = field(default_factory=dict)
+    due: Due | None = None
+    """The end of the latest dense part."""
+    asked: GpuLayer | None = None
+    """The layer that was announced and not opened."""
+    _began: Event | None = None
 
-    def find(self, wave: int, layer: int) -> GpuLayer | None:
-        """Return a layer that was not let go."""
-        return self._layers.get((wave, layer))
-
-    def announce(self, wave: int, ask: Ask) -> None:
+    def announce(self, ask: Ask) -> None:
         """Bring a layer's routing down, and its rows behind it."""
         gpu = self.gpu
         if ask.own is not None:
@@ -148,66 +165,78 @@ class GpuCrossing:
         gpu.down.follow(ready)
         note_there, there = self._down(note)
         rows, rows_there = self._down(ask.hidden)
-        self._layers[wave, ask.layer] = GpuLayer(ask, ready, note, note_there, rows, rows_there, visits)
-        self.due[wave] = Due(self._began.pop(wave, None), ready, there)
+        self.asked = GpuLayer(ask, ready, note, note_there, there, rows, rows_there, visits)
+        self._end_at(ready, there)
 
-    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+    def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Bring down what a wave's forwards have returned; it is there when their dense part is reported."""
         ready = self.gpu.main.mark()
         self.gpu.down.follow(ready)
         brought = [self._down(result) for result in results]
         there = brought[-1][1] if brought else self.gpu.down.mark()
         self.gpu.main.follow(there)  # whose memory may go to others from here on
-        self.due[wave] = Due(self._began.pop(wave, None), ready, there)
+        self._end_at(ready, there)
         return [tensor for tensor, _ in brought]
 
-    def routing(self, wave: int, layer: int) -> Routing:
+    def _end_at(self, ready: Event, there: Event) -> None:
+        self.due, self._began = Due(self._began, ready, there), None
+
+    def routing(self) -> Routing:
         """Return who visits whom, as it came down."""
-        found = self._layers[wave, layer]
+        found = self.asked
+        assert found is not None
         k, own = found.top_k, found.ask.own
         note = found.note_there if own is None else found.note_there[: own.n_rows]
         ahead = note[:, 2 * k :].to(torch.int64) if found.ask.ahead is not None else None
         return Routing(note[:, :k].to(torch.int64), note[:, k : 2 * k], ahead)
 
-    def open(self, wave: int, work: LayerWork) -> None:
+    def open(self, work: LayerWork) -> GpuLayer:
         """Let jobs of the layer begin."""
-        self._layers[wave, work.layer].work = work
+        found, self.asked = self.asked, None
+        assert found is not None
+        found.work = work
+        return found
 
-    def results(self, wave: int, layer: int, *, deferred: bool = False, failed: tuple[Load, ...] = ()) -> Tensor:
+    def results(self, layer: Layer, *, deferred: bool = False, failed: Sequence[Load] = ()) -> Tensor:
         """Queue the weighted sums behind all that the layer's jobs have queued; rows that failed were left zero."""
-        found, gpu = self._layers[wave, layer], self.gpu
+        found, gpu = cast("GpuLayer", layer.tensors), self.gpu
         if found.up is not None:
             gpu.main.follow(found.up)
         if not deferred:
-            self._pass(wave, layer, found)
+            self._pass(layer, found)
+        work = layer.work
+        if deferred or not work.deferred:
+            self.let_go(layer)
         if found.ask.own is not None:
             return found.visits
-        assert found.work is not None
-        if not found.work.deferred:
+        if not work.deferred:
             return gpu.launch(lambda: summed(found.visits, found.ask.weights))
-        loads = found.work.deferred if deferred else found.work.loads
+        loads = work.deferred if deferred else work.loads
         mask = gpu.pinned(*found.ask.weights.shape, dtype=torch.float32).zero_()
         mask.view(-1)[found.positions(loads)] = 1.0
         return gpu.launch(lambda: summed(found.visits, found.ask.weights * self._device(mask)))
 
-    def let_go(self, wave: int, layer: int) -> None:
-        """Forget a layer. Its memory may go to others: the main stream follows whoever still uses it."""
-        found = self._layers.pop((wave, layer), None)
+    def let_go(self, layer: Layer) -> None:
+        """Let go of a layer. Its memory may go to others: the main stream follows whoever still uses it."""
+        found, layer.tensors = cast("GpuLayer", layer.tensors), None
+        self._gone(found)
+
+    def end(self) -> None:
+        """Let go of a layer that was announced and not opened."""
+        found, self.asked = self.asked, None
         if found is not None:
-            found.gone = True
-            for event in (found.rows_there, found.up):
-                if event is not None:
-                    self.gpu.main.follow(event)
+            self._gone(found)
 
-    def end(self, wave: int) -> None:
-        """Forget a wave."""
-        self.due.pop(wave, None)
-        self._began.pop(wave, None)
+    def _gone(self, found: GpuLayer) -> None:
+        found.gone = True
+        for event in (found.rows_there, found.up):
+            if event is not None:
+                self.gpu.main.follow(event)
 
-    def _pass(self, wave: int, layer: int, found: GpuLayer) -> None:
+    def _pass(self, layer: Layer, found: GpuLayer) -> None:
         """Mark where the layer's experts end and the next dense part begins, and have the time between told."""
-        ended = self._began[wave] = self.gpu.main.mark()
-        self.watch.main(ended, lambda: LayerTook(wave, layer, ended.since(found.ready)))
+        ended = self._began = self.gpu.main.mark()
+        self.watch.main(ended, lambda: LayerTook(layer, ended.since(found.ready)))
 
     def _down(self, tensor: Tensor) -> tuple[Tensor, Event]:
         """Queue a tensor's way to the host; returns where it will be, and when."""

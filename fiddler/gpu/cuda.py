@@ -41,12 +41,16 @@ class CudaEvent:
     __slots__ = ("event",)
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
+        self.event = torch.cuda.Event(enable_timing=True, blocking=True)
         self.event.record(stream)
 
     def done(self) -> bool:
         """Whether the stream has passed it."""
         return bool(self.event.query())
+
+    def wait(self) -> None:
+        """Wait until the stream has passed it."""
+        self.event.synchronize()
 
     def since(self, earlier: Event) -> float:
         """Return the seconds between, to half a microsecond (CUDA Runtime API, `cudaEventElapsedTime`)."""

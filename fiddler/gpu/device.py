@@ -21,6 +21,10 @@ class Event(Protocol):
         """Whether the stream has passed it; never waits."""
         ...
 
+    def wait(self) -> None:
+        """Return once the stream has passed it; other threads go on meanwhile."""
+        ...
+
     def since(self, earlier: "Event") -> float:
         """Return the seconds on the GPU between two events that are done."""
         ...

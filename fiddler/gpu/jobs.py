@@ -1,6 +1,5 @@
 """The jobs of a machine with a GPU: each queued on a stream, or done by a worker of the host and queued then."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,16 +11,13 @@ from torch import Tensor
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.devices.arena import Arena
 from fiddler.devices.cpu import CpuDevice, empty_results
-from fiddler.gpu.crossing import GpuCrossing, GpuLayer
+from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch
 from fiddler.gpu.device import Event, Gpu
 from fiddler.gpu.ring import StagingRing
 from fiddler.gpu.slots import SlotExperts, Visits
 from fiddler.lanes.experts import LaneCounters, all_or_each
 from fiddler.scheduler.messages import CopyExpert, Failures, RunExperts
 from fiddler.scheduler.routing import Load
-
-POLL_S = 2e-5
-"""A worker that waits for rows asks this often; they follow the routing down at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class GpuJobs:
     """Does the work of jobs. The streams keep the order between what reads and what writes a slot."""
 
     gpu: Gpu
-    crossing: GpuCrossing
+    watch: Watch
     host: CpuDevice
     experts: SlotExperts
     copying: Copying
@@ -64,9 +60,13 @@ class GpuJobs:
     _read: dict[int, Event] = field(default_factory=dict)
     """By slot, when what was last computed from it has ended."""
 
+    def crossing(self) -> GpuCrossing:
+        """Return a new wave's way to its experts and back."""
+        return GpuCrossing(self.gpu, self.watch)
+
     def launch(self, job: RunExperts) -> tuple[Event, Event] | None:
         """Queue loads behind their copies; returns where they begin and end, `None` if nobody wants them."""
-        layer = self.crossing.find(job.wave, job.layer)
+        layer: GpuLayer | None = job.layer.tensors
         if layer is None:
             return None
         main = self.gpu.main
@@ -75,7 +75,8 @@ class GpuJobs:
                 main.follow(self._landing[slot])
         began = main.mark()
         visits = _Grouped.of(job, layer, self.gpu)
-        main.run(lambda: self.experts.run(job.layer, visits.on(self.gpu.device), layer.ask.hidden, layer.visits))
+        index, device = job.layer.index, self.gpu.device
+        main.run(lambda: self.experts.run(index, visits.on(device), layer.ask.hidden, layer.visits))
         ended = main.mark()
         self._read.update(dict.fromkeys(job.slots, ended))
         self._count(job.lane, job)
@@ -83,11 +84,11 @@ class GpuJobs:
 
     def compute(self, job: RunExperts) -> Computed | None:
         """Run loads on the host, in a worker's thread; `None` if nobody wants them."""
-        layer = self.crossing.find(job.wave, job.layer)
+        layer: GpuLayer | None = job.layer.tensors
         if layer is None:
             return None
-        while not layer.rows_there.done():
-            time.sleep(POLL_S)
+        index = job.layer.index
+        layer.rows_there.wait()
         started = perf_counter()
         tokens = torch.tensor([p // layer.top_k for p in layer.positions(job.loads)])
         rows = layer.rows.index_select(0, tokens)
@@ -96,7 +97,7 @@ class GpuJobs:
 
         def run(which: Sequence[int]) -> None:
             mine = [loads[i] for i in which]
-            self.host.run(job.layer, mine, self.host.experts(job.layer, mine), rows, out)
+            self.host.run(index, mine, self.host.experts(index, mine), rows, out)
 
         failures = all_or_each(loads, run)
         self._count(job.lane, job)
@@ -166,7 +167,7 @@ class GpuJobs:
         counters = self.counters[lane]
         counters.n_rows += sum(load.n_rows for load in job.loads)
         counters.n_loads += len(job.loads)
-        counters.n_bytes += sum(self.host.weights(job.layer, load.expert).nbytes for load in job.loads)
+        counters.n_bytes += sum(self.host.weights(job.layer.index, load.expert).nbytes for load in job.loads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,21 @@ GPU has passed its end. Only the dense part is done when its end has come: the h
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
+from typing import Any, cast
 
 import torch
-from anyio import lowlevel
 
 from fiddler.cost.lanes import LaneName
+from fiddler.gpu.crossing import Due
 from fiddler.gpu.device import Event
 from fiddler.gpu.jobs import Computed, GpuJobs
-from fiddler.lanes.channel import Channel
 from fiddler.lanes.laneset import span
+from fiddler.lanes.mailbox import Mailbox
 from fiddler.lanes.threads import Worker
 from fiddler.scheduler.messages import (
     CopyExpert,
@@ -35,15 +35,14 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.trace import Trace
 
-SPINS = 200
-"""Times that events are asked for without a pause. A decoding layer takes less than that many turns of the loop."""
-PAUSE_S = 5e-5
-"""Between further times: long waits leave the core to the host's experts. Linux adds as much of its own."""
-
 logger = logging.getLogger("fiddler")
 
 _Told = Callable[[], None]
 """What a worker leaves to be done in the engine's thread."""
+
+
+def _look() -> None:
+    """Do nothing: whoever is told looks at the streams' points next."""
 
 
 class StreamLanes:
@@ -60,20 +59,18 @@ class StreamLanes:
     ) -> None:
         """`working` is entered in each worker, for its life."""
         self._jobs = jobs
-        self._crossing = jobs.crossing
-        self._watch = jobs.crossing.watch
+        self._watch = jobs.watch
         self._trace = trace
-        self._n_computing = 0
+        self._working: dict[int, LaneName] = {}  # jobs that workers have
         self._said: set[type[BaseException]] = set()
         self._reports: deque[Report] = deque()
-        self._told: Channel[_Told] = Channel()
+        self._told: Mailbox[_Told] = Mailbox()
         self._anchor: tuple[Event, float] | None = None  # a point of the GPU's clock, and the same on the host's
-        self._cpu = Worker("cpu", self._compute, partial(self._bury, "cpu"), working)
-        self._link = Worker("link", self._stage, partial(self._bury, "link"), working)
+        self._cpu = Worker[Job]("cpu", self._compute, partial(self._bury, "cpu"), working)
+        self._link = Worker[Job]("link", self._stage, partial(self._bury, "link"), working)
+        self._waiters = [Worker[Event](f"wait-{name}", self._await, self._lost) for name in ("link", "down")]
 
-    def now_s(self) -> float:
-        """Return the wall clock's seconds."""
-        return perf_counter()
+    now_s = staticmethod(perf_counter)
 
     def start(self, job: Job) -> None:
         """Queue a job on its stream, or for its worker."""
@@ -81,23 +78,31 @@ class StreamLanes:
             case RunDense():
                 self._await_dense(job)
             case RunExperts(lane="cpu"):
-                self._n_computing += 1
+                self._working[job.job] = "cpu"
                 self._cpu.put(job)
             case RunExperts():
                 self._launch(job)
             case CopyExpert():
                 self._copy(job)
 
-    async def report(self) -> Report:
+    def report(self) -> Report:
         """Wait for the next report."""
-        for turn in range(1 << 62):
+        self._collect()
+        while not self._reports:
+            self._wait()
             self._collect()
-            if self._reports:
-                break
-            if turn > SPINS or self._n_computing:  # asking holds the interpreter, which the worker needs as well
-                time.sleep(PAUSE_S)  # noqa: ASYNC251  # the loop has nothing else to do, and its timers are coarse
-            await lowlevel.checkpoint()
         return self._reports.popleft()
+
+    def _wait(self) -> None:
+        """Wait for a worker, or for a point of the GPU; in this thread where there is but one thing to wait for."""
+        point = self._watch.alone()
+        if point is not None and not self._working:
+            point.wait()
+            return
+        for waiter, events in zip(self._waiters, self._watch.unawaited(), strict=True):
+            for event in events:
+                waiter.put(event)
+        self._told.receive()()
 
     def drain(self) -> list[Report]:
         """Return the reports that are there without waiting."""
@@ -106,12 +111,13 @@ class StreamLanes:
         self._reports.clear()
         return drained
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """End the workers, once they are through with what is queued."""
-        for worker in (self._cpu, self._link):
+        workers: list[Worker[Any]] = [self._cpu, self._link, *self._waiters]
+        for worker in workers:
             worker.end()
-        for worker in (self._cpu, self._link):
-            await worker.join()
+        for worker in workers:
+            worker.join()
 
     def _collect(self) -> None:
         for told in self._told.drain():
@@ -119,7 +125,7 @@ class StreamLanes:
         self._reports += self._watch.collect()
 
     def _await_dense(self, job: RunDense) -> None:
-        due = self._crossing.due[job.wave]
+        due = cast("Due", job.due)
 
         def done() -> Report:
             self._anchor = due.ended, perf_counter()
@@ -150,7 +156,8 @@ class StreamLanes:
 
     def _copy(self, job: CopyExpert) -> None:
         if self._jobs.pageable(job):
-            self._link.put(job)
+            self._working[job.job] = "link"
+            self._link.put(job, urgent=job.urgent)
         else:
             self._queue(job)()
 
@@ -168,11 +175,28 @@ class StreamLanes:
         self._reports.append(CopyOrdered(job.job))
         self._watch.link(landed, lambda: self._took(job, began, landed))
 
+    def _staged(self, job: CopyExpert, queued: _Told) -> None:
+        self._working.pop(job.job, None)
+        queued()
+
     # In the workers' threads
+
+    def _await(self, event: Event) -> None:
+        event.wait()
+        self._told.push(_look)
+
+    def _lost(self, error: BaseException) -> None:
+        """Have the engine's thread raise what a wait for the GPU has raised: nothing that is queued will end."""
+
+        def fail() -> None:
+            raise error
+
+        self._told.push(fail)
 
     def _stage(self, job: Job) -> None:
         assert isinstance(job, CopyExpert)
-        self._told.push(self._queue(job))
+        queued = self._queue(job)
+        self._told.push(lambda: self._staged(job, queued))
 
     def _compute(self, job: Job) -> None:
         assert isinstance(job, RunExperts)
@@ -184,7 +208,7 @@ class StreamLanes:
         self._told.push(lambda: self._computed(job, computed, ended - started))
 
     def _computed(self, job: RunExperts, computed: Computed | None, took_s: float) -> None:
-        self._n_computing -= 1
+        self._working.pop(job.job, None)
         failures: Failures = {}
         if computed is not None:
             try:
@@ -206,7 +230,7 @@ class StreamLanes:
         self._told.push(lambda: self._buried(lane, error))
 
     def _buried(self, lane: LaneName, error: BaseException) -> None:
-        self._n_computing = 0 if lane == "cpu" else self._n_computing
+        self._working = {job: other for job, other in self._working.items() if other != lane}
         self._reports.append(LaneDied(lane, error))
 
     def _note(self, job: Job, began: Event, ended: Event) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.cache.policy import Rows
+from fiddler.lanes.runner import DrivenWave
 from fiddler.recording import Recording
-from fiddler.scheduler.messages import LayerDone, LayerReady
+from fiddler.scheduler.layer import Layer
+from fiddler.scheduler.messages import LayerDone
 from fiddler.scheduler.routing import route
 from fiddler.scheduler.rows import Span
 
@@ -37,7 +39,7 @@ class Script:
         return self.n_past >= len(self.recording.experts)
 
 
-class ScriptWave:
+class ScriptWave(DrivenWave):
     """Rows of some sequences on their way through the layers; `passed` is called after each."""
 
     def __init__(
@@ -46,6 +48,7 @@ class ScriptWave:
         n_experts: tuple[int, ...],
         passed: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self._passed = passed
         self.n_rows = sum(span.n_rows for span in spans)
         self.n_context = sum(span.stop for span in spans)
@@ -57,26 +60,24 @@ class ScriptWave:
         self._ahead = _joined(ahead) if len(ahead) == len(spans) else None
         self._n_experts = n_experts
         self._layer = -1
-        self._wave = -1
 
     @property
     def at_end(self) -> bool:
         """Whether its last layer's experts were asked for: the output head comes next."""
         return self._layer + 1 == len(self._n_experts)
 
-    def launch(self, wave: int) -> None:
+    def launch(self) -> None:
         """Nothing is computed."""
-        self._wave = wave
 
-    def advance(self) -> LayerReady | None:
+    def advance(self) -> Layer | None:
         """Go to the next layer; `None` after the last."""
         self._layer += 1
         if self._layer == len(self._n_experts):
             return None
         visits = self._rows[:, self._layer]  # [T, K]
-        work = route(self._layer, visits.ravel().tolist(), self._n_experts[self._layer])
         n_tokens, top_k = visits.shape
-        return LayerReady(self._wave, work, n_tokens, top_k, ahead=self._expected())
+        work = route(self._layer, visits.ravel().tolist(), self._n_experts[self._layer], n_tokens=n_tokens)
+        return Layer(self, work, n_tokens, top_k, ahead=self._expected())
 
     def _expected(self) -> Rows:
         """Return what a look-ahead expects in the next layer, most rows first, then the likeliest of each token."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
-import anyio
 import numpy as np
 from numpy.typing import NDArray
 
@@ -180,7 +179,7 @@ def simulate(setting: Setting, sequences: Sequence[Recording], *, trace: Trace |
         _check(setting.shape, recording.experts, recording.n_prompt)
         if recording.ahead is not None and recording.ahead.shape != recording.experts.shape:
             raise ConfigError(f"a look-ahead of {recording.ahead.shape}, a routing of {recording.experts.shape}")
-    return anyio.run(_Simulation(setting, sequences, trace).run)
+    return _Simulation(setting, sequences, trace).run()
 
 
 def _check(shape: ModelShape, routing: NDArray[np.int16], n_prompt: int) -> None:
@@ -233,27 +232,27 @@ class _Simulation:
         self._n_decoded = 0
         self._began_s = 0.0
 
-    async def run(self) -> Report:
+    def run(self) -> Report:
         """Fill the slots, then run every step."""
-        await self._runner.preload(self._setting.popular)
+        self._runner.preload(self._setting.popular)
         self._began_s = self._lanes.now_s()
         while running := self._running():
             if not any(script.prefilling for script in running):
                 break
-            await self._step(running)
+            self._step(running)
         first = self._mark()
         self._chain.seconds = 0.0
         self._dense_bytes = self._n_decoded = self._n_steps = self._n_two = 0
         while running := self._running():
-            await self._step(running)
+            self._step(running)
         return self._report(first, self._mark())
 
     def _running(self) -> list[Script]:
         return [script for script in self._scripts if not script.finished]
 
-    async def _step(self, running: list[Script]) -> None:
+    def _step(self, running: list[Script]) -> None:
         spans = assemble(running, self._setting.chunk_tokens, chunked=True)
-        waves = await run_step(self._runner, self._waves, spans, self._wave, cut=True)
+        waves = run_step(self._runner, self._waves, spans, self._wave, cut=True)
         for _, wave in waves:
             if isinstance(wave.error, KeyboardInterrupt):
                 raise wave.error

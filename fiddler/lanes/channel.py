@@ -25,35 +25,15 @@ class Channel(Generic[T]):
         self._items: deque[T] = deque()
         self._lock = RLock()  # garbage collected while it is held may push: an abandoned stream ends its request
         self._wake: Callable[[], object] | None = None
-        self._refuse: Callable[[T], None] | None = None
         self._guard = anyio.ResourceGuard("receiving from this stream")
 
     def push(self, item: T) -> None:
         """Add an item and wake the receiver; never waits. A receiver whose loop is gone is not an error."""
         with self._lock:
-            refuse = self._refuse
-            if refuse is None:
-                self._items.append(item)
+            self._items.append(item)
             wake, self._wake = self._wake, None
-        if refuse is not None:
-            refuse(item)
-        elif wake is not None:
+        if wake is not None:
             wake()
-
-    def seal(self, refuse: Callable[[T], None]) -> list[T]:
-        """Take every item there is, and be the last to: what is pushed from now on is given to `refuse` instead.
-
-        It is called in the thread that pushes. Whoever pushes is thus answered, however late he comes.
-        """
-        with self._lock:
-            self._refuse = refuse
-            return self.drain()
-
-    def drain(self) -> list[T]:
-        """Take every item there is."""
-        with self._lock:
-            items, self._items = self._items, deque()
-        return list(items)
 
     async def receive(self) -> T:
         """Take the next item, waiting for it. Raises `anyio.BusyResourceError` for a second receiver."""

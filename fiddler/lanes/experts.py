@@ -1,8 +1,6 @@
-"""The numbers behind the jobs: a layer's rows, the weights a lane runs them on, their results.
+"""The numbers behind the jobs: rows out to the experts, the weights a lane runs them on, and their results back.
 
-Rows out to the experts and their results back, independent of who finished first.
-
-Where rows cross from a model's forward to its experts, and results back.
+Results do not depend on who finished first. One wave's crossing brings its rows from the forward to the experts.
 
 On a GPU the forward may run behind the host: what it asks for is announced before it is computed, read once it is
 there, and answered before the answer has been computed.
@@ -10,17 +8,18 @@ there, and answered before the answer has been computed.
 A layer's experts at once, on the CPU, for a forward that nobody drives.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
 from fiddler.scheduler.routing import LayerWork, Load, route
 from fiddler.types import ExpertWeights, LaneStatistics
@@ -84,9 +83,12 @@ class LaneCounters:
 
 
 @dataclass(slots=True)
-class _Buffers:
+class HostRows:
+    """A layer's rows on the host, `tensors` of a `Layer` there."""
+
+    ask: "Ask"
     rows: Tensor  # [n, H], in the work's order
-    out: Tensor  # [n, H]
+    out: Tensor  # [n, H], the experts' results
 
 
 @dataclass(slots=True)
@@ -101,29 +103,20 @@ class ExpertWork:
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
     short: bool = False
     """Whether memory ran out; whoever finds more sets this back."""
-    _open: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
-
-    def open(self, wave: int, layer: int, rows: Tensor) -> None:
-        """Take a layer's rows `[n, H]`, one per visit, before its jobs start."""
-        self._open[wave, layer] = _Buffers(rows, empty_results(rows))
-
-    def results(self, wave: int, layer: int, failed: Iterable[Load] = ()) -> Tensor:
-        """Return a layer's outputs `[n, H]`, zero for loads that failed. Those that still run are not there yet."""
-        out = self._open[wave, layer].out
-        for load in failed:
-            out[load.start : load.stop] = 0
-        return out
-
-    def let_go(self, wave: int, layer: int) -> None:
-        """Forget a layer's rows and results; nothing happens if it is not open."""
-        self._open.pop((wave, layer), None)
 
     def __call__(self, job: Job) -> Failures:
         """Do a job; returns what failed by expert."""
         started = perf_counter()
         match job:
             case RunExperts():
-                failures = self._run(job)
+                tensors: HostRows | None = job.layer.tensors
+                if tensors is None:
+                    return {}
+                try:
+                    self._run_loads(job, tensors, range(len(job.loads)))
+                    failures: Failures = {}
+                except BaseException:
+                    failures = each(job.loads, partial(self._run_loads, job, tensors))
             case CopyExpert():
                 failures = self._copy(job)
             case _:
@@ -131,23 +124,17 @@ class ExpertWork:
         self.counters[job.lane].busy_s += perf_counter() - started
         return failures
 
-    def _run(self, job: RunExperts) -> Failures:
-        buffers = self._open.get((job.wave, job.layer))
-        if buffers is None:
-            return {}
-        return all_or_each(job.loads, partial(self._run_loads, job, buffers))
-
-    def _run_loads(self, job: RunExperts, buffers: _Buffers, which: Sequence[int]) -> None:
-        loads, slots = job.loads, job.slots
+    def _run_loads(self, job: RunExperts, tensors: HostRows, which: Sequence[int]) -> None:
+        index, loads, slots = job.layer.index, job.loads, job.slots
         if len(which) < len(loads):
             loads, slots = tuple(loads[i] for i in which), tuple(slots[i] for i in which if slots)
         weights: Sequence[ExpertWeights]
         if job.lane == "cpu":
-            weights = self.host.experts(job.layer, loads)
+            weights = self.host.experts(index, loads)
         else:
             assert self.accelerator is not None
-            weights = self.accelerator.weights(job.layer, slots)
-        self.host.run(job.layer, loads, weights, buffers.rows, buffers.out)
+            weights = self.accelerator.weights(index, slots)
+        self.host.run(index, loads, weights, tensors.rows, tensors.out)
         counters = self.counters[job.lane]
         counters.n_loads += len(loads)
         for load, own in zip(loads, weights, strict=True):
@@ -172,14 +159,19 @@ def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> 
     try:
         run(range(len(loads)))
     except BaseException:
-        failures: dict[int, BaseException] = {}
-        for i, load in enumerate(loads):
-            try:
-                run((i,))
-            except BaseException as error:
-                failures[load.expert] = error
-        return failures
+        return each(loads, run)
     return {}
+
+
+def each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:
+    """Run loads one by one; returns what failed by expert."""
+    failures: dict[int, BaseException] = {}
+    for i, load in enumerate(loads):
+        try:
+            run((i,))
+        except BaseException as error:
+            failures[load.expert] = error
+    return failures
 
 
 class Ask(NamedTuple):
@@ -210,97 +202,100 @@ class Routing(NamedTuple):
 
 
 class Crossing(Protocol):
-    """The layers on their way, by wave and layer. Its methods belong to the engine's thread."""
+    """One wave's way to its experts and back. Its methods belong to the engine's thread."""
 
-    def announce(self, wave: int, ask: Ask) -> None:
-        """Take note that a wave's forward asks for a layer, computed or not."""
+    @property
+    def due(self) -> object:
+        """What tells the GPU's lane when the latest dense part has ended."""
         ...
 
-    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+    def announce(self, ask: Ask) -> None:
+        """Take note that the wave's forward asks for a layer, computed or not."""
+        ...
+
+    def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Return what forwards have returned, in the host's memory once their dense part is reported."""
         ...
 
-    def routing(self, wave: int, layer: int) -> Routing:
-        """Return who visits whom. Not before the lanes have reported the dense part that ends in the layer."""
+    def routing(self) -> Routing:
+        """Return who visits whom in the layer that was announced. Not before its dense part is reported."""
         ...
 
-    def open(self, wave: int, work: LayerWork) -> None:
-        """Let jobs of the layer begin."""
+    def open(self, work: LayerWork) -> Any:
+        """Let jobs of the layer that was announced begin; returns the tensors that they work on."""
         ...
 
-    def results(self, wave: int, layer: int, *, deferred: bool = False, failed: tuple[Load, ...] = ()) -> Tensor:
+    def results(self, layer: Layer, *, deferred: bool = False, failed: Sequence[Load] = ()) -> Tensor:
         """Return the weighted sums `[T, H]`, on the forward's device, of the layer's loads or of its deferred ones.
 
-        Those that failed count as zero. The sums may be computed later, in the order of the forward's work.
+        Those that failed count as zero. The sums may be computed later, in the order of the forward's work. The
+        layer's tensors are let go where nothing else is to come of them.
         """
         ...
 
-    def let_go(self, wave: int, layer: int) -> None:
-        """Forget a layer; nothing happens if it is not known."""
+    def let_go(self, layer: Layer) -> None:
+        """Let go of a layer's tensors."""
         ...
 
-    def end(self, wave: int) -> None:
-        """Forget a wave whose layers were let go."""
+    def end(self) -> None:
+        """Let go of what was announced and not opened."""
         ...
 
 
-@dataclass(slots=True)
-class _Open:
-    ask: Ask
-    work: LayerWork | None = None
-
-    @property
-    def n_now(self) -> int:
-        """Rows that join in this layer; the deferred follow."""
-        assert self.work is not None
-        return self.work.loads[-1].stop if self.work.loads else 0
-
-
-@dataclass(frozen=True, slots=True)
 class HostCrossing:
     """For forwards on the CPU: everything is there at once, and stays where it is."""
 
-    experts: ExpertWork
-    _layers: dict[tuple[int, int], _Open] = field(default_factory=dict)
+    due = None
 
-    def announce(self, wave: int, ask: Ask) -> None:
+    def __init__(self) -> None:
+        self._ask: Ask | None = None
+
+    def announce(self, ask: Ask) -> None:
         """Keep it: it is computed."""
-        self._layers[wave, ask.layer] = _Open(ask)
+        self._ask = ask
 
-    def conclude(self, wave: int, results: Sequence[Tensor]) -> list[Tensor]:
+    def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Return them: they are there."""
         return list(results)
 
-    def routing(self, wave: int, layer: int) -> Routing:
+    def routing(self) -> Routing:
         """Return what was asked."""
-        return Routing(*self._layers[wave, layer].ask[2:5])
+        assert self._ask is not None
+        return Routing(*self._ask[2:5])
 
-    def open(self, wave: int, work: LayerWork) -> None:
+    def open(self, work: LayerWork) -> HostRows:
         """Group the rows by expert."""
-        layer = self._layers[wave, work.layer]
-        layer.work = work
-        self.experts.open(wave, work.layer, gather(layer.ask.hidden, work, layer.ask.index.shape[1]))
+        ask, self._ask = self._ask, None
+        assert ask is not None
+        hidden, (n_tokens, top_k) = ask.hidden, ask.index.shape
+        rows = hidden.expand(len(work.order), -1) if n_tokens == 1 else gather(hidden, work, top_k)
+        return HostRows(ask, rows, empty_results(rows))
 
-    def results(self, wave: int, layer: int, *, deferred: bool = False, failed: tuple[Load, ...] = ()) -> Tensor:
+    def results(self, layer: Layer, *, deferred: bool = False, failed: Sequence[Load] = ()) -> Tensor:
         """Sum up, in routing order."""
-        found = self._layers[wave, layer]
-        work, ask = found.work, found.ask
-        assert work is not None
+        work, tensors = layer.work, cast("HostRows", layer.tensors)
+        ask, out = tensors.ask, tensors.out
+        if deferred or not work.deferred:
+            layer.tensors = None
         if not (work.deferred if deferred else work.loads):
             return ask.hidden.new_zeros(ask.hidden.shape)
-        outputs = self.experts.results(wave, layer, failed)
+        for load in failed:
+            out[load.start : load.stop] = 0
         if not work.deferred:
-            return combine(outputs, work.order, ask.weights)
-        part = slice(found.n_now, None) if deferred else slice(0, found.n_now)
-        return combine(outputs[part], work.order[part], ask.weights)
+            if ask.hidden.shape[0] == 1 and len(work.order) == ask.index.shape[1]:  # in place: see `route`
+                return summed(out, ask.weights)
+            return combine(out, work.order, ask.weights)
+        n_now = work.loads[-1].stop if work.loads else 0  # rows that join in this layer; the deferred follow
+        part = slice(n_now, None) if deferred else slice(0, n_now)
+        return combine(out[part], work.order[part], ask.weights)
 
-    def let_go(self, wave: int, layer: int) -> None:
-        """Forget a layer's rows and results."""
-        self._layers.pop((wave, layer), None)
-        self.experts.let_go(wave, layer)
+    def let_go(self, layer: Layer) -> None:
+        """Let go of a layer's rows and results."""
+        layer.tensors = None
 
-    def end(self, wave: int) -> None:
-        """Nothing is kept by wave."""
+    def end(self) -> None:
+        """Let go of what was asked."""
+        self._ask = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +308,8 @@ class ComputeLane:
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' output `[T, H]` for `hidden` `[T, H]`, routed by `index` and `weights` `[T, K]`."""
-        work = route(layer, index.flatten().tolist(), self.n_experts[layer], weights.flatten().tolist())
+        experts, n_tokens = index.flatten().tolist(), index.shape[0]
+        work = route(layer, experts, self.n_experts[layer], weights.flatten().tolist(), n_tokens=n_tokens)
         if not work.loads:
             return hidden.new_zeros(hidden.shape)
         rows = gather(hidden, work, index.shape[1])

@@ -30,7 +30,7 @@ class LaneSet(Protocol):
         """Queue a job in its lane; one that is urgent goes before those that are not and have not started."""
         ...
 
-    async def report(self) -> Report:
+    def report(self) -> Report:
         """Wait for the next report. Call it only while a job is in flight, or it may wait for ever."""
         ...
 
@@ -38,7 +38,7 @@ class LaneSet(Protocol):
         """Return the reports that are there without waiting."""
         ...
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """End the lanes, once what they run is done."""
         ...
 
@@ -50,10 +50,10 @@ def span(job: Job, start_s: float, end_s: float) -> Span:
     """Return the span of a job that ran from `start_s` to `end_s`."""
     match job:
         case RunExperts():
-            name = f"L{job.layer} {len(job.loads)} expert{'s' * (len(job.loads) > 1)}"
-            return Span(job.lane, name, job.wave, job.layer, start_s, end_s, job.predicted_s)
+            name = f"L{job.layer.index} {len(job.loads)} expert{'s' * (len(job.loads) > 1)}"
+            return Span(job.lane, name, job.layer.wave.number, job.layer.index, start_s, end_s, job.predicted_s)
         case CopyExpert():
             name = f"{_WORDS[job.reason]} L{job.layer} E{job.expert}"
             return Span(job.lane, name, None, job.layer, start_s, end_s, job.predicted_s)
         case _:
-            return Span(job.lane, "dense", job.wave, None, start_s, end_s, job.predicted_s)
+            return Span(job.lane, "dense", job.wave.number, None, start_s, end_s, job.predicted_s)

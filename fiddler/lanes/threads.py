@@ -1,7 +1,4 @@
-"""Lanes in wall time: a worker thread each, FIFO; what is urgent goes before what is not and has not started.
-
-A thread that does the jobs of one lane.
-"""
+"""Lanes in wall time: a worker thread each, FIFO; what is urgent goes before what is not and has not started."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,26 +8,29 @@ from itertools import count
 from queue import PriorityQueue
 from threading import Thread
 from time import perf_counter
+from typing import Any, Generic, TypeVar
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.errors import EngineFailedError
-from fiddler.lanes.channel import Channel, Latch
 from fiddler.lanes.laneset import Execute, span
+from fiddler.lanes.mailbox import Mailbox
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace
+
+T = TypeVar("T")
 
 
 @dataclass(order=True, slots=True)
 class _Queued:
     rank: int
     number: int
-    job: Job | None = field(compare=False)
+    job: Any = field(compare=False)
 
 
 _URGENT, _IDLE, _END = range(3)
 
 
-class Worker:
+class Worker(Generic[T]):
     """Does jobs in order; what is urgent goes before what is not and has not started.
 
     `working` is entered in the thread, for its life. `died` is told, there, of whatever ends it early. Raises
@@ -40,7 +40,7 @@ class Worker:
     def __init__(
         self,
         name: str,
-        do: Callable[[Job], None],
+        do: Callable[[T], None],
         died: Callable[[BaseException], None],
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -49,26 +49,23 @@ class Worker:
         self._working = working
         self._numbers = count()
         self._queue: PriorityQueue[_Queued] = PriorityQueue()
-        self._ended = Latch()
         self._thread = Thread(target=self._work, name=f"fiddler-{name}", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
             raise EngineFailedError(f"a thread could not be started: {error}") from error
 
-    def put(self, job: Job) -> None:
+    def put(self, job: T, *, urgent: bool = True) -> None:
         """Queue a job."""
-        rank = _IDLE if isinstance(job, CopyExpert) and not job.urgent else _URGENT
-        self._queue.put(_Queued(rank, next(self._numbers), job))
+        self._queue.put(_Queued(_URGENT if urgent else _IDLE, next(self._numbers), job))
 
     def end(self) -> None:
         """Let it end once it is through with what is queued."""
         self._queue.put(_Queued(_END, next(self._numbers), None))
 
-    async def join(self) -> None:
+    def join(self) -> None:
         """Wait for its end."""
-        await self._ended.wait()
-        self._thread.join()  # its last steps take no time
+        self._thread.join()
 
     def _work(self) -> None:
         try:
@@ -77,8 +74,6 @@ class Worker:
                     self._do(job)
         except BaseException as error:
             self._died(error)
-        finally:
-            self._ended.set()
 
 
 class ThreadLanes:
@@ -96,8 +91,8 @@ class ThreadLanes:
         """`working` is entered in each worker, for its life."""
         self._execute = execute
         self._trace = trace
-        self._reports: Channel[Report] = Channel()
-        self._workers: dict[LaneName, Worker] = {}
+        self._reports: Mailbox[Report] = Mailbox()
+        self._workers: dict[LaneName, Worker[Job]] = {}
         try:
             for lane in LANES:
                 self._workers[lane] = Worker(lane, self._run, partial(self._bury, lane), working)
@@ -105,27 +100,26 @@ class ThreadLanes:
             self._end()
             raise
 
-    def now_s(self) -> float:
-        """Return the wall clock's seconds."""
-        return perf_counter()
+    now_s = staticmethod(perf_counter)
 
     def start(self, job: Job) -> None:
         """Queue a job for its lane's worker."""
-        self._workers[job.lane].put(job)
+        urgent = not isinstance(job, CopyExpert) or job.urgent
+        self._workers[job.lane].put(job, urgent=urgent)
 
-    async def report(self) -> Report:
+    def report(self) -> Report:
         """Wait for the next report."""
-        return await self._reports.receive()
+        return self._reports.receive()
 
     def drain(self) -> list[Report]:
         """Return the reports that are there without waiting."""
         return self._reports.drain()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """End the workers, once they are through with what is queued."""
         self._end()
         for worker in self._workers.values():
-            await worker.join()
+            worker.join()
         self._workers.clear()  # they know these lanes: a cycle, and with it a store, would wait for the collector
 
     def _end(self) -> None:

@@ -54,7 +54,7 @@ class VirtualLanes:
         urgent = job.urgent if isinstance(job, CopyExpert) else True
         self._lanes.put(job.lane, job.job, self._seconds(job), urgent=urgent)
 
-    async def report(self) -> Report:
+    def report(self) -> Report:
         """Jump to the end of the next job and report it. Raises `RuntimeError` if nothing is in flight."""
         while not self._reports:
             self._jump()
@@ -62,11 +62,12 @@ class VirtualLanes:
 
     def drain(self) -> list[Report]:
         """Return what ended at the moment of the latest report; the clock jumps only for who waits."""
-        drained = list(self._reports)
-        self._reports.clear()
+        if not self._reports:
+            return []
+        drained, self._reports = list(self._reports), deque()
         return drained
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Nothing is left to end."""
 
     def _jump(self) -> None:
@@ -103,15 +104,13 @@ class VirtualLanes:
         self._reports.append(LaneDied(lane, error))
 
     def _seconds(self, job: Job) -> float:
-        if not isinstance(job, RunDense):
-            n_experts = len(job.loads) if isinstance(job, RunExperts) else 1
-            self.read_bytes[job.lane] += n_experts * self._costs.experts[job.layer].nbytes
         match job:
-            case RunExperts(lane="cpu"):
-                return self._costs.cpu_s(job.layer, [load.n_rows for load in job.loads])
-            case RunExperts():
-                return self._costs.gpu_s(job.layer, [load.n_rows for load in job.loads])
-            case CopyExpert():
-                return self._costs.experts[job.layer].copy_s
-            case _:
+            case RunExperts(lane=lane, layer=layer):
+                self.read_bytes[lane] += len(job.loads) * self._costs.experts[layer.index].nbytes
+                seconds = self._costs.cpu_s if lane == "cpu" else self._costs.gpu_s
+                return seconds(layer.index, [load.n_rows for load in job.loads])
+            case CopyExpert(layer=index):
+                self.read_bytes["link"] += self._costs.experts[index].nbytes
+                return self._costs.experts[index].copy_s
+            case RunDense():
                 return job.predicted_s

@@ -4,11 +4,12 @@ Every load of a layer is in one place at a time: in a lane, waiting for its expe
 falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good. Without link or GPU
 all that cannot run from a slot goes to the CPU; without the CPU what can be fetched is, and the rest fails.
 
-What a plan is told of a layer's loads: where their weights are, and what the cache holds them to be worth.
+Commands come in the order of need: a layer's CPU job first, then what runs from slots, then copies. The visit is
+learnt from, and copies that nobody waits for are chosen, once these are out.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
@@ -17,8 +18,8 @@ from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.guesses import Nobody, Predictor, Rule, pays, promotion
-from fiddler.scheduler.jobs import Copies, Jobs, undone
-from fiddler.scheduler.layer import LayerRun, LayerRuns
+from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
+from fiddler.scheduler.layer import Came, Layer, Wave
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -30,6 +31,7 @@ from fiddler.scheduler.messages import (
     JobDone,
     JobTook,
     LaneDied,
+    LayerDone,
     LayerReady,
     LayerTook,
     Reason,
@@ -43,22 +45,6 @@ from fiddler.scheduler.routing import Load
 from fiddler.scheduler.statistics import Counters, LayerRecords
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
-
-
-def candidates(run: LayerRun, loads: Sequence[Load], cache: ExpertCache, copies: Copies | None) -> list[Candidate]:
-    """Return a candidate for each load of a layer; without `copies` none is on its way."""
-
-    def candidate(load: Load) -> Candidate:
-        key = (run.layer, load.expert)
-        if load.expert in run.leased:
-            return Candidate(load, "hit")
-        ahead_s = copies.ahead_s(key) if copies is not None else None
-        if ahead_s is not None:
-            return Candidate(load, "landing", ahead_s=ahead_s)
-        score = run.scores[load.expert] if run.scores else cache.score(key)
-        return Candidate(load, "miss", score=score)
-
-    return [candidate(load) for load in loads]
 
 
 class Scheduler:
@@ -77,24 +63,31 @@ class Scheduler:
         self.cache = cache
         self.correction = Correction(costs)
         self.counters = Counters()
-        self.recent: defaultdict[int, deque[LayerReady]] = defaultdict(lambda: deque(maxlen=2))
-        """By layer, the latest: one or two waves of a step."""
+        self.recent: dict[int, deque[Came]] | None = None
+        """By layer, the latest: one or two waves of a step. Only where somebody predicts from them."""
         self.planner = planner
         self._promote = promote
         self._jobs = Jobs(self.correction)
-        self._runs = LayerRuns()
+        self._waves: set[Wave] = set()
+        """Those whose latest layer is on its way or was passed, and that are not gone."""
+        self._orphans: set[Layer] = set()
+        """Layers that lanes still work for, though their waves are gone."""
         self._copies = Copies(cache, self._jobs)
         self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
         self._records = LayerRecords(self.counters, trace)
         self._now_s = 0.0
 
-    def handle(self, event: Event, now_s: float) -> list[Command]:
-        """Take note of what happened at `now_s`, seconds on a clock that never goes back; return what to do."""
+    def handle(self, event: Event, now_s: float) -> Iterable[Command]:
+        """Take note of what happened at `now_s`, seconds on a clock that never goes back; return what to do.
+
+        What is returned must be consumed, whole, before the next call: the first commands of a layer are there
+        before the last are worked out.
+        """
         self._jobs.pass_to(now_s)
         self._now_s = now_s
         match event:
-            case LayerReady():
-                return list(self._begin(event))
+            case LayerReady(layer):
+                return self._begin(layer)
             case JobDone():
                 return list(self._done(event))
             case DenseQueued(wave):  # without a GPU its time is all that is asked for
@@ -109,9 +102,9 @@ class Scheduler:
                 self._records.took(event)
             case WaveDropped(wave):
                 self._drop(wave)
-        return []
+        return ()
 
-    def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
+    def preload(self, order: Sequence[Key] | None = None) -> list[CopyExpert]:
         """Return the copies that fill the free slots before anything runs: in this order, or by worth."""
         order = self.cache.best(self.cache.n_slots) if order is None else order
         return [self._copy(reservation, "promotion") for reservation in self.cache.fill(order)]
@@ -119,7 +112,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether no wave is on its way and no lane has anything to do."""
-        return not self._jobs and not self._runs
+        return not self._jobs and not self._waves and not self._orphans
 
     @property
     def prefetched(self) -> PrefetchStatistics:
@@ -135,96 +128,141 @@ class Scheduler:
         """Return the work queued in each lane."""
         return self._jobs.backlog()
 
-    def _begin(self, event: LayerReady) -> Iterator[Command]:
-        work = event.work
-        self.recent[work.layer].append(event)
+    def _begin(self, layer: Layer) -> Iterator[Command]:
+        wave, work = layer.wave, layer.work
+        layer.started_s = self._now_s
+        if wave.latest is not None and (wave.latest.work.deferred or not wave.latest.complete):
+            layer.before = wave.latest
+        wave.latest = layer
+        self._waves.add(wave)
+        if self.recent is not None:
+            self.recent.setdefault(layer.index, deque(maxlen=2)).append((work, layer.n_tokens, layer.top_k))
         rows = work.rows
-        self.prefetcher.come(event, rows, self._now_s, self.correction.costs)
-        run = LayerRun(event.wave, work, self._now_s)
+        self.prefetcher.come(layer, rows, self._now_s, self.correction.costs)
         if self.cache.policy.by_recency:
-            run.scores = {expert: self.cache.score((work.layer, expert)) for expert in rows}
-        self.cache.observe(work.layer, list(rows.items()), event.n_tokens, event.scores)
-        self._runs.begin(run)
-        for expert in rows:  # wherever they will run: the layer's own fetches must not evict them
-            self._pin(run, expert)
+            layer.worth = {expert: self.cache.score((layer.index, expert)) for expert in rows}
+        if "gpu" not in self._jobs.dead:  # wherever they will run: the layer's own fetches must not evict them
+            layer.leased = self.cache.lease_ready(layer.index, rows)
         self.prefetcher.let_go()
-        run.plan = yield from self._dispatch(run, work.loads)
+        layer.plan = yield from self._dispatch(layer, work.loads, rows)
         if work.deferred:
-            yield from self._dispatch(run, work.deferred)
-        yield from self._fill_link(run)
-        yield from self._settle(run)
+            yield from self._dispatch(layer, work.deferred)
+        yield from self._fill_link(layer)
+        yield from self._settle(layer)
 
-    def _pin(self, run: LayerRun, expert: int) -> None:
-        """Keep an expert's slot, if it has one, while a layer runs."""
-        key = (run.layer, expert)
-        if expert not in run.leased and self.cache.slot(key) is not None and "gpu" not in self._jobs.dead:
-            self.cache.lease(key)
-            run.leased.append(expert)
-
-    def _plan(self, run: LayerRun, loads: Sequence[Load]) -> tuple[Plan, dict[Load, Reservation]]:
-        """Return who runs what, and the slots of those that are fetched."""
-        dead, costs, backlog, layer = self._jobs.dead, self.correction.costs, self.backlog(), run.layer
-        seen = candidates(run, loads, self.cache, None if "gpu" in dead else self._copies)
-        # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
-        n_fetch = len(seen) if self.cache.n_slots and not dead.keys() & {"link", "gpu"} else 0
-        plan = (all_fetch if "cpu" in dead else self.planner)(layer, seen, costs, backlog, n_fetch)
-        asked = {load: self.cache.reserve((layer, load.expert)) for load in plan.fetch}
-        slots = {load: reservation for load, reservation in asked.items() if reservation is not None}
-        if len(slots) < len(asked):
-            by_load = {c.load: c for c in seen}
-            on_gpu = [by_load[load] for load in (*plan.gpu, *slots)]
-            plan = assign(layer, [c for c in seen if c not in on_gpu], on_gpu, costs, backlog)
-        return plan, slots
-
-    def _dispatch(self, run: LayerRun, loads: Sequence[Load]) -> Generator[Command, None, Plan]:
-        plan, slots = self._plan(run, loads)
-        ready = tuple(load for load in plan.gpu if load.expert in run.leased)
-        landing = [load for load in plan.gpu if load.expert not in run.leased]
-        self.counters.planned(hits=len(plan.gpu), cpu=len(plan.cpu), fetches=len(plan.fetch))
+    def _dispatch(
+        self, layer: Layer, loads: Sequence[Load], rows: Mapping[int, int] | None = None
+    ) -> Generator[Command, None, Plan]:
+        """Give loads to lanes, and learn from the visit, its `rows` by expert, once nothing is more urgent."""
+        plan = self._plan(layer, loads)
+        slots: Mapping[Load, Reservation] = {}
+        if plan.fetch:  # who may take a slot from whom depends on this visit
+            self._observe(layer, rows)
+            rows = None
+            plan, slots = self._reserved(layer, loads, plan)
+        counters = self.counters
+        counters.n_hits += len(plan.gpu)
+        counters.n_cpu += len(plan.cpu)
+        counters.n_fetches += len(plan.fetch)
+        yield from self._run_cpu(layer, plan.cpu)
+        leased = layer.leased
+        ready = tuple([load for load in plan.gpu if load.expert in leased])
         if ready:
-            yield self._run_gpu(run, ready)
-        yield from self._run_cpu(run, plan.cpu)
-        for load in landing:
-            if not self._copies.wait(run, load):
-                yield self._run_gpu(run, (load,))
+            yield self._run_gpu(layer, ready)
+        if len(ready) < len(plan.gpu):
+            for load in plan.gpu:
+                if load.expert not in leased and not self._copies.wait(layer, load):
+                    yield self._run_gpu(layer, (load,))
         for load in plan.fetch:
-            yield self._copy(slots[load], "demand", (run, load))
+            yield self._copy(slots[load], "demand", (layer, load))
+        self._observe(layer, rows)
         return plan
 
-    def _settle(self, run: LayerRun) -> Iterator[Command]:
+    def _observe(self, layer: Layer, rows: Mapping[int, int] | None) -> None:
+        if rows is not None:
+            self.cache.observe(layer.index, list(rows.items()), layer.n_tokens, layer.scores)
+
+    def _candidates(self, layer: Layer, loads: Sequence[Load]) -> list[Candidate]:
+        """Return for each load where its weights are, and what the cache holds its expert to be worth."""
+        leased, worth, index = layer.leased, layer.worth, layer.index
+        copies = None if "gpu" in self._jobs.dead else self._copies
+        found = []
+        for load in loads:
+            if load.expert in leased:
+                found.append(Candidate(load, "hit"))
+                continue
+            key = (index, load.expert)
+            ahead_s = copies.ahead_s(key) if copies is not None else None
+            if ahead_s is not None:
+                found.append(Candidate(load, "landing", ahead_s))
+            else:
+                found.append(Candidate(load, "miss", 0.0, worth[load.expert] if worth else self.cache.score(key)))
+        return found
+
+    def _plan(self, layer: Layer, loads: Sequence[Load]) -> Plan:
+        """Return who runs what."""
+        dead = self._jobs.dead
+        seen = self._candidates(layer, loads)
+        # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
+        n_fetch = len(seen) if self.cache.n_slots and not dead.keys() & {"link", "gpu"} else 0
+        planner = all_fetch if "cpu" in dead else self.planner
+        return planner(layer.index, seen, self.correction.costs, self.backlog(), n_fetch)
+
+    def _reserved(self, layer: Layer, loads: Sequence[Load], plan: Plan) -> tuple[Plan, Mapping[Load, Reservation]]:
+        """Return the slots of what is fetched, and the plan, its prediction anew where the cache refuses some."""
+        asked = {load: self.cache.reserve((layer.index, load.expert)) for load in plan.fetch}
+        slots = {load: reservation for load, reservation in asked.items() if reservation is not None}
+        if len(slots) < len(asked):
+            seen = {c.load: c for c in self._candidates(layer, [load for load in loads if load not in slots])}
+            seen |= {load: Candidate(load, "miss") for load in slots}
+            on_gpu = [seen[load] for load in (*plan.gpu, *slots)]
+            on_cpu = [c for c in seen.values() if c not in on_gpu]
+            plan = assign(layer.index, on_cpu, on_gpu, self.correction.costs, self.backlog())
+        return plan, slots
+
+    def _settle(self, layer: Layer) -> Iterator[Command]:
         """Let a layer's forward go on if it can, and let go of what nobody needs."""
-        if run.complete:
-            self._release(run)
-        latest = self._runs.latest(run.wave)
-        if latest is not None and latest.passable and not latest.reported:
-            self._records.passed(latest, self._now_s)
-            self.prefetcher.passed(run.wave, self._now_s)
-            yield latest.report()
+        if layer.complete:
+            self._release(layer)
+        wave = layer.wave
+        latest = wave.latest
+        if latest is None or latest.reported or wave.gone or latest.pending:
+            return
+        before = latest.before
+        if before is not None and not before.complete:
+            return
+        latest.reported, latest.before = True, None
+        self._records.passed(latest, self._now_s)
+        wave.passed_s = self._now_s
+        yield LayerDone(latest, latest.failures, before.late_failures if before is not None else {})
 
-    def _release(self, run: LayerRun) -> None:
-        for expert in run.leased:
-            self.cache.release((run.layer, expert))
-        run.leased.clear()
-        self._runs.forget(run)
+    def _release(self, layer: Layer) -> None:
+        if layer.leased:
+            self.cache.release_all(layer.index, layer.leased)
+            layer.leased = ()
+        self._orphans.discard(layer)
 
-    def _run_gpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Command:
-        return self._jobs.on_gpu(run, loads, tuple(self._copies.slot((run.layer, load.expert)) for load in loads))
+    def _run_gpu(self, layer: Layer, loads: tuple[Load, ...]) -> Command:
+        slots = tuple([self._copies.slot((layer.index, load.expert)) for load in loads])
+        return self._jobs.on_gpu(layer, loads, slots)
 
-    def _run_cpu(self, run: LayerRun, loads: tuple[Load, ...]) -> Iterator[Command]:
+    def _run_cpu(self, layer: Layer, loads: tuple[Load, ...]) -> Iterable[Command]:
+        if not loads:
+            return ()
         error = self._jobs.dead.get("cpu")
-        if error is not None:
-            for load in loads:
-                run.fail(load, error)
-        elif loads:
-            yield self._jobs.on_cpu(run, loads)
+        if error is None:
+            return (self._jobs.on_cpu(layer, loads),)
+        for load in loads:
+            layer.fail(load, error)
+        return ()
 
-    def _copy(self, reservation: Reservation, reason: Reason, *waiting: tuple[LayerRun, Load]) -> Command:
+    def _copy(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         if reason == "demand":
             self.prefetcher.waited(self._jobs.ahead_of_demand_s())
-        self.counters.copied(self.correction.costs.experts[reservation.key[0]].nbytes)
+        self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
         return self._copies.start(reservation, reason, *waiting)
 
-    def _fill_link(self, run: LayerRun | None = None) -> Iterator[Command]:
+    def _fill_link(self, layer: Layer | None = None) -> Iterator[Command]:
         """If the link has nothing to do: copy in what a next layer may visit, or what this one misses often."""
         if not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
             return
@@ -232,8 +270,8 @@ class Scheduler:
         reservation = self.prefetcher.choose(costs, backlog, self.planner)
         if reservation is not None:
             yield self._copy(reservation, "ahead")
-        elif self._promote and run is not None and run.plan is not None:
-            missed = [(run.layer, load.expert) for load in run.plan.cpu]
+        elif self._promote and layer is not None and layer.plan is not None:
+            missed = [(layer.index, load.expert) for load in layer.plan.cpu]
             reservation = promotion(self.cache, missed, costs, backlog.cpu_s, self.prefetcher.gap_s)
             if reservation is not None:
                 self.counters.n_promotions += 1
@@ -244,8 +282,8 @@ class Scheduler:
         if ended is None:
             return
         job, predicted_s = ended
-        # a job's time tells of its costs only if its rows were there: those of a wave that is gone may not be
-        told = isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and self._runs.awaited(job.wave))
+        # Of a wave that is gone a job may have returned without doing anything.
+        told = isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and not job.layer.wave.gone)
         if told and not event.failures and event.took_s is not None:
             self.correction.report(job.lane, predicted_s, event.took_s)
         match job:
@@ -261,32 +299,36 @@ class Scheduler:
     def _ordered(self, job: int) -> Iterator[Command]:
         """Give the GPU what waits for a copy: it keeps the order itself."""
         if "gpu" not in self._jobs.dead:
-            for run, load in self._copies.order(job):
-                yield self._run_gpu(run, (load,))
+            for layer, load in self._copies.order(job):
+                yield self._run_gpu(layer, (load,))
 
     def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
-        for run, load in self._copies.end(key, self.prefetcher.landed, failed=failed):
+        for layer, load in self._copies.end(key, self.prefetcher.landed, failed=failed):
             if failed or "gpu" in self._jobs.dead:
                 self.counters.n_fallbacks += 1
-                yield from self._run_cpu(run, (load,))
-                yield from self._settle(run)
+                yield from self._run_cpu(layer, (load,))
+                yield from self._settle(layer)
             else:
-                self._pin(run, load.expert)
-                yield self._run_gpu(run, (load,))
+                if load.expert not in layer.leased:
+                    layer.leased = [*layer.leased, *self.cache.lease_ready(layer.index, (load.expert,))]
+                yield self._run_gpu(layer, (load,))
 
     def _ran(self, job: RunExperts, failures: Failures, *, unended: bool) -> Iterator[Command]:
-        run = self._runs.find(job.wave, job.layer)
-        run.unended |= unended
-        failed = tuple(load for load in job.loads if load.expert in failures)
-        if job.lane == "gpu" and self._runs.awaited(job.wave):
-            run.ran([load for load in job.loads if load not in failed])
-            self.counters.n_fallbacks += len(failed)
-            yield from self._run_cpu(run, failed)
+        layer = job.layer
+        layer.unended |= unended
+        if not failures:
+            layer.ran(job.loads)
         else:
-            for load in failed:
-                run.fail(load, failures[load.expert])
-            run.ran(job.loads)
-        yield from self._settle(run)
+            failed = tuple(load for load in job.loads if load.expert in failures)
+            if job.lane == "gpu" and not layer.wave.gone:
+                layer.ran([load for load in job.loads if load not in failed])
+                self.counters.n_fallbacks += len(failed)
+                yield from self._run_cpu(layer, failed)
+            else:
+                for load in failed:
+                    layer.fail(load, failures[load.expert])
+                layer.ran(job.loads)
+        yield from self._settle(layer)
 
     def _bury(self, event: LaneDied) -> Iterator[Command]:
         """Do without a lane: what it had goes to the CPU, what the CPU had fails."""
@@ -295,25 +337,43 @@ class Scheduler:
             if job.lane == event.lane:
                 yield from self._done(JobDone(job.job, 0.0, undone(job, event.error)))
 
-    def _drop(self, wave: int) -> None:
+    def _drop(self, wave: Wave) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
-        self._copies.drop(wave)
-        self._records.drop(wave)
+        wave.gone = True
+        self._waves.discard(wave)
         self.prefetcher.drop(wave)
-        in_lanes = set(self._runs.of(self._jobs.all))
-        for run in self._runs.drop(wave):
-            run.ran([load for load in run.owed if (run, load) not in in_lanes])
-            if run.complete:
-                self._release(run)
+        latest, wave.latest = wave.latest, None
+        if latest is None:
+            return
+        layers = [layer for layer in (latest, latest.before) if layer is not None]
+        if any(not layer.complete for layer in layers):
+            self._copies.drop(wave)
+            in_lanes = {
+                (job.layer, load) for job in self._jobs.all if isinstance(job, RunExperts) for load in job.loads
+            }
+            for layer in layers:
+                layer.ran([load for load in layer.owed if (layer, load) not in in_lanes])
+                if not layer.complete:
+                    self._orphans.add(layer)
+        for layer in layers:
+            if layer.complete:
+                self._release(layer)
 
     def check(self) -> None:
         """Raise `AssertionError` unless every load is in exactly one place and every copy has its slot."""
         self.cache.check()
         self._jobs.check()
         self._copies.check()
-        runs = self._runs.all
-        placed = [*self._runs.of(self._jobs.all), *self._copies.waiting]
-        owed = {(run, load) for run in runs for load in run.owed}
+        layers = self.layers
+        running = [job for job in self._jobs.all if isinstance(job, RunExperts)]
+        placed = [*((job.layer, load) for job in running for load in job.loads), *self._copies.waiting]
+        owed = {(layer, load) for layer in layers for load in layer.owed}
         assert len(placed) == len(set(placed)), "a load is in two places"
         assert set(placed) == owed, "a load that is owed is in no place, or one that is not is"
-        assert not any(run.complete and run.leased for run in runs), "a layer that is complete holds slots"
+        assert not any(layer.complete and layer.leased for layer in layers), "a layer that is complete holds slots"
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Every layer on its way, or passed by a wave that has not gone on."""
+        latest = [wave.latest for wave in self._waves if wave.latest is not None]
+        return [*latest, *(layer.before for layer in latest if layer.before is not None), *self._orphans]

@@ -1,6 +1,6 @@
 """The scheduler of a machine with nothing but a CPU: nothing is decided, so nothing is paid for deciding."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
@@ -8,8 +8,10 @@ from fiddler.cache.policy import Key
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel
+from fiddler.scheduler.layer import Came, Layer
 from fiddler.scheduler.messages import (
     Command,
+    CopyExpert,
     CopyOrdered,
     DenseDone,
     DenseQueued,
@@ -38,37 +40,43 @@ class CpuOnly:
         self.correction = Correction(costs)
         self.counters = Counters()
         self.planner: Planner = all_cpu
-        self.recent: defaultdict[int, deque[LayerReady]] = defaultdict(deque)
-        """Empty: nothing is predicted from it here."""
+        self.recent: dict[int, deque[Came]] | None = None
+        """Nothing is predicted from it here."""
         self._trace = trace
-        self._now_s = 0.0
         self._dead: dict[LaneName, BaseException] = {}
         self._n_jobs = 0
-        self._jobs: dict[int, tuple[LayerReady, float]] = {}  # with when they came
-        self._late: dict[int, Failures] = {}  # by wave, of the latest layer's deferred loads
+        self._jobs: dict[int, Layer] = {}
 
-    def handle(self, event: Event, now_s: float) -> list[Command]:
+    def handle(self, event: Event, now_s: float) -> Sequence[Command]:
         """Take note of what happened at `now_s`, in seconds; return what to do."""
-        self._now_s = now_s
         match event:
-            case LayerReady():
-                return [self._begin(event)]
-            case JobDone(job):
+            case LayerReady(layer):
+                work, wave = layer.work, layer.wave
+                layer.started_s = now_s
+                layer.before, wave.latest = wave.latest, layer
+                loads = (*work.loads, *work.deferred) if work.deferred else work.loads
+                if self._dead or not loads:
+                    return (self._done(layer, self._failed(layer), now_s),)
+                self._n_jobs += 1
+                self._jobs[self._n_jobs] = layer
+                self.counters.n_cpu += len(loads)
+                return (RunExperts(self._n_jobs, "cpu", layer, loads, (), 0.0),)
+            case JobDone(job, _, failures):
                 begun = self._jobs.pop(job, None)
-                return [self._done(*begun, event.failures)] if begun is not None else []
+                return (self._done(begun, failures, now_s),) if begun is not None else ()
             case LaneDied(lane, error):
                 self._dead[lane] = error
                 left, self._jobs = list(self._jobs.values()), {}
-                return [self._done(ready, since_s, self._failed(ready)) for ready, since_s in left]
+                return [self._done(layer, self._failed(layer), now_s) for layer in left]
             case WaveDropped(wave):
-                self._late.pop(wave, None)
-                return []
+                wave.gone, wave.latest = True, None
+                return ()
             case DenseQueued(wave):
-                return [DenseDone(wave)]
+                return (DenseDone(wave),)
             case CopyOrdered() | JobTook() | LayerTook():  # of a GPU, which there is none of
-                return []
+                return ()
 
-    def preload(self, order: Sequence[Key] | None = None) -> list[Command]:
+    def preload(self, order: Sequence[Key] | None = None) -> list[CopyExpert]:
         """Return nothing: there is no slot."""
         return []
 
@@ -89,32 +97,22 @@ class CpuOnly:
 
     def check(self) -> None:
         """Raise `AssertionError` where a wave has two layers in the lane."""
-        waves = [ready.wave for ready, _ in self._jobs.values()]
+        waves = [layer.wave for layer in self._jobs.values()]
         assert len(waves) == len(set(waves)), "a wave is in two places"
 
-    def _begin(self, ready: LayerReady) -> Command:
-        loads = (*ready.work.loads, *ready.work.deferred)
-        if self._dead or not loads:
-            return self._done(ready, self._now_s, self._failed(ready))
-        self._n_jobs += 1
-        self._jobs[self._n_jobs] = ready, self._now_s
-        self.counters.n_cpu += len(loads)
-        return RunExperts(self._n_jobs, "cpu", ready.wave, ready.work.layer, loads, (), 0.0)
-
-    def _failed(self, ready: LayerReady) -> Failures:
+    def _failed(self, layer: Layer) -> Failures:
         error = self._dead.get("cpu")
-        loads = (*ready.work.loads, *ready.work.deferred)
+        loads = (*layer.work.loads, *layer.work.deferred)
         return {load.expert: error for load in loads} if error is not None else {}
 
-    def _done(self, ready: LayerReady, since_s: float, failures: Failures) -> Command:
-        late = self._late.pop(ready.wave, {})
-        if ready.work.deferred:
-            self._late[ready.wave] = failures
+    def _done(self, layer: Layer, failures: Failures, now_s: float) -> Command:
+        before, layer.before = layer.before, None
+        late = before.late_failures if before is not None else {}
+        if failures and layer.work.deferred:
+            layer.late_failures.update(failures)
         self.counters.n_layers += 1
         if self._trace is not None:
-            work = ready.work
-            took_s = self._now_s - since_s
-            self._trace.decision(
-                Decision(since_s, ready.wave, work.layer, len(work.order), len(work.loads), 0, 0, 0.0, took_s)
-            )
-        return LayerDone(ready.wave, ready.work.layer, failures, late)
+            work, since_s = layer.work, layer.started_s
+            n_rows, n_cpu, took_s = len(work.order), len(work.loads), now_s - since_s
+            self._trace.decision(Decision(since_s, layer.wave.number, work.layer, n_rows, n_cpu, 0, 0, 0.0, took_s))
+        return LayerDone(layer, failures, late)

@@ -15,7 +15,7 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key, Rows
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
 from fiddler.scheduler.routing import Load
 
@@ -147,11 +147,11 @@ MANY = 64
 
 
 class Predictor(Protocol):
-    """Sees every `LayerReady`, in the order in which they come."""
+    """Sees every layer that is ready, in the order in which they come."""
 
     name: ClassVar[str]
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """Return (expert, n_rows) guesses for the layer after this one; none where it knows nothing."""
         ...
 
@@ -161,7 +161,7 @@ class Nobody:
 
     name: ClassVar[str] = "off"
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """Nothing."""
         return ()
 
@@ -171,9 +171,9 @@ class LookAhead:
 
     name: ClassVar[str] = "look-ahead"
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """What came with the event."""
-        return ready.ahead
+        return layer.ahead
 
 
 class Frequency:
@@ -184,15 +184,15 @@ class Frequency:
     def __init__(self, cache: ExpertCache) -> None:
         self._cache = cache
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """The dearest, with one row each."""
-        layer = ready.work.layer + 1
+        index = layer.index + 1
         n_experts = self._cache.history.n_experts
-        if layer == len(n_experts):
+        if index == len(n_experts):
             return ()
-        worth = {expert: self._cache.score((layer, expert)) for expert in range(n_experts[layer])}
+        worth = {expert: self._cache.score((index, expert)) for expert in range(n_experts[index])}
         best = sorted((e for e in worth if worth[e] > 0.0), key=lambda e: -worth[e])
-        return [(expert, 1) for expert in best[: len(ready.work.loads)]]
+        return [(expert, 1) for expert in best[: len(layer.work.loads)]]
 
 
 class Transitions:
@@ -206,22 +206,22 @@ class Transitions:
         """By layer, `[E, E of the next]`."""
         self._latest: dict[int, tuple[int, NDArray[np.float32]]] = {}  # by wave: its layer, and rows by expert
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """The experts that went most often with those visited now, as many as are visited now."""
-        layer, loads = ready.work.layer, ready.work.loads
-        before = self._latest.pop(ready.wave, None)
-        if layer and before is not None and before[0] == layer - 1:
-            rows = np.zeros(self._counts[layer - 1].shape[1], np.float32)
+        index, loads, number = layer.index, layer.work.loads, layer.wave.number
+        before = self._latest.pop(number, None)
+        if index and before is not None and before[0] == index - 1:
+            rows = np.zeros(self._counts[index - 1].shape[1], np.float32)
             rows[[load.expert for load in loads]] = 1.0
-            self._counts[layer - 1] += np.outer(before[1], rows)
-        if layer == len(self._counts) or not loads:
+            self._counts[index - 1] += np.outer(before[1], rows)
+        if index == len(self._counts) or not loads:
             return ()
-        counts = self._counts[layer]
+        counts = self._counts[index]
         now = np.zeros(counts.shape[0], np.float32)
         now[[load.expert for load in loads]] = 1.0
         if len(self._latest) == MANY:  # of waves that were dropped
             self._latest.clear()
-        self._latest[ready.wave] = layer, now
+        self._latest[number] = index, now
         # a row of counts says where its expert's visits went; as shares, frequent experts do not drown the others
         total = np.maximum(counts.sum(axis=1), 1.0)
         chances = (now / total) @ counts
@@ -237,6 +237,6 @@ class Auto:
     def __init__(self, cache: ExpertCache) -> None:
         self._transitions = Transitions(cache)
 
-    def expects(self, ready: LayerReady) -> Rows:
+    def expects(self, layer: Layer) -> Rows:
         """What came with the event, or what usually follows."""
-        return ready.ahead or self._transitions.expects(ready)
+        return layer.ahead or self._transitions.expects(layer)

@@ -12,7 +12,7 @@ from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LANES, LaneName, Lanes
-from fiddler.scheduler.layer import LayerRun
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, Reason, RunDense, RunExperts
 from fiddler.scheduler.plan import Backlog
 from fiddler.scheduler.routing import Load
@@ -45,15 +45,15 @@ class Jobs:
         self._lanes.pass_by(now_s - self._now_s)
         self._now_s = now_s
 
-    def on_cpu(self, run: LayerRun, loads: tuple[Load, ...]) -> RunExperts:
+    def on_cpu(self, layer: Layer, loads: tuple[Load, ...]) -> RunExperts:
         """Queue loads of a layer on the CPU."""
-        predicted_s = self._correction.costs.cpu_s(run.layer, [load.n_rows for load in loads])
-        return self._start(RunExperts(self._number(), "cpu", run.wave, run.layer, loads, (), predicted_s))
+        predicted_s = self._correction.costs.cpu_s(layer.index, [load.n_rows for load in loads])
+        return self._start(RunExperts(self._number(), "cpu", layer, loads, (), predicted_s))
 
-    def on_gpu(self, run: LayerRun, loads: tuple[Load, ...], slots: tuple[int, ...]) -> RunExperts:
+    def on_gpu(self, layer: Layer, loads: tuple[Load, ...], slots: tuple[int, ...]) -> RunExperts:
         """Queue loads of a layer on the GPU, each from its slot."""
-        predicted_s = self._correction.costs.gpu_s(run.layer, [load.n_rows for load in loads])
-        return self._start(RunExperts(self._number(), "gpu", run.wave, run.layer, loads, slots, predicted_s))
+        predicted_s = self._correction.costs.gpu_s(layer.index, [load.n_rows for load in loads])
+        return self._start(RunExperts(self._number(), "gpu", layer, loads, slots, predicted_s))
 
     def copy(self, reservation: Reservation, reason: Reason) -> CopyExpert:
         """Queue the copy that a slot was reserved for."""
@@ -68,7 +68,7 @@ class Jobs:
             predicted_s = costs.dense.head(event.n_rows)
         else:
             predicted_s = costs.dense.layer_s(event.n_rows, event.n_context) + costs.host_s
-        return self._start(RunDense(self._number(), event.wave, predicted_s))
+        return self._start(RunDense(self._number(), event.wave, predicted_s, event.due))
 
     def end(self, number: int) -> tuple[Job, float] | None:
         """Take a job out; returns it and the seconds predicted for it with what it shared the machine with.
@@ -129,7 +129,7 @@ def undone(job: Job, error: BaseException) -> Failures:
             return {}
 
 
-Waiting = tuple[LayerRun, Load]
+Waiting = tuple[Layer, Load]
 
 
 @dataclass(slots=True)
@@ -174,11 +174,11 @@ class Copies:
         slot = self._cache.slot(key)
         return self._copies[key].reservation.slot if slot is None else slot
 
-    def wait(self, run: LayerRun, load: Load) -> bool:
+    def wait(self, layer: Layer, load: Load) -> bool:
         """Let a load wait for a copy that is under way; whether it has to."""
-        copy = self._copies[run.layer, load.expert]
+        copy = self._copies[layer.index, load.expert]
         if not copy.ordered:
-            copy.waiting.append((run, load))
+            copy.waiting.append((layer, load))
         copy.used |= copy.ordered
         return not copy.ordered
 
@@ -203,10 +203,10 @@ class Copies:
                 self._cache.release(key)
         return copy.waiting
 
-    def drop(self, wave: int) -> None:
+    def drop(self, wave: Wave) -> None:
         """Let go of a wave's loads; a copy that was started lands all the same."""
         for copy in self._copies.values():
-            copy.waiting = [(run, load) for run, load in copy.waiting if run.wave != wave]
+            copy.waiting = [(layer, load) for layer, load in copy.waiting if layer.wave is not wave]
 
     def check(self) -> None:
         """Raise `AssertionError` unless every copy has one job and its slot."""

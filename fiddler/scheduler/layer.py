@@ -1,49 +1,111 @@
-"""One layer of one wave on its way: what still has to run, and what it holds; and all of them together."""
+"""A wave, and one layer of it on its way: made where its routing arrives, it travels in events, jobs and reports.
+
+Everything that is known of them lies in these two objects, so nobody keeps a table by wave. The scheduler writes
+what it needs to decide; `tensors` are the lanes' own, and the scheduler does not look at them.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from fiddler.scheduler.messages import Job, LayerDone, RunExperts
-from fiddler.scheduler.plan import Plan
+from fiddler.cache.policy import Rows
 from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.trace import Decision
 
+if TYPE_CHECKING:
+    from fiddler.scheduler.guesses import Forecast
+    from fiddler.scheduler.plan import Plan
 
-@dataclass(slots=True, eq=False)
-class LayerRun:
-    """The state of a layer between its `LayerReady` and its last load; the scheduler is its only writer."""
+Came = tuple[LayerWork, int, int]
+"""A layer as it came: its work, its tokens and the experts that each visits."""
 
-    wave: int
-    work: LayerWork
-    started_s: float
-    pending: set[Load] = field(init=False)
-    """Immediate loads that have not run."""
-    late: set[Load] = field(init=False)
-    """Deferred loads that have not run; the next layer waits for them."""
-    scores: Mapping[int, float] = field(default_factory=dict)
-    """What the cache held its experts to be worth before this visit, where that is asked for."""
-    leased: list[int] = field(default_factory=list)
-    """Experts whose slots stay while the layer runs."""
-    failures: dict[int, BaseException] = field(default_factory=dict)
-    """Of immediate loads."""
-    late_failures: dict[int, BaseException] = field(default_factory=dict)
-    plan: Plan | None = None
-    """Of the immediate loads."""
-    before: "LayerRun | None" = None
-    """The layer before, until this one is reported."""
-    reported: bool = False
-    """Whether its `LayerDone` was given."""
-    unended: bool = False
-    """Whether something of it was done before it had ended."""
 
-    def __post_init__(self) -> None:
-        self.pending = set(self.work.loads)
-        self.late = set(self.work.deferred)
+class Wave:
+    """Rows that travel through the model together, and what the scheduler keeps of them."""
 
-    @property
-    def layer(self) -> int:
+    def __init__(self) -> None:
+        self.number = -1
+        """In the order in which waves were begun."""
+        self.latest: Layer | None = None
+        """The layer it has reached."""
+        self.forecast: Forecast | None = None
+        """What is expected of its next layer."""
+        self.passed_s: float | None = None
+        """When the latest layer's experts were done."""
+        self.gone = False
+        """Whether nobody waits for it any more."""
+
+
+class Layer:
+    """One layer of a wave, from its routing to its last load."""
+
+    __slots__ = (
+        "ahead",
+        "before",
+        "decision",
+        "failures",
+        "index",
+        "late",
+        "late_failures",
+        "leased",
+        "n_tokens",
+        "pending",
+        "plan",
+        "reported",
+        "scores",
+        "started_s",
+        "tensors",
+        "top_k",
+        "unended",
+        "wave",
+        "work",
+        "worth",
+    )
+
+    def __init__(
+        self,
+        wave: Wave,
+        work: LayerWork,
+        n_tokens: int,
+        top_k: int,
+        *,
+        scores: Sequence[float] | None = None,
+        ahead: Rows = (),
+        tensors: Any = None,
+    ) -> None:
+        self.wave = wave
+        self.work = work
+        self.index = work.layer
         """Which layer of the model."""
-        return self.work.layer
+        self.n_tokens = n_tokens
+        self.top_k = top_k
+        self.scores = scores
+        """Router probability by expert, summed over the tokens, where a policy wants it."""
+        self.ahead = ahead
+        """(expert, n_rows) that a look-ahead expects in the next layer, likeliest first."""
+        self.tensors = tensors
+        """Rows and results, as the lanes keep them."""
+        self.started_s = 0.0
+        self.pending = set(work.loads)
+        """Immediate loads that have not run."""
+        self.late = set(work.deferred)
+        """Deferred loads that have not run; the next layer waits for them."""
+        self.worth: Mapping[int, float] = {}
+        """What the cache held its experts to be worth before this visit, where that is asked for."""
+        self.leased: Sequence[int] = ()
+        """Experts whose slots stay while the layer runs."""
+        self.failures: dict[int, BaseException] = {}
+        """Of immediate loads."""
+        self.late_failures: dict[int, BaseException] = {}
+        self.plan: Plan | None = None
+        """Of the immediate loads."""
+        self.before: Layer | None = None
+        """The layer before, until this one is reported; only where it has deferred loads."""
+        self.reported = False
+        """Whether its `LayerDone` was given."""
+        self.unended = False
+        """Whether something of it was done before it had ended."""
+        self.decision: Decision | None = None
+        """What its prediction is held against, once it has ended."""
 
     @property
     def owed(self) -> set[Load]:
@@ -55,15 +117,11 @@ class LayerRun:
         """Whether nothing of it runs any more."""
         return not self.pending and not self.late
 
-    @property
-    def passable(self) -> bool:
-        """Whether the forward can go on: its loads have run, and the deferred ones of the layer before."""
-        return not self.pending and (self.before is None or self.before.complete)
-
     def ran(self, loads: Iterable[Load]) -> None:
         """Take loads off the list: they have run, or nobody wants them any more."""
         self.pending.difference_update(loads)
-        self.late.difference_update(loads)
+        if self.late:
+            self.late.difference_update(loads)
 
     def fail(self, load: Load, error: BaseException) -> None:
         """Take a load off the list that will never run."""
@@ -71,18 +129,12 @@ class LayerRun:
         failures[load.expert] = error
         self.ran([load])
 
-    def report(self) -> LayerDone:
-        """Return that the forward can go on; what the layer before had to tell is told with it."""
-        late = self.before.late_failures if self.before is not None else {}
-        self.reported, self.before = True, None
-        return LayerDone(self.wave, self.layer, self.failures, late)
-
-    def decision(self, plan: Plan, now_s: float) -> Decision:
+    def decided(self, plan: "Plan", now_s: float) -> Decision:
         """Return how it was planned and how long it has taken."""
         return Decision(
             at_s=self.started_s,
-            wave=self.wave,
-            layer=self.layer,
+            wave=self.wave.number,
+            layer=self.index,
             n_rows=len(self.work.order),
             n_cpu=len(plan.cpu),
             n_gpu=len(plan.gpu),
@@ -90,54 +142,3 @@ class LayerRun:
             predicted_s=plan.predicted_s,
             measured_s=now_s - self.started_s,
         )
-
-
-class LayerRuns:
-    """Owner of every layer on its way: the latest of each wave, and those that outlive their wave."""
-
-    def __init__(self) -> None:
-        self._latest: dict[int, LayerRun] = {}
-        self._orphans: list[LayerRun] = []  # their waves are gone, lanes still work for them
-
-    def __bool__(self) -> bool:
-        return bool(self._latest or self._orphans)
-
-    def awaited(self, wave: int) -> bool:
-        """Whether somebody waits for a wave."""
-        return wave in self._latest
-
-    @property
-    def all(self) -> list[LayerRun]:
-        """Every layer, each once."""
-        latest = self._latest.values()
-        return [*latest, *(run.before for run in latest if run.before is not None), *self._orphans]
-
-    def begin(self, run: LayerRun) -> None:
-        """Let a layer be its wave's latest."""
-        run.before = self._latest.get(run.wave)
-        self._latest[run.wave] = run
-
-    def latest(self, wave: int) -> LayerRun | None:
-        """Return a wave's latest layer; `None` if the wave is gone, or has not begun."""
-        return self._latest.get(wave)
-
-    def find(self, wave: int, layer: int) -> LayerRun:
-        """Return the layer that a lane works for."""
-        return next(run for run in self.all if (run.wave, run.layer) == (wave, layer))
-
-    def of(self, jobs: Iterable[Job]) -> list[tuple[LayerRun, Load]]:
-        """Return the loads that jobs run, each with its layer."""
-        running = [job for job in jobs if isinstance(job, RunExperts)]
-        return [(self.find(job.wave, job.layer), load) for job in running for load in job.loads]
-
-    def drop(self, wave: int) -> Sequence[LayerRun]:
-        """Let a wave be gone; returns what is left of its layers, to be forgotten once they are complete."""
-        latest = self._latest.pop(wave, None)
-        runs = [run for run in (latest, latest.before if latest else None) if run is not None]
-        self._orphans += runs
-        return runs
-
-    def forget(self, run: LayerRun) -> None:
-        """Let go of a complete layer whose wave is gone; nothing happens if the wave is not."""
-        if run in self._orphans:
-            self._orphans.remove(run)

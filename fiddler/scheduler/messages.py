@@ -7,13 +7,13 @@ A GPU keeps the order in which it is given work, so nobody waits for the end of 
 copy's `JobDone`, and experts are done once they are queued. What they took follows: `JobTook`, `LayerTook`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fiddler.cache.policy import Rows
 from fiddler.cost.lanes import LaneName
-from fiddler.scheduler.routing import LayerWork, Load
+from fiddler.scheduler.layer import Layer, Wave
+from fiddler.scheduler.routing import Load
 
 Reason = Literal["demand", "ahead", "promotion"]
 """Why an expert is copied in: a layer waits for it, or a next one may want it, or it is visited often."""
@@ -25,26 +25,21 @@ Failures = Mapping[int, BaseException]
 class LayerReady:
     """A wave's forward waits for the experts of a layer."""
 
-    wave: int
-    work: LayerWork
-    n_tokens: int
-    top_k: int
-    scores: Sequence[float] | None = None
-    """Router probability by expert, summed over the tokens, where a policy wants it."""
-    ahead: Rows = ()
-    """(expert, n_rows) that a look-ahead expects in the next layer, likeliest first."""
+    layer: Layer
 
 
 @dataclass(frozen=True, slots=True)
 class DenseQueued:
     """A wave goes on to its next layer's dense part, on a machine whose clock does not run by itself."""
 
-    wave: int
+    wave: Wave
     n_rows: int
     n_context: int
     """Tokens of past, over all sequences."""
     head: bool = False
     """Whether it is the output head, after the last layer."""
+    due: object = None
+    """What tells its lane when it has ended; for that lane alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +73,7 @@ class JobTook:
 class LayerTook:
     """The experts of a wave's layer have ended, so long after the layer was ready."""
 
-    wave: int
-    layer: int
+    layer: Layer
     took_s: float
 
 
@@ -95,7 +89,7 @@ class LaneDied:
 class WaveDropped:
     """Nobody waits for a wave any more."""
 
-    wave: int
+    wave: Wave
 
 
 Report = JobDone | CopyOrdered | JobTook | LayerTook | LaneDied
@@ -109,8 +103,7 @@ class RunExperts:
 
     job: int
     lane: LaneName
-    wave: int
-    layer: int
+    layer: Layer
     loads: tuple[Load, ...]
     slots: tuple[int, ...]
     """As many as loads on the GPU; none on the CPU."""
@@ -140,8 +133,9 @@ class RunDense:
     """Let a wave's dense part take its time on the GPU."""
 
     job: int
-    wave: int
+    wave: Wave
     predicted_s: float
+    due: object = None
     lane: LaneName = "gpu"
 
 
@@ -149,8 +143,7 @@ class RunDense:
 class LayerDone:
     """A layer's experts have run; those in `failures` have not, and nothing else will run them."""
 
-    wave: int
-    layer: int
+    layer: Layer
     failures: Failures
     late_failures: Failures
     """Of the deferred loads of the layer before."""
@@ -160,7 +153,7 @@ class LayerDone:
 class DenseDone:
     """A wave's dense part is through."""
 
-    wave: int
+    wave: Wave
 
 
 Job = RunExperts | CopyExpert | RunDense

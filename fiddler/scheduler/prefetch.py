@@ -12,7 +12,7 @@ from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, eager, pays, price_s, saved_s
-from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Backlog, Planner
 from fiddler.types import PrefetchStatistics
 
@@ -66,13 +66,12 @@ class Prefetcher:
         self._cache = cache
         self._left_s = left_s
         self._rule = rule
-        self._forecasts: dict[int, Forecast] = {}  # by wave
         self._due: list[Key] = []  # leased for layers that have come
         self._chances: list[float] = []  # by place in a forecast
         self._latest: Key | None = None  # of the copies made ahead
         self.gap_s = 0.0
         """From the end of a layer's experts to the next layer's, on average."""
-        self._passed: dict[int, float] = {}  # by wave, when its latest layer was done
+        self._expecting: dict[Wave, None] = {}  # waves with a forecast, in the order in which they came to it
         self._balance_s = 0.0  # gained less lost by the latest copies
         self._n_tried = 0
 
@@ -82,32 +81,35 @@ class Prefetcher:
         precision = use.n_true / use.n_guesses if use.n_guesses else 0.0
         return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, precision, self.resting > 0)
 
-    def come(self, ready: LayerReady, rows: Mapping[int, int], now_s: float, costs: CostModel) -> None:
+    def come(self, layer: Layer, rows: Mapping[int, int], now_s: float, costs: CostModel) -> None:
         """Take note of a layer that a wave has reached, with its rows by expert, before it is planned."""
-        passed_s = self._passed.pop(ready.wave, None)
+        wave = layer.wave
+        passed_s, wave.passed_s = wave.passed_s, None
         if passed_s is not None:
             self.gap_s += (now_s - passed_s - self.gap_s) * (WEIGHT if self.gap_s else 1.0)
-        forecast = self._forecasts.pop(ready.wave, None)
-        if forecast is not None:
-            self._due += [(forecast.layer, expert) for expert in forecast.leased]
-            if forecast.layer == ready.work.layer:
-                self._settle(forecast, rows, costs)
-        self.resting = max(0, self.resting - 1)
-        guesses = [Guess(expert, n, self._chance(i)) for i, (expert, n) in enumerate(self.predictor.expects(ready))]
-        if guesses:
-            self._forecasts[ready.wave] = Forecast(ready.work.layer + 1, tuple(guesses))
+        forecast = self._end(wave)
+        if forecast is not None and forecast.layer == layer.index:
+            self._settle(forecast, rows, costs)
+        if self.resting:
+            self.resting -= 1
+        expected = self.predictor.expects(layer)
+        if expected:
+            guesses = tuple([Guess(expert, n, self._chance(i)) for i, (expert, n) in enumerate(expected)])
+            wave.forecast = Forecast(layer.index + 1, guesses)
+            self._expecting[wave] = None
 
-    def passed(self, wave: int, now_s: float) -> None:
-        """Take note that a wave's layer is done."""
-        self._passed[wave] = now_s
-
-    def drop(self, wave: int) -> None:
+    def drop(self, wave: Wave) -> None:
         """Forget a wave."""
-        forecast = self._forecasts.pop(wave, None)
-        if forecast is not None:
-            self._due += [(forecast.layer, expert) for expert in forecast.leased]
-        self._passed.pop(wave, None)
+        self._end(wave)
         self.let_go()
+
+    def _end(self, wave: Wave) -> Forecast | None:
+        """Take a wave's forecast, whose slots are no longer kept."""
+        forecast, wave.forecast = wave.forecast, None
+        if forecast is not None:
+            del self._expecting[wave]
+            self._due += [(forecast.layer, expert) for expert in forecast.leased]
+        return forecast
 
     def let_go(self) -> None:
         """Let go of the slots that were kept for layers that have come; what they use they have leased by now."""
@@ -117,8 +119,8 @@ class Prefetcher:
 
     def landed(self, key: Key) -> None:
         """Keep what was copied ahead until its layer comes: the next copy ahead must not evict it."""
-        for forecast in self._forecasts.values():
-            layer, expert = key
+        layer, expert = key
+        for forecast in self._forecasts():
             if forecast.layer == layer and expert in forecast.copied and expert not in forecast.leased:
                 self._cache.lease(key)
                 forecast.leased.append(expert)
@@ -127,7 +129,7 @@ class Prefetcher:
         """Return the slot of the expert to copy in now that the link is idle; `None` for none."""
         if self.resting:
             return None
-        for forecast in self._forecasts.values():
+        for forecast in self._forecasts():
             absent = [guess for guess in forecast.guesses if self._is_absent(forecast, guess.expert)]
             if absent:
                 view = View(forecast, absent, costs, backlog, self.gap_s, planner)
@@ -137,6 +139,9 @@ class Prefetcher:
                 if reservation is not None:
                     return reservation
         return None
+
+    def _forecasts(self) -> list[Forecast]:
+        return [wave.forecast for wave in self._expecting if wave.forecast is not None]
 
     def _is_absent(self, forecast: Forecast, expert: int) -> bool:
         # one that was copied and evicted since would be copied to and fro

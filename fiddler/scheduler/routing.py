@@ -27,7 +27,7 @@ _load = lru_cache(1 << 12)(Load)
 class LayerWork:
     """One layer's loads, experts ascending.
 
-    `order` lists positions in the flattened `[T, K]` routing, grouped by expert and ascending within one;
+    `order` lists positions in the flattened `[T, K]` routing, those of one expert side by side and ascending;
     position `p` is token `p // K`'s visit number `p % K`. Positions that visit nobody are absent.
     """
 
@@ -46,12 +46,25 @@ class LayerWork:
         return rows
 
 
-def route(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[float] | None = None) -> LayerWork:
+def route(
+    layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[float] | None = None, *, n_tokens: int = 0
+) -> LayerWork:
     """Group a flattened `[T, K]` routing by expert.
 
     Dropped, since they add nothing: ids outside `0 … n_experts-1` (routers mark padding and identity experts
-    so) and, where `weights` are given, visits of weight zero.
+    so) and, where `weights` are given, visits of weight zero. Where there is but one token, and nothing is dropped,
+    rows stay at their positions: nothing has to be put in order before, or back after.
     """
+    if n_tokens == 1 and min(experts) >= 0 and max(experts) < n_experts and (weights is None or 0.0 not in weights):
+        loads = []
+        for expert, position in sorted(zip(experts, range(len(experts)), strict=True)):
+            loads.append(_load(expert, position, position + 1))  # a call less, for every layer
+        if len(set(experts)) == len(loads):
+            return LayerWork(layer, tuple(loads), tuple(range(len(loads))))
+    return _grouped(layer, experts, n_experts, weights)
+
+
+def _grouped(layer: int, experts: Sequence[int], n_experts: int, weights: Sequence[float] | None) -> LayerWork:
     rows: dict[int, list[int]] = {}
     for position, expert in enumerate(experts):
         if 0 <= expert < n_experts and (weights is None or weights[position] != 0.0):

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from fiddler.scheduler.layer import LayerRun
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import LayerTook
 from fiddler.trace import Decision, Trace
 
@@ -57,31 +57,26 @@ class Counters:
 
 
 class LayerRecords:
-    """Owner of the decisions whose layers are passed and not over yet, for lanes may only keep an order."""
+    """Holds predictions against what layers took, for the counters and the trace."""
 
     def __init__(self, counters: Counters, trace: Trace | None) -> None:
         self._counters = counters
         self._trace = trace
-        self._open: dict[tuple[int, int], Decision] = {}
 
-    def passed(self, run: LayerRun, now_s: float) -> None:
+    def passed(self, layer: Layer, now_s: float) -> None:
         """Take note of a layer whose forward goes on: measured now, or once `took` says so."""
-        assert run.plan is not None
-        decision = run.decision(run.plan, now_s)
-        if run.unended:
-            self._open[run.wave, run.layer] = decision
+        assert layer.plan is not None
+        decision = layer.decided(layer.plan, now_s)
+        if layer.unended:
+            layer.decision = decision
         else:
             self._keep(decision)
 
     def took(self, event: LayerTook) -> None:
-        """Take note of what a layer took; nothing happens if that is known."""
-        decision = self._open.pop((event.wave, event.layer), None)
-        if decision is not None:
+        """Take note of what a layer took; nothing happens if that is known, or if its wave is gone."""
+        decision, event.layer.decision = event.layer.decision, None
+        if decision is not None and not event.layer.wave.gone:
             self._keep(replace(decision, measured_s=event.took_s))
-
-    def drop(self, wave: int) -> None:
-        """Wait for nothing more of a wave."""
-        self._open = {key: decision for key, decision in self._open.items() if key[0] != wave}
 
     def _keep(self, decision: Decision) -> None:
         self._counters.measured(decision.predicted_s, decision.measured_s)

@@ -12,7 +12,7 @@ from fiddler.config import WaveMode
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
-from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.layer import Came
 from fiddler.scheduler.plan import Backlog, Candidate, Plan
 from fiddler.scheduler.routing import Load
 
@@ -74,13 +74,14 @@ class Waves:
         """Return how many waves a step of `n_rows` rows over `n_context` tokens of past should be: 1 or 2."""
         self._learns = self.mode == "auto" and n_rows >= 2
         if not self._learns:
+            self.scheduler.recent = None
             return 2 if self.mode == "two" and n_rows >= 2 else 1
         if not self._n_rows / LIKE <= n_rows <= self._n_rows * LIKE:
             self._n_rows, self._age, self._one, self._two = n_rows, 0, _Kind(), _Kind()
         if self._age % EVERY == 0 or self._age == 1:  # the first step of a kind had no routing of its own to go by
             self._one.predicted_s, self._two.predicted_s = self._predict(n_rows, n_context)
         self._age += 1
-        self.scheduler.recent.clear()
+        self.scheduler.recent = {}
         return 2 if self._pays() else 1
 
     def took(self, n_waves: int, seconds: float) -> None:
@@ -133,8 +134,8 @@ class Waves:
 
     def _halves(self, layer: int, n_rows: int) -> tuple[Rows, Rows]:
         """Return the rows of a step's two halves: as in the latest step if it was alike, or spread evenly."""
-        latest = self.scheduler.recent[layer]
-        n_tokens = sum(ready.n_tokens for ready in latest)
+        latest = (self.scheduler.recent or {}).get(layer, ())
+        n_tokens = sum(n_tokens for _, n_tokens, _ in latest)
         if n_rows / LIKE <= n_tokens <= n_rows * LIKE:
             return _halved(latest)
         n_experts = self.scheduler.cache.history.n_experts[layer]
@@ -149,13 +150,13 @@ def _even(n_experts: int, n_visits: int, *, last: bool) -> Rows:
     return dict.fromkeys(experts, max(1, round(n_visits / reached)))
 
 
-def _halved(latest: Sequence[LayerReady]) -> tuple[Rows, Rows]:
+def _halved(latest: Sequence[Came]) -> tuple[Rows, Rows]:
     """Return the rows by expert of a layer's first half of tokens and of its second, as they came in one step."""
     halves: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    for i, ready in enumerate(latest):
-        middle = ready.n_tokens // 2 * ready.top_k
-        for load in ready.work.loads:
-            for position in ready.work.order[load.start : load.stop]:
+    for i, (work, n_tokens, top_k) in enumerate(latest):
+        middle = n_tokens // 2 * top_k
+        for load in work.loads:
+            for position in work.order[load.start : load.stop]:
                 half = halves[min(i, 1) if len(latest) > 1 else position >= middle]
                 half[load.expert] = half.get(load.expert, 0) + 1
     return halves

@@ -73,10 +73,10 @@ class StepRunner:
             return False
         return self._rotary.regime(n_past) != self._rotary.regime(n_past + 1) and starts_over(self._model, n_past)
 
-    async def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+    def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
         """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
         ordered = sorted(spans, key=self._regime) if self._packed and self._rotary is not None else spans
-        waves = await run_step(self._runner, self._waves, ordered, self._wave, cut=self._packed)
+        waves = run_step(self._runner, self._waves, ordered, self._wave, cut=self._packed)
         outcomes: dict[int, Outcome] = {}
         for part, wave in waves:
             for span, outcome in zip(part, self._outcomes(part, wave), strict=True):
@@ -88,11 +88,11 @@ class StepRunner:
                 self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
-    async def run_again(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+    def run_again(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
         """Run spans that failed half-way; for packed models, whose layers may then hold some of their rows."""
         for span in spans:
             cast("SequenceKV", span.request.past).truncate(span.start)
-        return await self.run(spans)
+        return self.run(spans)
 
     def _wave(self, spans: Sequence[Span[Request]], number: int) -> ModelWave:
         groups = self._groups(spans)
@@ -106,7 +106,7 @@ class StepRunner:
             record = self._recorder.wave([sum(span.n_rows for span in group) for group in groups])
         n_rows = n_context = 0
         for span in spans:
-            n_rows += span.n_rows
+            n_rows += span.stop - span.start
             n_context += span.stop
         return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
 
@@ -153,7 +153,7 @@ class StepRunner:
         n_seen = longest = 0
         for span in spans:
             pasts.append(cast("SequenceKV", span.request.past))
-            lengths.append(span.n_rows)
+            lengths.append(span.stop - span.start)
             n_seen = max(n_seen, span.start)
             longest = max(longest, _length(span))
         cache = WaveCache(pasts, lengths, self._directness, n_seen)

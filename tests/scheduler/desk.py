@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.lanes import LANES, LaneName
@@ -10,10 +12,8 @@ from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts,
 from fiddler.lab.policies import make_policy
 from fiddler.lab.systems import prefetch_of
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.guesses import Forecast
-from fiddler.scheduler.layer import LayerRun
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import (
-    Command,
     CopyExpert,
     CopyOrdered,
     DenseDone,
@@ -55,6 +55,15 @@ def work(layer: int, now: Rows, late: Rows | None = None) -> LayerWork:
     return LayerWork(layer, parts[0], tuple(range(n)), parts[1])
 
 
+class Passed(NamedTuple):
+    """A `LayerDone`, or with no layer a `DenseDone`, as numbers."""
+
+    wave: int
+    layer: int | None
+    failures: Failures = MappingProxyType({})
+    late_failures: Failures = MappingProxyType({})
+
+
 @dataclass
 class _Visit:
     """A layer of a wave, as its loads are seen to run."""
@@ -82,13 +91,14 @@ class Desk:
         self.core = Scheduler(self.cache, COSTS, planner=planner, promote=promote, ahead=ahead)
         self.queues: dict[LaneName, list[Job]] = {lane: [] for lane in LANES}
         self.dead: set[LaneName] = set()
-        self.done: list[LayerDone] = []
+        self.done: list[Passed] = []
         self.dense: list[int] = []
         """Waves whose dense part is through."""
         self.now_s = 0.0
         self.holds: dict[int, tuple[int, int]] = {}
         """By slot, what was copied there."""
         self.visits: dict[tuple[int, int], _Visit] = {}
+        self.waves: dict[int, Wave] = {}
         self.dropped: set[int] = set()
         self.ordered: set[int] = set()
         """Copies under way that the GPU puts before whatever it is given next."""
@@ -99,14 +109,16 @@ class Desk:
 
     def ready(
         self, wave: int, layer: int, now: Rows, late: Rows | None = None, ahead: Rows | None = None
-    ) -> list[Command]:
+    ) -> list[Job | Passed]:
         """Let a wave arrive at a layer, with what a look-ahead expects in the next."""
         asked = work(layer, now, late)
         self.visits[wave, layer] = _Visit(asked)
         expected = tuple((ahead or {}).items())
-        return self.tell(LayerReady(wave, asked, max(1, len(asked.order)), 1, ahead=expected))
+        return self.tell(LayerReady(Layer(self.wave(wave), asked, max(1, len(asked.order)), 1, ahead=expected)))
 
-    def report(self, job: Job, failures: Failures | None = None, *, took_s: float | None = None) -> list[Command]:
+    def report(
+        self, job: Job, failures: Failures | None = None, *, took_s: float | None = None
+    ) -> list[Job | Passed]:
         """Let a lane be through with a job."""
         self.queues[job.lane].remove(job)
         failures = failures or {}
@@ -118,53 +130,63 @@ class Desk:
         self.ordered.discard(job.job)
         return self.tell(JobDone(job.job, job.predicted_s if took_s is None else took_s, failures))
 
-    def order(self, copy: CopyExpert) -> list[Command]:
+    def order(self, copy: CopyExpert) -> list[Job | Passed]:
         """Let the GPU put a copy before whatever it is given next."""
         self.ordered.add(copy.job)
         self.holds[copy.slot] = copy.layer, copy.expert
         return self.tell(CopyOrdered(copy.job))
 
-    def queue(self, job: RunExperts) -> list[Command]:
+    def queue(self, job: RunExperts) -> list[Job | Passed]:
         """Let the GPU lane be done with a job that it has only queued."""
         self.queues[job.lane].remove(job)
         self._ran(job, {})
         return self.tell(JobDone(job.job, None))
 
-    def fail(self, job: Job) -> list[Command]:
+    def fail(self, job: Job) -> list[Job | Passed]:
         """Let a lane fail to do any of a job."""
         return self.report(job, dict.fromkeys(experts(job), BROKEN))
 
-    def die(self, lane: LaneName) -> list[Command]:
+    def die(self, lane: LaneName) -> list[Job | Passed]:
         """Let a lane end."""
         self.queues[lane].clear()
         self.dead.add(lane)
         return self.tell(LaneDied(lane, BROKEN))
 
-    def drop(self, wave: int) -> list[Command]:
+    def drop(self, wave: int) -> list[Job | Passed]:
         """Let nobody wait for a wave any more."""
         self.dropped.add(wave)
-        return self.tell(WaveDropped(wave))
+        return self.tell(WaveDropped(self.wave(wave)))
 
-    def tell(self, event: Event) -> list[Command]:
+    def tell(self, event: Event) -> list[Job | Passed]:
         """Let a millisecond pass and something happen."""
         self.now_s += 1e-3
-        commands = self.core.handle(event, self.now_s)
-        for command in commands:
+        commands: list[Job | Passed] = []
+        for command in self.core.handle(event, self.now_s):
             match command:
-                case LayerDone():
-                    self._passed(command)
+                case LayerDone(layer, failures, late_failures):
+                    passed = Passed(layer.wave.number, layer.index, failures, late_failures)
+                    commands.append(passed)
+                    self._passed(passed)
                 case DenseDone(wave):
-                    self.dense.append(wave)
+                    commands.append(Passed(wave.number, None))
+                    self.dense.append(wave.number)
                 case job:
+                    commands.append(job)
                     self._started(job)
         self.core.check()
         self._check_leases()
         self._check_prefetch()
         return commands
 
-    def dense_queued(self, wave: int, *, head: bool = False) -> list[Command]:
+    def dense_queued(self, wave: int, *, head: bool = False) -> list[Job | Passed]:
         """Let a wave go on to its next dense part."""
-        return self.tell(DenseQueued(wave, 1, 0, head=head))
+        return self.tell(DenseQueued(self.wave(wave), 1, 0, head=head))
+
+    def wave(self, number: int) -> Wave:
+        """Return a wave by its number."""
+        wave = self.waves.setdefault(number, Wave())
+        wave.number = number
+        return wave
 
     # Reading
 
@@ -192,8 +214,8 @@ class Desk:
         assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
         assert not self.cache._slots._leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
-        assert not self.core.prefetcher._forecasts
-        assert not self.core.prefetcher._passed
+        assert not self.core.prefetcher._expecting
+        assert not any(wave.latest or wave.forecast for wave in self.waves.values())
         assert not self.core.prefetcher._due
 
     # Its own books
@@ -207,7 +229,7 @@ class Desk:
                 assert all(slot not in other.slots for other in others), "a slot in use is written"
                 assert slot not in [c.slot for c in self._copies() if c is not job], "two copies into one slot"
                 assert job.urgent or self.queues["link"] == [job], "an idle link is all that nobody waits for gets"
-                assert not job.urgent or job.layer in {run.layer for run in self.core._runs.all}
+                assert not job.urgent or job.layer in {layer.index for layer in self.core.layers}
                 self.holds.pop(slot, None)
             case RunExperts(lane="gpu"):
                 self._holds_its_experts(job)
@@ -217,14 +239,16 @@ class Desk:
     def _ran(self, job: RunExperts, failures: Failures) -> None:
         if job.lane == "gpu" and job.job not in self.early:
             self._holds_its_experts(job)
-        visit = self.visits[job.wave, job.layer]
+        visit = self.visits[job.layer.wave.number, job.layer.index]
         for load in job.loads:
             if load.expert not in failures:
                 assert load not in visit.ran, "a load ran twice"
                 visit.ran.add(load)
 
     def _holds_its_experts(self, job: RunExperts) -> None:
-        assert [self.holds.get(slot) for slot in job.slots] == [(job.layer, load.expert) for load in job.loads]
+        assert [self.holds.get(slot) for slot in job.slots] == [
+            (job.layer.index, load.expert) for load in job.loads
+        ]
 
     def _on_gpu(self) -> list[RunExperts]:
         return [job for job in self.queues["gpu"] if isinstance(job, RunExperts)]
@@ -232,9 +256,10 @@ class Desk:
     def _copies(self) -> list[CopyExpert]:
         return [job for job in self.queues["link"] if isinstance(job, CopyExpert)]
 
-    def _passed(self, done: LayerDone) -> None:
+    def _passed(self, done: Passed) -> None:
         """A layer is passed once, with all its loads run or failed, and the deferred ones of the layer before."""
         assert done.wave not in self.dropped
+        assert done.layer is not None
         visit = self.visits[done.wave, done.layer]
         assert not visit.done
         visit.done = True
@@ -249,10 +274,11 @@ class Desk:
     def _check_leases(self) -> None:
         prefetcher = self.core.prefetcher
         assert not prefetcher._due, "a layer has come, and what was kept for it still is"
-        holders: list[LayerRun | Forecast] = [*self.core._runs.all, *prefetcher._forecasts.values()]
-        held = Counter((holder.layer, expert) for holder in holders for expert in holder.leased)
+        forecasts = [wave.forecast for wave in prefetcher._expecting if wave.forecast is not None]
+        held = Counter((layer.index, expert) for layer in self.core.layers for expert in layer.leased)
+        held.update((forecast.layer, expert) for forecast in forecasts for expert in forecast.leased)
         assert held == self.cache._slots._leases
-        assert not any(run.reported and run.before for run in self.core._runs.all), "a layer is kept for nothing"
+        assert not any(layer.reported and layer.before for layer in self.core.layers), "a layer is kept for nothing"
 
     def _check_prefetch(self) -> None:
         prefetcher = self.core.prefetcher
@@ -261,14 +287,15 @@ class Desk:
         assert 0 <= use.n_true <= use.n_guesses
         assert use.gained_s >= 0.0 <= min(use.cost_s, use.delay_s)
         assert all(0.0 <= chance <= 1.0 for chance in prefetcher._chances)
-        for wave, forecast in prefetcher._forecasts.items():
-            assert wave not in self.dropped
-            assert forecast.layer == at[wave] + 1 < len(LAYERS)
+        for wave in prefetcher._expecting:
+            forecast = wave.forecast
+            assert forecast is not None
+            assert wave.number not in self.dropped
+            assert forecast.layer == at[wave.number] + 1 < len(LAYERS)
             assert len({guess.expert for guess in forecast.guesses}) == len(forecast.guesses)
             assert len(set(forecast.leased)) == len(forecast.leased)
             landed = {e for e in forecast.copied if self.cache.slot((forecast.layer, e)) is not None}
             assert landed == set(forecast.leased), "what has landed is kept, and nothing else is"
-        assert not self.dropped & prefetcher._passed.keys()
 
 
 def resident(desk: Desk, layer: int, *wanted: int) -> None:
@@ -281,6 +308,7 @@ def resident(desk: Desk, layer: int, *wanted: int) -> None:
     desk.visits.clear()
     desk.done.clear()
     desk.dropped.clear()
+    desk.waves.clear()
     assert all(desk.cache.slot((layer, expert)) is not None for expert in wanted)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.messages import CopyExpert, DenseDone, LayerDone, RunDense, RunExperts
+from fiddler.scheduler.messages import CopyExpert, RunDense, RunExperts
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch, assign, best_cut
-from tests.scheduler.desk import BROKEN, Desk, experts, kinds, resident
+from tests.scheduler.desk import BROKEN, Desk, Passed, experts, kinds, resident
 
 # Where loads go
 
@@ -16,7 +16,7 @@ def test_misses_run_on_the_cpu_in_one_job() -> None:
     desk = Desk(planner=all_cpu)
     desk.ready(0, 0, {1: 2, 4: 1})
     assert kinds(desk.jobs) == [("cpu", [1, 4])]
-    assert desk.report(desk.only("cpu")) == [LayerDone(0, 0, {}, {})]
+    assert desk.report(desk.only("cpu")) == [Passed(0, 0, {}, {})]
     desk.drop(0)
     desk.assert_nothing_is_left()
 
@@ -32,7 +32,7 @@ def test_a_fetch_runs_from_its_slot_once_it_has_landed() -> None:
     desk.report(desk.queues["gpu"][0])
     assert not desk.done
     desk.report(desk.queues["gpu"][0])
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
     assert (desk.core.counters.n_fetches, desk.core.counters.copied_bytes) == (2, 2000)
 
 
@@ -42,7 +42,7 @@ def test_hits_run_from_their_slots_in_one_job_beside_the_misses() -> None:
     desk.ready(0, 0, {1: 1, 2: 5, 3: 1})
     assert kinds(desk.jobs) == [("cpu", [2]), ("gpu", [1, 3])]
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
     assert desk.core.counters.n_hits == 2
 
 
@@ -52,7 +52,7 @@ def test_a_copy_under_way_serves_a_second_wave() -> None:
     desk.ready(1, 0, {1: 3})
     assert len(desk.jobs) == 1
     desk.report(desk.only("link"))
-    assert [(job.wave, experts(job)) for job in desk._on_gpu()] == [(0, [1]), (1, [1])]
+    assert [(job.layer.wave.number, experts(job)) for job in desk._on_gpu()] == [(0, [1]), (1, [1])]
     desk.finish()
     assert [done.wave for done in desk.done] == [0, 1]
     assert (desk.core.counters.n_fetches, desk.core.counters.n_hits) == (1, 1)
@@ -99,8 +99,8 @@ def test_without_slots_everything_runs_on_the_cpu() -> None:
 
 def test_a_layer_that_nobody_visits_is_passed_at_once() -> None:
     desk = Desk()
-    assert desk.ready(0, 0, {}) == [LayerDone(0, 0, {}, {})]
-    assert desk.ready(0, 1, {}) == [LayerDone(0, 1, {}, {})]
+    assert desk.ready(0, 0, {}) == [Passed(0, 0, {}, {})]
+    assert desk.ready(0, 1, {}) == [Passed(0, 1, {}, {})]
     desk.drop(0)
     desk.assert_nothing_is_left()
 
@@ -164,7 +164,7 @@ def test_a_failed_promotion_concerns_nobody() -> None:
     desk.fail(desk.only("link"))
     assert desk.core.counters.n_fallbacks == 0
     desk.report(desk.only("cpu"))
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
 
 
 # Failures
@@ -178,7 +178,7 @@ def test_a_failed_copy_falls_back_to_the_cpu_for_every_wave_that_waits() -> None
     assert kinds(desk.jobs) == [("cpu", [1]), ("cpu", [1])]
     assert desk.cache.n_free == desk.cache.n_slots
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {}, {}), LayerDone(1, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {}), Passed(1, 0, {}, {})]
     assert desk.core.counters.n_fallbacks == 2
 
 
@@ -189,7 +189,7 @@ def test_gpu_loads_that_fail_fall_back_to_the_cpu_and_the_others_count() -> None
     desk.report(desk.only("gpu"), {3: BROKEN})
     assert kinds(desk.jobs) == [("cpu", [3])]
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
     assert desk.core.counters.n_fallbacks == 1
 
 
@@ -200,7 +200,7 @@ def test_what_fails_on_the_cpu_fails_for_good_and_alone() -> None:
     first, second = desk.queues["cpu"]
     desk.report(first, {3: BROKEN})
     desk.report(second)
-    assert desk.done == [LayerDone(0, 0, {3: BROKEN}, {}), LayerDone(1, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {3: BROKEN}, {}), Passed(1, 0, {}, {})]
 
 
 def test_what_fell_back_and_fails_again_fails_for_good() -> None:
@@ -209,7 +209,7 @@ def test_what_fell_back_and_fails_again_fails_for_good() -> None:
     desk.fail(desk._copies()[0])
     desk.fail(desk.only("cpu"))
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {1: BROKEN}, {})]
+    assert desk.done == [Passed(0, 0, {1: BROKEN}, {})]
 
 
 # Deferral
@@ -219,11 +219,11 @@ def test_the_next_layer_waits_for_deferred_loads_and_this_one_does_not() -> None
     desk = Desk()
     desk.ready(0, 0, {1: 1}, {2: 1})
     now, late = desk.queues["cpu"]
-    assert desk.report(now) == [LayerDone(0, 0, {}, {})]
+    assert desk.report(now) == [Passed(0, 0, {}, {})]
     desk.ready(0, 1, {3: 1})
     desk.report(desk.queues["cpu"][1])
     assert len(desk.done) == 1
-    assert desk.report(late) == [LayerDone(0, 1, {}, {})]
+    assert desk.report(late) == [Passed(0, 1, {}, {})]
 
 
 def test_a_layer_that_nobody_visits_waits_for_deferred_loads_too() -> None:
@@ -248,9 +248,9 @@ def test_deferred_loads_that_fail_are_told_with_the_next_layer(early: bool) -> N
     if not early:
         desk.fail(late)
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {}, {}), LayerDone(0, 1, {}, {2: BROKEN})]
+    assert desk.done == [Passed(0, 0, {}, {}), Passed(0, 1, {}, {2: BROKEN})]
     desk.ready(0, 2, {})
-    assert desk.done[-1] == LayerDone(0, 2, {}, {})
+    assert desk.done[-1] == Passed(0, 2, {}, {})
 
 
 @pytest.mark.parametrize("which", ["now", "late"])
@@ -272,7 +272,7 @@ def test_a_late_failure_does_not_change_what_was_told() -> None:
     now, late = desk.queues["cpu"]
     desk.report(now)
     desk.fail(late)
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
 
 
 def test_immediate_and_deferred_rows_of_one_expert_share_a_fetch() -> None:
@@ -295,15 +295,15 @@ def test_the_dense_part_takes_its_time_on_the_gpu() -> None:
     assert isinstance(layer, RunDense)
     assert isinstance(head, RunDense)
     assert (layer.predicted_s, head.predicted_s) == (2e-3, 1e-3)
-    assert desk.report(layer) == [DenseDone(0)]
-    assert desk.report(head) == [DenseDone(1)]
+    assert desk.report(layer) == [Passed(0, None)]
+    assert desk.report(head) == [Passed(1, None)]
 
 
 def test_a_dense_part_goes_on_without_a_gpu() -> None:
     desk = Desk()
     desk.dense_queued(0)
-    assert desk.die("gpu") == [DenseDone(0)]
-    assert desk.dense_queued(0) == [DenseDone(0)]
+    assert desk.die("gpu") == [Passed(0, None)]
+    assert desk.dense_queued(0) == [Passed(0, None)]
 
 
 # Numbers

@@ -7,9 +7,9 @@ import pytest
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.messages import JobDone, LayerDone
+from fiddler.scheduler.messages import JobDone
 from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch
-from tests.scheduler.desk import BROKEN, Desk, kinds, resident
+from tests.scheduler.desk import BROKEN, Desk, Passed, kinds, resident
 
 
 def scenario(desk: Desk, n_events: int) -> int:
@@ -154,7 +154,7 @@ def test_without_a_cpu_what_can_be_fetched_is_and_the_rest_fails() -> None:
     desk.ready(0, 0, {1: 1, 2: 1, 3: 1})
     assert kinds(desk.jobs) == [("gpu", [1]), ("link", [2])]
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {3: BROKEN}, {})]
+    assert desk.done == [Passed(0, 0, {3: BROKEN}, {})]
 
 
 def test_without_a_cpu_a_failed_copy_fails_the_loads_that_waited() -> None:
@@ -163,7 +163,7 @@ def test_without_a_cpu_a_failed_copy_fails_the_loads_that_waited() -> None:
     desk.ready(0, 0, {1: 1}, {1: 1})
     desk.fail(desk.only("link"))
     desk.ready(0, 1, {})
-    assert desk.done == [LayerDone(0, 0, {1: BROKEN}, {}), LayerDone(0, 1, {}, {1: BROKEN})]
+    assert desk.done == [Passed(0, 0, {1: BROKEN}, {}), Passed(0, 1, {}, {1: BROKEN})]
 
 
 def test_without_any_lane_every_layer_passes_at_once_with_failures() -> None:
@@ -171,7 +171,7 @@ def test_without_any_lane_every_layer_passes_at_once_with_failures() -> None:
     for lane in LANES:
         desk.die(lane)
     desk.ready(0, 0, {1: 1, 2: 1})
-    assert desk.done == [LayerDone(0, 0, {1: BROKEN, 2: BROKEN}, {})]
+    assert desk.done == [Passed(0, 0, {1: BROKEN, 2: BROKEN}, {})]
 
 
 def test_a_report_from_a_lane_that_was_given_up_is_ignored() -> None:
@@ -182,7 +182,7 @@ def test_a_report_from_a_lane_that_was_given_up_is_ignored() -> None:
     assert desk.tell(JobDone(copy.job, 1.0)) == []
     assert desk.die("link") == []
     desk.finish()
-    assert desk.done == [LayerDone(0, 0, {}, {})]
+    assert desk.done == [Passed(0, 0, {}, {})]
 
 
 def test_an_event_that_raises_leaves_a_wave_that_can_be_dropped() -> None:
@@ -202,9 +202,9 @@ def test_an_event_that_raises_leaves_a_wave_that_can_be_dropped() -> None:
 def test_check_finds_a_load_that_is_lost() -> None:
     desk = Desk()
     desk.ready(0, 0, {1: 1})
-    run = desk.core._runs.latest(0)
-    assert run is not None
-    run.ran(run.work.loads)
+    layer = desk.wave(0).latest
+    assert layer is not None
+    layer.ran(layer.work.loads)
     with pytest.raises(AssertionError, match="a load"):
         desk.core.check()
 

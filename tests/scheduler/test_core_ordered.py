@@ -1,8 +1,8 @@
 """A GPU that keeps its order: experts are given to it before copies land, and are done before they have run."""
 
-from fiddler.scheduler.messages import CopyExpert, JobTook, LayerDone, LayerTook, RunExperts
+from fiddler.scheduler.messages import CopyExpert, JobTook, LayerTook, RunExperts
 from fiddler.scheduler.plan import all_fetch
-from tests.scheduler.desk import Desk, kinds
+from tests.scheduler.desk import Desk, Passed, kinds
 
 
 def fetching(n_slots: int = 4) -> tuple[Desk, CopyExpert]:
@@ -27,7 +27,7 @@ def test_a_load_does_not_wait_for_its_copy_to_land() -> None:
     assert on_gpu(desk).slots == (copy.slot,)
     assert desk.cache.slot((0, 3)) is None
     (done,) = desk.queue(on_gpu(desk))
-    assert isinstance(done, LayerDone)
+    assert isinstance(done, Passed)
     desk.report(copy)
     assert desk.cache.slot((0, 3)) == copy.slot
 
@@ -68,11 +68,13 @@ def test_what_a_layer_took_is_told_later() -> None:
     desk, copy = fetching()
     desk.order(copy)
     desk.queue(on_gpu(desk))
+    layer = desk.wave(0).latest
+    assert layer is not None
     assert desk.core.counters.median_error() == 0.0
-    desk.tell(LayerTook(0, 0, 1.0))
+    desk.tell(LayerTook(layer, 1.0))
     assert desk.core.counters.median_error() > 0.5
     error = desk.core.counters.median_error()
-    desk.tell(LayerTook(0, 0, 5.0))
+    desk.tell(LayerTook(layer, 5.0))
     assert desk.core.counters.median_error() == error, "it was known"
 
 
@@ -89,5 +91,5 @@ def test_the_link_s_death_takes_nothing_from_who_was_given_to_the_gpu() -> None:
     desk.order(copy)
     desk.die("link")
     (done,) = desk.queue(on_gpu(desk))
-    assert isinstance(done, LayerDone)
+    assert isinstance(done, Passed)
     assert not done.failures

@@ -5,7 +5,7 @@ from random import Random
 from fiddler.cache.cache import ExpertCache
 from fiddler.lab.policies import make_policy
 from fiddler.scheduler.guesses import MANY, Auto, Frequency, LookAhead, Predictor, Transitions
-from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.layer import Layer, Wave
 from tests.scheduler.desk import LAYERS, work
 
 
@@ -13,11 +13,13 @@ def cache(policy: str = "lfu") -> ExpertCache:
     return ExpertCache(4, LAYERS, make_policy(policy, LAYERS))
 
 
-def ready(wave: int, layer: int, *visited: int, ahead: tuple[tuple[int, int], ...] = ()) -> LayerReady:
-    return LayerReady(wave, work(layer, dict.fromkeys(visited, 1)), 1, max(1, len(visited)), ahead=ahead)
+def ready(wave: int, layer: int, *visited: int, ahead: tuple[tuple[int, int], ...] = ()) -> Layer:
+    mine = Wave()
+    mine.number = wave
+    return Layer(mine, work(layer, dict.fromkeys(visited, 1)), 1, max(1, len(visited)), ahead=ahead)
 
 
-def names(predictor: Predictor, event: LayerReady) -> list[int]:
+def names(predictor: Predictor, event: Layer) -> list[int]:
     return [expert for expert, _ in predictor.expects(event)]
 
 

@@ -13,7 +13,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
 from fiddler.scheduler.guesses import Forecast, Guess, LookAhead, Rule, View, eager, impact, pays, price_s, saved_s
-from fiddler.scheduler.messages import LayerReady
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
 from fiddler.scheduler.routing import Load
@@ -139,15 +139,15 @@ class Made:
         self.cache = empty()
         self.left: dict[Key, float] = {}
         self.made = Prefetcher(LookAhead(), rule, self.cache, self.left.get)
-        self.wave = 0
+        self.wave = Wave()
 
     def expect(self, ahead: Rows, now_s: float = 0.0) -> None:
-        self.wave += 1
-        self.made.come(LayerReady(self.wave, work(0, {}), 1, 1, ahead=ahead), {}, now_s, self.costs)
+        self.wave = Wave()
+        self.made.come(Layer(self.wave, work(0, {}), 1, 1, ahead=ahead), {}, now_s, self.costs)
 
     def visit(self, *experts: int, now_s: float = 0.0) -> None:
         rows = dict.fromkeys(experts, 1)
-        self.made.come(LayerReady(self.wave, work(1, rows), 1, 1), rows, now_s, self.costs)
+        self.made.come(Layer(self.wave, work(1, rows), 1, 1), rows, now_s, self.costs)
         self.made.drop(self.wave)
 
     def copy(self, *, land: bool = True, backlog: Backlog = BUSY) -> Reservation | None:
@@ -238,8 +238,8 @@ def test_the_gap_is_the_time_from_a_layers_end_to_the_next() -> None:
     desk = Made(watch)
     for now_s, gap_s in ((10.0, 2.0), (20.0, 3.0)):
         desk.expect([(0, 1)], now_s)
-        desk.made.passed(desk.wave, now_s + 1.0)
-        ready = LayerReady(desk.wave, work(1, {}), 1, 1, ahead=[(0, 1)])
+        desk.wave.passed_s = now_s + 1.0
+        ready = Layer(desk.wave, work(1, {}), 1, 1, ahead=[(0, 1)])
         desk.made.come(ready, {}, now_s + 1.0 + gap_s, desk.costs)
         desk.copy()
         desk.made.drop(desk.wave)

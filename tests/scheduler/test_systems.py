@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal, get_args
 
-import anyio
 import pytest
 
 from fiddler.cache.policy import Key
@@ -42,7 +41,7 @@ class Run:
         self.core.handle = self.handle  # type: ignore[method-assign]
         self.always: set[Key] | None = None
         """Experts that were there after every event, once the sequence had come."""
-        self.report: Report = anyio.run(simulation.run)
+        self.report: Report = simulation.run()
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         commands = self._handle(event, now_s)

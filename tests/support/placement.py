@@ -187,7 +187,7 @@ async def _play(loaded: ServableModel, rig: Rig, script: Script) -> dict[tuple[i
             break
         present = [r for v, r in arrivals if v.joins <= step < v.leaves and not r.ended]
         spans: list[Any] = list(assemble(present, script.chunk_tokens, chunked=loaded.packed))
-        for span, outcome in zip(spans, await rig.steps.run(spans) if spans else [], strict=True):
+        for span, outcome in zip(spans, rig.steps.run(spans) if spans else [], strict=True):
             if outcome.error is not None:
                 raise outcome.error
             span.request.n_past = span.stop
@@ -195,7 +195,7 @@ async def _play(loaded: ServableModel, rig: Rig, script: Script) -> dict[tuple[i
                 visit = next(i for i, (_, r) in enumerate(arrivals) if r is span.request)
                 logits[step, visit] = outcome.logits.clone()
         rig.scheduler.check()
-    await rig.aclose()
+    rig.close()
     rig.scheduler.check()
     assert rig.scheduler.idle
     return logits
@@ -257,8 +257,7 @@ class ShuffledLanes:
         while self.random.random() < 0.3 and any(self._queues.values()):
             self._run_one()
 
-    async def report(self) -> JobDone | LaneDied:
-        await anyio.lowlevel.checkpoint()
+    def report(self) -> JobDone | LaneDied:
         while not self._done or (self.random.random() < 0.3 and any(self._queues.values())):
             self._run_one()
         return self._done.popleft()
@@ -268,7 +267,7 @@ class ShuffledLanes:
         self._done.clear()
         return drained
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         pass
 
     def _run_one(self) -> None:
