@@ -3,11 +3,12 @@
     python -m bench.overhead [--layers 48] [--steps 60] [--model DIR] [--threads 1] [--json FILE]
     python -m bench.overhead --policy aged-lfu --prefetch off
 
-Three figures, each a median:
+Four figures, each a median:
 
 - one layer of a step through runner, scheduler and three lane threads whose jobs do nothing, with the engine's own
   policy and prefetch unless others are named;
-- beside it, a bare hop: two jobs handed to the same lane threads and both reports awaited, nothing decided;
+- the same through the lanes, crossing and jobs of a GPU that does nothing: no CUDA call is made;
+- beside them, a bare hop: two jobs handed to the same lane threads and both reports awaited, nothing decided;
 - a decoding step of a model (the demo model unless given) on the CPU through all of it, against the same step with
   each layer's experts computed by a plain call, in turns within one run.
 """
@@ -24,6 +25,7 @@ from typing import Any, get_args
 import torch
 
 from bench import machine
+from bench.overhead_gpu import gpu_layer_us
 from bench.overhead_script import hop_us, layer
 from bench.report import Spread, heading, result, table, write_json
 from fiddler import DEMO
@@ -106,6 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gc.disable()
     with torch.inference_mode():
         hop = hop_us(options.layers * options.steps)
+        gpu = gpu_layer_us(placed, options.layers, options.steps)
         one = layer(placed, options.layers, options.steps)
         steps = model_step_us(options.model, options.steps)
     gc.enable()
@@ -116,6 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         system={"policy": placed.policy, "prefetch": placed.prefetch, "promote": placed.promote},
         layer_us=one.us,
         layer={name: getattr(one, name) for name in DECIDED},
+        gpu_layer_us=gpu,
         hop_us=hop,
         model=options.model.name,
         step_us=steps,
@@ -129,6 +133,7 @@ def render(report: dict[str, Any]) -> str:
     by = f"{report['system']['policy']}, prefetch {report['system']['prefetch']}"
     rows = [
         (f"a layer by {by}: runner, scheduler, three lanes", f"{report['layer_us']:.0f}"),
+        ("a layer on a GPU that does nothing: its lanes, crossing and jobs", f"{report['gpu_layer_us']:.0f}"),
         ("a bare hop to two lanes and back", f"{report['hop_us']:.0f}"),
         *((f"a step of {report['model']}, {name}", f"{taken:.0f}") for name, taken in report["step_us"].items()),
     ]

@@ -78,8 +78,8 @@ class ToldLanes(ThreadLanes):
 
 def layer(system: System, n_layers: int, n_steps: int) -> Layer:
     """Decode a made-up sequence by a system's rules, with `n_layers` of the model's layers."""
-    shape = replace(ModelShape.load(MODEL), n_layers=n_layers)
-    scheduler, lanes = _scheduler(shape, system), ToldLanes()
+    shape = ModelShape.load(MODEL)
+    scheduler, lanes = scheduler_of(shape, system, n_layers), ToldLanes()
     runner = Runner(scheduler, lanes)
     runner.preload()
     n_copied = lanes.n_jobs
@@ -96,7 +96,9 @@ def layer(system: System, n_layers: int, n_steps: int) -> Layer:
     return _layer(times, scheduler, lanes.n_jobs - n_copied, n_layers * n_steps)
 
 
-def _scheduler(shape: ModelShape, system: System) -> Scheduler:
+def scheduler_of(shape: ModelShape, system: System, n_layers: int) -> Scheduler:
+    """Return what decides for the first layers of a model, by a system's rules."""
+    shape = replace(shape, n_layers=n_layers)
     costs = replace(cost_model(shape, Machine.load(MACHINE)), contention=Contention())
     cache = cache_of(system, int(SHARE * shape.total_experts), (shape.n_experts,) * shape.n_layers, shape.top_k)
     ahead = prefetch_of(system.prefetch, cache)

@@ -1,14 +1,13 @@
 """Lanes in wall time: a worker thread each, FIFO; what is urgent goes before what is not and has not started."""
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
-from queue import PriorityQueue
+from queue import SimpleQueue
 from threading import Thread
 from time import perf_counter
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.errors import EngineFailedError
@@ -18,16 +17,6 @@ from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Repor
 from fiddler.trace import Trace
 
 T = TypeVar("T")
-
-
-@dataclass(order=True, slots=True)
-class _Queued:
-    rank: int
-    number: int
-    job: Any = field(compare=False)
-
-
-_URGENT, _IDLE, _END = range(3)
 
 
 class Worker(Generic[T]):
@@ -47,8 +36,9 @@ class Worker(Generic[T]):
         self._do = do
         self._died = died
         self._working = working
-        self._numbers = count()
-        self._queue: PriorityQueue[_Queued] = PriorityQueue()
+        self._urgent: deque[T] = deque()
+        self._idle: deque[T] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()  # one for each job, and a last one that says it is over
         self._thread = Thread(target=self._work, name=f"fiddler-{name}", daemon=True)
         try:
             self._thread.start()
@@ -57,11 +47,12 @@ class Worker(Generic[T]):
 
     def put(self, job: T, *, urgent: bool = True) -> None:
         """Queue a job."""
-        self._queue.put(_Queued(_URGENT if urgent else _IDLE, next(self._numbers), job))
+        (self._urgent if urgent else self._idle).append(job)
+        self._calls.put(True)
 
     def end(self) -> None:
         """Let it end once it is through with what is queued."""
-        self._queue.put(_Queued(_END, next(self._numbers), None))
+        self._calls.put(False)
 
     def join(self) -> None:
         """Wait for its end."""
@@ -70,8 +61,8 @@ class Worker(Generic[T]):
     def _work(self) -> None:
         try:
             with self._working():
-                while (job := self._queue.get().job) is not None:
-                    self._do(job)
+                while self._calls.get():
+                    self._do(self._urgent.popleft() if self._urgent else self._idle.popleft())
         except BaseException as error:
             self._died(error)
 

@@ -1,0 +1,132 @@
+"""A layer on a GPU that does nothing, through its lanes, crossing and jobs: no CUDA call, all of it the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bench.overhead_script import MODEL, WARM_UP, scheduler_of
+from bench.report import Spread
+from fiddler.gpu.crossing import Watch
+from fiddler.gpu.jobs import Copying, GpuJobs
+from fiddler.gpu.streams import StreamLanes
+from fiddler.lab.shape import ModelShape
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.lab.systems import System
+from fiddler.lanes.runner import Runner
+from fiddler.models.seam import ExpertsCall
+from fiddler.recording import guesses
+from fiddler.steps.wave import Experts, ModelWave
+from fiddler.types import ExpertWeights
+
+T = TypeVar("T")
+
+
+class Idle:
+    """A GPU, its streams, events and experts: whatever it is given is done, and nothing was."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.main = self.link = self.up = self
+        self.down = _Copies()
+        self.weight = ExpertWeights((torch.zeros(1, 1),), torch.zeros(1, 1))
+
+    def run(self, *_: Any) -> None:
+        """Do nothing, as a stream and as experts do."""
+
+    follow = wait = copy = write = run
+
+    def mark(self) -> Any:
+        """Return an event, which is done."""
+        return self
+
+    def done(self) -> bool:
+        """Whether it is."""
+        return True
+
+    def since(self, _: Any) -> float:
+        """Return the seconds between two events."""
+        return 1e-6
+
+    def launch(self, work: Callable[[], T]) -> T:
+        """Run what a GPU would queue: few, small operations."""
+        return work()
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return memory."""
+        return torch.empty(shape, dtype=dtype)
+
+    def weights(self, *_: int) -> ExpertWeights:
+        """Return an expert."""
+        return self.weight
+
+    def experts(self, _: int, loads: Any) -> list[ExpertWeights]:
+        """Return one for each load."""
+        return [self.weight] * len(loads)
+
+
+class _Copies(Idle):
+    """The way down: the host reads the routing, so it has to come."""
+
+    def __init__(self) -> None:
+        self.main = self
+
+    def run(self, *work: Any) -> None:
+        """Run it."""
+        work[0]()
+
+
+@dataclass
+class Routed:
+    """A forward that asks for experts, as a routing `[L, K]` says, and computes nothing."""
+
+    routing: Tensor
+    hidden: Tensor
+    dead = False
+
+    def send(self, _: Tensor | None) -> Any:
+        """Go to the next layer."""
+        if not len(self.routing):
+            self.dead = True
+            return self.hidden
+        index, self.routing = self.routing[:1], self.routing[1:]
+        self.layer = getattr(self, "layer", -1) + 1
+        return ExpertsCall(self.layer, self.hidden, index, torch.ones(index.shape))
+
+    def close(self) -> None:
+        """Nothing has to be unwound."""
+
+
+def gpu_layer_us(system: System, n_layers: int, n_steps: int) -> Spread:
+    """Return the microseconds of a layer of one sequence that decodes, experts half in slots."""
+    shape, idle = ModelShape.load(MODEL), Idle()
+    copying: Any = Copying(idle, lambda *_: idle.weight.down, lambda *_: True, idle)  # type: ignore[arg-type]
+    jobs = GpuJobs(idle, Watch(), idle, idle, copying)  # type: ignore[arg-type]
+    lanes = StreamLanes(jobs)
+    runner = Runner(scheduler_of(shape, system, n_layers), lanes)
+    runner.preload()
+    routing = SyntheticRouting(n_layers, shape.n_experts, shape.top_k).sequence(0, n_steps)
+    ahead, times = guesses(routing), []
+    for visits, expected in zip(torch.tensor(routing), torch.tensor(ahead), strict=True):
+        asked = Experts(jobs.crossing, (shape.n_experts,) * n_layers, 0, _Ahead(expected))  # type: ignore[arg-type]
+        forward: Any = Routed(visits.long(), torch.zeros(1, shape.hidden, dtype=torch.bfloat16))
+        wave = ModelWave([forward], asked, n_rows=1, n_context=1)
+        started = perf_counter()
+        runner.run([wave])
+        times.append(1e6 * (perf_counter() - started) / n_layers)
+    runner.settle()
+    lanes.close()
+    return Spread.of(times[WARM_UP:])
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    expected: Tensor
+
+    def expects(self, layer: int, _: Tensor) -> Tensor | None:
+        """Return what was expected of the next layer, `[1, K]`."""
+        return self.expected[layer + 1 : layer + 2].long() if layer + 1 < len(self.expected) else None
