@@ -18,6 +18,8 @@ class Correction:
 
     def __init__(self, calibrated: CostModel) -> None:
         self._calibrated = calibrated
+        self._shapes = list(dict.fromkeys(calibrated.experts))
+        self._which = [self._shapes.index(expert) for expert in calibrated.experts]
         self._factors: dict[LaneName, float] = {"cpu": 1.0, "gpu": 1.0, "link": 1.0}
         self._applied = dict(self._factors)
         self.costs = calibrated
@@ -42,9 +44,9 @@ class Correction:
             self.costs = replace(self._calibrated, experts=self._corrected())
 
     def _corrected(self) -> tuple[ExpertCosts, ...]:
-        cpu, gpu, link = (self._applied[lane] for lane in ("cpu", "gpu", "link"))
-        made: dict[ExpertCosts, ExpertCosts] = {
-            e: replace(e, cpu=e.cpu.scaled(cpu), gpu=e.gpu.scaled(gpu), copy_s=e.copy_s * link)
-            for e in set(self._calibrated.experts)
-        }
-        return tuple(made[e] for e in self._calibrated.experts)
+        by = self._applied
+        made = [
+            ExpertCosts(e.cpu.scaled(by["cpu"]), e.gpu.scaled(by["gpu"]), e.copy_s * by["link"], e.nbytes)
+            for e in self._shapes
+        ]
+        return tuple([made[i] for i in self._which])

@@ -6,11 +6,31 @@ Seconds as a function of rows.
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import inf
+from operator import itemgetter
 from typing import Any, Self
 
 from fiddler.given import real_number, shown
+
+_rows = itemgetter(0)
+
+
+class _Times(dict[float, float]):
+    """Seconds by rows, each worked out when it is first asked for."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __missing__(self, n: float) -> float:
+        seconds = self[n] = self._between(n) if n > 0 else 0.0
+        return seconds
+
+    def _between(self, n: float) -> float:
+        points = self.points
+        i = bisect_left(points, n, key=_rows)
+        if i == 0 or len(points) == 1:
+            return points[0][1]
+        (n0, s0), (n1, s1) = points[i - 1 : i + 1] if i < len(points) else points[-2:]
+        return s0 + (n - n0) * (s1 - s0) / (n1 - n0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +42,19 @@ class Curve:
     """
 
     points: tuple[tuple[float, float], ...]
-    _known: dict[float, float] = field(default_factory=dict, compare=False, repr=False)
+    at: "_Times" = field(init=False, compare=False, repr=False)
+    """Seconds by rows, as a call returns them, for who asks often."""
 
     def __post_init__(self) -> None:
-        rows = [n for n, _ in self.points]
-        if not rows or any(a >= b for a, b in pairwise(rows)):
+        last = -inf
+        for n, _ in self.points:
+            if n <= last:
+                raise ValueError("a curve needs points with ascending row counts")
+            last = n
+        if not self.points:
             raise ValueError("a curve needs points with ascending row counts")
+        object.__setattr__(self, "at", _Times())
+        self.at.points = self.points
 
     @classmethod
     def roofline(cls, fixed_s: float, read_s: float, row_s: float) -> Self:
@@ -44,22 +71,11 @@ class Curve:
 
     def __call__(self, n: float) -> float:
         """Return the seconds of `n` rows; 0.0 for none."""
-        seconds = self._known.get(n)
-        if seconds is None:
-            seconds = self._known[n] = self._at(n) if n > 0 else 0.0
-        return seconds
-
-    def _at(self, n: float) -> float:
-        points = self.points
-        i = bisect_left(points, n, key=lambda point: point[0])
-        if i == 0 or len(points) == 1:
-            return points[0][1]
-        (n0, s0), (n1, s1) = points[i - 1 : i + 1] if i < len(points) else points[-2:]
-        return s0 + (n - n0) * (s1 - s0) / (n1 - n0)
+        return self.at[n]
 
     def scaled(self, factor: float) -> "Curve":
         """Return the curve with every time multiplied."""
-        return Curve(tuple((n, s * factor) for n, s in self.points))
+        return Curve(tuple([(n, s * factor) for n, s in self.points]))
 
 
 NO_TIME = Curve(((1.0, 0.0),))
@@ -132,13 +148,21 @@ class CostModel:
 
     def cpu_s(self, layer: int, rows: Sequence[int]) -> float:
         """Return the CPU lane's seconds for experts with `rows` rows each, activation moves included."""
-        cpu, moves = self.experts[layer].cpu, self.moves
-        return moves.fixed_s + sum(cpu(n) + moves.row_s * n for n in rows) if rows else 0.0
+        if not rows:
+            return 0.0
+        at, row_s = self.experts[layer].cpu.at, self.moves.row_s
+        seconds = 0.0
+        for n in rows:
+            seconds += at[n] + row_s * n
+        return self.moves.fixed_s + seconds
 
     def gpu_s(self, layer: int, rows: Sequence[int]) -> float:
         """Return the GPU lane's seconds for experts with `rows` rows each."""
-        gpu = self.experts[layer].gpu
-        return sum(gpu(n) for n in rows)
+        at = self.experts[layer].gpu.at
+        seconds = 0.0
+        for n in rows:
+            seconds += at[n]
+        return seconds
 
     def as_json(self) -> dict[str, Any]:
         """Return a JSON value that `from_json` reads back."""
