@@ -70,7 +70,7 @@ async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
         rig.scheduler.check()
         cache = rig.scheduler.cache
         assert cache.n_free + cache.n_ready == cache.n_slots
-        assert not cache._slots._leases
+        assert not cache._slots.leases
         assert not loop._running
         assert loop.statistics.kv_bytes == 0
 

@@ -93,7 +93,7 @@ def driven(lanes: LaneSet, **options: Any) -> Generator[Runner]:
     assert driver.scheduler.idle
     assert not driver._running
     assert not driver._in_lanes
-    assert not driver.scheduler.cache._slots._leases
+    assert not driver.scheduler.cache._slots.leases
     driver.scheduler.check()
 
 

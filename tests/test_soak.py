@@ -149,7 +149,7 @@ def test_after_ten_thousand_requests_everything_is_free(seed: int) -> None:
     assert scheduler.idle
     assert min(counters.n_hits, counters.n_fetches, counters.n_fallbacks, counters.n_cpu) > 100
     assert cache.n_free + cache.n_ready == N_SLOTS
-    assert not cache._slots._leases
+    assert not cache._slots.leases
     assert not soak.runner._running
     assert not soak.runner._in_lanes
     assert not soak.lanes._jobs

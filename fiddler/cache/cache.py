@@ -44,6 +44,8 @@ class ExpertCache:
             raise ValueError("n_staging is within n_slots, floor is not negative, admission is at least 1")
         self.policy = policy
         self.history = policy.history
+        self.score = policy.score
+        """What the policy says that an expert is worth now."""
         self._admission = admission
         self._floor = floor
         self._keys = [[(layer, expert) for expert in range(n)] for layer, n in enumerate(n_experts)]
@@ -56,16 +58,15 @@ class ExpertCache:
         self._begin(n_slots, min(self._staging.n_slots, n_slots))
 
     def _begin(self, n_slots: int, n_staging: int) -> None:
+        self.n_slots = n_slots
+        """Slots altogether."""
         self._n_kept = n_slots - n_staging
         self._slots = Slots(n_slots)
+        self.ready: Mapping[Key, int] = self._slots.ready
+        """The slot of each expert that is READY."""
         self._room = Room(self._n_kept, len(self._keys), per_layer=self.policy.per_layer, floor=self._floor)
         self._staging = Staging(n_staging)
         self._victims = Victims(self.policy, self._room.spares)
-
-    @property
-    def n_slots(self) -> int:
-        """Slots altogether."""
-        return self._slots.n_slots
 
     @property
     def n_free(self) -> int:
@@ -85,19 +86,15 @@ class ExpertCache:
         """
         self.history.observe(layer, rows, n_tokens)
         self.policy.observe(layer, rows, n_tokens, scores)
-        self._victims.visited(layer)
-
-    def score(self, key: Key) -> float:
-        """What the policy says the expert is worth now."""
-        return self.policy.score(key)
+        self._victims.stale.add(layer)
 
     def slot(self, key: Key) -> int | None:
         """The READY slot of an expert."""
-        return self._slots.slot(key)
+        return self.ready.get(key)
 
     def holds(self, key: Key) -> bool:
         """Whether the expert has a slot, LOADING or READY."""
-        return key in self._room or key in self._staging
+        return key in self._room.held[key[0]] or key in self._staging
 
     def loading(self, key: Key) -> Reservation | None:
         """The copy under way for an expert."""
@@ -155,13 +152,16 @@ class ExpertCache:
         """Pin those of a layer's experts that are READY, while they are used; returns them."""
         leased = self._slots.lease_ready(layer, experts)
         if leased:
-            self._victims.pin(layer, leased)
+            self._victims.put(layer, leased, may_go=False)
         return leased
 
     def release_all(self, layer: int, experts: Sequence[int]) -> None:
         """End a lease of each of a layer's experts; ValueError where there is none."""
-        for expert in experts:
-            self.release((layer, expert))
+        if self._staging.n_slots:  # who stays is decided one by one
+            for expert in experts:
+                self.release((layer, expert))
+        else:
+            self._victims.put(layer, self._slots.release_all(layer, experts), may_go=True)
 
     def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
         """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.
@@ -169,9 +169,14 @@ class ExpertCache:
         With it, how many more visits a token it may expect than its victim. None where even that one does not beat
         its victim, or is worth nothing.
         """
-        absent = [key for key in keys if not self.holds(key) and self.policy.admits(key, self._n_kept)]
-        best = min(absent, key=self._highest, default=None)
-        if best is None or self.policy.score(best) <= 0:
+        absent = []
+        for key in keys:
+            if not self.holds(key) and self.policy.admits(key, self._n_kept):
+                absent.append(key)
+        if not absent:
+            return None
+        best = min(absent, key=self._highest)
+        if self.policy.score(best) <= 0:
             return None
         rate = self.policy.rate(best)
         if self._room.vacant(best[0]):
@@ -206,7 +211,7 @@ class ExpertCache:
         """Go on from what another run learned; ValueError for another policy's or another model's state."""
         restore(self.policy, state)
         for layer in range(len(self._keys)):
-            self._victims.visited(layer)
+            self._victims.stale.add(layer)
 
     def check(self) -> None:
         """AssertionError where the books do not agree, or the worst expert is not what a full search finds."""
@@ -214,7 +219,7 @@ class ExpertCache:
         held = self._slots.held()
         self._staging.check(held)
         self._room.check({key for key in held if key not in self._staging})
-        self._victims.check({key for key in held if key in self._room and self._slots.idle(key)})
+        self._victims.check({key for key in held if key not in self._staging and self._slots.idle(key)})
 
     def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
         """Whether an absent expert may stay, and who gives way to it if nothing is free."""
@@ -251,7 +256,9 @@ class ExpertCache:
 
     def _place(self, key: Key) -> None:
         """Let it be known whether an expert may give way."""
-        self._victims.put(key, may_go=key in self._room and self._slots.idle(key))
+        layer, slots = key[0], self._slots
+        may_go = key in slots.ready and key not in slots.leases and key in self._room.held[layer]
+        self._victims.put(layer, (key[1],), may_go=may_go)
 
     def _victim(self, newcomer: Key) -> Key | None:
         """The worst expert that may give way: of its own layer always, of others while they spare a slot."""

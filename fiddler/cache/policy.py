@@ -73,6 +73,10 @@ class History:
         """`n_visits` at the expert's last touch; 0 if it was never touched."""
         return self._last_visit[key[0]][key[1]]
 
+    def last_visits(self, layer: int) -> Sequence[int]:
+        """The same of each of a layer's experts."""
+        return self._last_visit[layer]
+
     def last_token(self, key: Key) -> int:
         """Its layer's clock at the expert's last touch; 0 if it was never touched."""
         return self._last_token[key[0]][key[1]]

@@ -5,7 +5,7 @@ Who may take a slot from whom: a quota per layer, or one pool in which every lay
 Slots for experts in passing: used, and let go for the next unless they turn out to be worth keeping.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fiddler.cache.policy import Key
@@ -22,15 +22,17 @@ class Reservation:
 
 
 class Slots:
-    """Every slot is in exactly one of `_free`, `_loading` and `_ready`. Misuse is a ValueError."""
+    """Every slot is in exactly one of `_free`, `_loading` and `ready`. Misuse is a ValueError."""
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
         self._free = list(range(n_slots - 1, -1, -1))
         self._loading: dict[Key, Reservation] = {}
-        self._ready: dict[Key, int] = {}
+        self.ready: dict[Key, int] = {}
+        """READY experts, each with its slot."""
         self._generations = [0] * n_slots
-        self._leases: dict[Key, int] = {}
+        self.leases: dict[Key, int] = {}
+        """How often each leased expert is."""
 
     @property
     def n_free(self) -> int:
@@ -40,11 +42,7 @@ class Slots:
     @property
     def n_ready(self) -> int:
         """Slots whose expert can be used."""
-        return len(self._ready)
-
-    def slot(self, key: Key) -> int | None:
-        """The READY slot of an expert."""
-        return self._ready.get(key)
+        return len(self.ready)
 
     def loading(self, key: Key) -> Reservation | None:
         """The copy under way for an expert."""
@@ -52,11 +50,11 @@ class Slots:
 
     def idle(self, key: Key) -> bool:
         """Whether the expert is READY and nobody leases it."""
-        return key in self._ready and key not in self._leases
+        return key in self.ready and key not in self.leases
 
     def begin(self, key: Key, victim: Key | None = None) -> Reservation:
         """FREE → LOADING, out of an idle `victim`'s slot where one is named; its generation goes up."""
-        if key in self._loading or key in self._ready:
+        if key in self._loading or key in self.ready:
             raise ValueError(f"expert {key} has a slot already")
         if victim is not None:
             self.evict(victim)
@@ -70,14 +68,14 @@ class Slots:
 
     def evict(self, key: Key) -> None:
         """READY → FREE; ValueError for an expert that is not idle."""
-        if not self.idle(key):
+        if key not in self.ready or key in self.leases:
             raise ValueError(f"expert {key} cannot be evicted: not ready, or leased")
-        self._free.append(self._ready.pop(key))
+        self._free.append(self.ready.pop(key))
 
     def landed(self, reservation: Reservation) -> None:
         """LOADING → READY; ValueError for a reservation that is not the slot's present one."""
         self._end(reservation)
-        self._ready[reservation.key] = reservation.slot
+        self.ready[reservation.key] = reservation.slot
 
     def failed(self, reservation: Reservation) -> None:
         """LOADING → FREE; ValueError for a reservation that is not the slot's present one."""
@@ -91,14 +89,14 @@ class Slots:
 
     def lease(self, key: Key) -> int:
         """Pin a READY expert, once more, and say where it is; ValueError where it is not READY."""
-        if key not in self._ready:
+        if key not in self.ready:
             raise ValueError(f"expert {key} is not ready")
-        self._leases[key] = self._leases.get(key, 0) + 1
-        return self._ready[key]
+        self.leases[key] = self.leases.get(key, 0) + 1
+        return self.ready[key]
 
     def lease_ready(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Pin those of a layer's experts that are READY; returns them."""
-        leased, ready, leases = [], self._ready, self._leases
+        leased, ready, leases = [], self.ready, self.leases
         for expert in experts:
             key = layer, expert
             if key in ready:
@@ -108,24 +106,39 @@ class Slots:
 
     def release(self, key: Key) -> None:
         """End one lease; ValueError where there is none."""
-        if key not in self._leases:
+        if key not in self.leases:
             raise ValueError(f"expert {key} is not leased")
-        self._leases[key] -= 1
-        if not self._leases[key]:
-            del self._leases[key]
+        self.leases[key] -= 1
+        if not self.leases[key]:
+            del self.leases[key]
+
+    def release_all(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """End a lease of each of a layer's experts, ValueError where one has none; returns those now idle."""
+        leases, idle = self.leases, []
+        for expert in experts:
+            key = layer, expert
+            n_leases = leases.get(key, 0)
+            if n_leases > 1:
+                leases[key] = n_leases - 1
+            elif n_leases:
+                del leases[key]
+                idle.append(expert)
+            else:
+                raise ValueError(f"expert {key} is not leased")
+        return idle
 
     def held(self) -> set[Key]:
         """The experts that have a slot, LOADING or READY."""
-        return self._loading.keys() | self._ready.keys()
+        return self._loading.keys() | self.ready.keys()
 
     def check(self) -> None:
         """AssertionError where the books do not agree."""
         loading = [reservation.slot for reservation in self._loading.values()]
-        places = sorted([*self._free, *loading, *self._ready.values()])
+        places = sorted([*self._free, *loading, *self.ready.values()])
         assert places == list(range(self.n_slots)), "a slot is lost, or in two states"
-        assert not self._loading.keys() & self._ready.keys(), "an expert is in two slots"
-        assert self._leases.keys() <= self._ready.keys(), "a lease on an expert that is not ready"
-        assert all(n > 0 for n in self._leases.values())
+        assert not self._loading.keys() & self.ready.keys(), "an expert is in two slots"
+        assert self.leases.keys() <= self.ready.keys(), "a lease on an expert that is not ready"
+        assert all(n > 0 for n in self.leases.values())
         for key, reservation in self._loading.items():
             assert reservation.key == key
             assert reservation.generation == self._generations[reservation.slot], "a copy from another generation"
@@ -144,14 +157,8 @@ class Room:
         self._n_slots = n_slots
         self._n_held = 0
         self._quotas = [share + (layer < rest) if per_layer else n_slots for layer in range(n_layers)]
-        self._held: list[set[Key]] = [set() for _ in range(n_layers)]
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._held[key[0]]
-
-    def layer(self, layer: int) -> set[Key]:
-        """The layer's experts that hold a slot."""
-        return self._held[layer]
+        self.held: list[set[Key]] = [set() for _ in range(n_layers)]
+        """By layer, its experts that hold a slot."""
 
     def quota(self, layer: int) -> int:
         """The most slots the layer may have."""
@@ -159,27 +166,27 @@ class Room:
 
     def vacant(self, layer: int) -> bool:
         """Whether the layer may have one of the free slots."""
-        return self._n_held < self._n_slots and len(self._held[layer]) < self._quotas[layer]
+        return self._n_held < self._n_slots and len(self.held[layer]) < self._quotas[layer]
 
     def spares(self, layer: int) -> bool:
         """Whether the layer may lose a slot to another."""
-        return len(self._held[layer]) > self.floor
+        return len(self.held[layer]) > self.floor
 
     def enter(self, key: Key) -> None:
         """The expert holds a slot from now on."""
-        self._held[key[0]].add(key)
+        self.held[key[0]].add(key)
         self._n_held += 1
 
     def leave(self, key: Key) -> None:
         """The expert holds none any more."""
-        self._held[key[0]].remove(key)
+        self.held[key[0]].remove(key)
         self._n_held -= 1
 
     def check(self, held: set[Key]) -> None:
         """AssertionError where this is not what the slots say, or a layer is over its quota."""
-        assert set().union(*self._held) == held
+        assert set().union(*self.held) == held
         assert self._n_held == len(held) <= self._n_slots
-        for layer, keys in enumerate(self._held):
+        for layer, keys in enumerate(self.held):
             assert all(key[0] == layer for key in keys)
             assert len(keys) <= self._quotas[layer], "a layer is over its quota"
 

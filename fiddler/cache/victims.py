@@ -1,6 +1,6 @@
 """Finds the worst expert that may give way, by an array minimum, on demand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from math import inf
 
 import numpy as np
@@ -28,22 +28,15 @@ class Victims:
         self._worth: list[NDArray[np.float64]] = [np.full(n, inf) for n in n_experts]
         """By layer, `[E]`: worth of those that may give way, infinite for the others."""
         self._least = np.full(len(n_experts), inf)
-        self._stale: set[int] = set()
+        self.stale: set[int] = set()
+        """Layers whose ranks, or whose experts that may give way, are others than when they were looked at last."""
 
-    def put(self, key: Key, *, may_go: bool) -> None:
-        """Take note whether an expert may give way."""
-        layer, expert = key
-        self._may_go[layer][expert] = may_go
-        self._stale.add(layer)
-
-    def pin(self, layer: int, experts: Sequence[int]) -> None:
-        """Take note that some of a layer's experts may not give way for now."""
-        self._may_go[layer][experts] = False
-        self._stale.add(layer)
-
-    def visited(self, layer: int) -> None:
-        """Take note that a layer's ranks have changed."""
-        self._stale.add(layer)
+    def put(self, layer: int, experts: Iterable[int], *, may_go: bool) -> None:
+        """Take note whether some of a layer's experts may give way."""
+        row = self._may_go[layer]
+        for expert in experts:
+            row[expert] = may_go
+        self.stale.add(layer)
 
     def worst_of(self, layer: int) -> Key | None:
         """Return the worst expert of one layer; `None` where none may give way."""
@@ -60,8 +53,10 @@ class Victims:
             layer = int(least.argmin())
         if not least[layer] < inf:
             return None
-        tied = [i for i in np.flatnonzero(least == least[layer]).tolist() if self._spares(i)]
-        return min(map(self._first, tied), key=self.place)
+        tied = (least == least[layer]).nonzero()[0].tolist()
+        if len(tied) == 1:
+            return self._first(layer)
+        return min([self._first(i) for i in tied if self._spares(i)], key=self.place)
 
     def place(self, key: Key) -> Place:
         """Return an expert's place in the order in which experts give way."""
@@ -82,14 +77,17 @@ class Victims:
         assert self.worst() == min(spared, key=self.place, default=None), "another layer has the worst"
 
     def _first(self, layer: int) -> Key:
-        worth = self._worth[layer]
-        tied = np.flatnonzero(worth == self._least[layer])
-        if len(tied) == 1:
-            return layer, int(tied[0])
-        return min(((layer, int(expert)) for expert in tied), key=self.place)
+        tied = (self._worth[layer] == self._least[layer]).nonzero()[0].tolist()
+        first = tied.pop()
+        if tied:  # equal in worth: longest ago, then the higher number
+            last_visit = self._policy.history.last_visits(layer)
+            for expert in reversed(tied):
+                if last_visit[expert] < last_visit[first]:
+                    first = expert
+        return layer, first
 
     def _freshen(self) -> None:
-        for layer in self._stale:
+        for layer in self.stale:
             worth = self._worth[layer] = np.where(self._may_go[layer], self._policy.worths(layer), inf)
             self._least[layer] = worth.min(initial=inf)
-        self._stale.clear()
+        self.stale.clear()

@@ -10,9 +10,9 @@ def test_a_slot_is_reserved_lands_is_leased_and_given_up() -> None:
     reservation = slots.begin((0, 3))
     assert (reservation.slot, reservation.generation, reservation.victim) == (0, 1, None)
     assert slots.loading((0, 3)) == reservation
-    assert slots.slot((0, 3)) is None, "not before the copy is over"
+    assert slots.ready.get((0, 3)) is None, "not before the copy is over"
     slots.landed(reservation)
-    assert slots.slot((0, 3)) == slots.lease((0, 3)) == 0
+    assert slots.ready.get((0, 3)) == slots.lease((0, 3)) == 0
     slots.lease((0, 3))
     slots.release((0, 3))
     assert not slots.idle((0, 3)), "one of two leases is left"

@@ -212,7 +212,7 @@ class Desk:
         assert self.core.idle
         assert not self.core._copies.waiting
         assert self.core.backlog().cpu_s == self.core.backlog().gpu_s == self.core.backlog().link_s == 0.0
-        assert not self.cache._slots._leases
+        assert not self.cache._slots.leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
         assert not self.core.prefetcher._expecting
         assert not any(wave.latest or wave.forecast for wave in self.waves.values())
@@ -277,7 +277,7 @@ class Desk:
         forecasts = [wave.forecast for wave in prefetcher._expecting if wave.forecast is not None]
         held = Counter((layer.index, expert) for layer in self.core.layers for expert in layer.leased)
         held.update((forecast.layer, expert) for forecast in forecasts for expert in forecast.leased)
-        assert held == self.cache._slots._leases
+        assert held == self.cache._slots.leases
         assert not any(layer.reported and layer.before for layer in self.core.layers), "a layer is kept for nothing"
 
     def _check_prefetch(self) -> None:

@@ -16,7 +16,7 @@ def landed(prefetch: str, **slots: int) -> Desk:
     desk.ready(0, 0, {1: 1, 2: 1}, ahead={3: 1, 4: 1})
     assert copies(desk) == [(1, 3, False)]
     desk.report(desk.only("link"))
-    assert desk.cache._slots._leases == {(1, 3): 1}
+    assert desk.cache._slots.leases == {(1, 3): 1}
     return desk
 
 
@@ -51,7 +51,7 @@ def test_what_has_landed_is_not_evicted_by_the_next_until_its_layer_comes(
     end(desk)
     desk.finish()
     desk.drop(0)
-    assert not desk.cache._slots._leases
+    assert not desk.cache._slots.leases
     desk.ready(3, 2, {0: 1})
     assert copies(desk) == [(2, 0, True)], "now it gives way"
     assert not desk.cache.holds((1, 3))
@@ -67,9 +67,9 @@ def test_what_two_waves_wait_for_is_kept_until_both_have_come() -> None:
     desk.fail(desk.only("link"))  # so the second wave's copy is made
     assert copies(desk) == [(1, 3, False)]
     desk.report(desk.only("link"))
-    assert desk.cache._slots._leases == {(1, 3): 2}
+    assert desk.cache._slots.leases == {(1, 3): 2}
     desk.drop(0)
-    assert desk.cache._slots._leases == {(1, 3): 1}
+    assert desk.cache._slots.leases == {(1, 3): 1}
     desk.ready(1, 1, {3: 1})
     desk.finish()
     desk.drop(1)
@@ -96,4 +96,4 @@ def test_a_copy_that_lands_after_its_layer_has_come_is_kept_by_nobody_else() -> 
     desk.ready(0, 1, {5: 1})
     desk.report(desk.only("link"))
     assert desk.cache.slot((1, 3)) is not None
-    assert not desk.cache._slots._leases
+    assert not desk.cache._slots.leases
