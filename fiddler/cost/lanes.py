@@ -4,13 +4,22 @@ The simulated machine runs on this, and the scheduler keeps one beside the real 
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fiddler.cost.model import NO_CONTENTION, Contention
 
 LaneName = Literal["cpu", "gpu", "link"]
 LANES: tuple[LaneName, ...] = ("cpu", "gpu", "link")
+
+
+class Backlog(NamedTuple):
+    """Seconds of work queued in each lane, as it takes alone."""
+
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    link_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -26,54 +35,73 @@ class Queued:
     ran_s: float = 0.0
     """Time in which `work_s - left_s` of it was done."""
 
-    def run(self, seconds: float, factor: float) -> None:
-        """Let it run for some time, `factor` times as long as alone."""
-        self.left_s = max(0.0, self.left_s - seconds / factor)
-        self.ran_s += seconds
-
     @property
-    def slowdown(self) -> float:
-        """How much longer than alone it took so far, for what it shared the machine with."""
+    def shared_s(self) -> float:
+        """What it took so far if it is done: its work, slowed by what it shared the machine with."""
         done_s = self.work_s - self.left_s
-        return self.ran_s / done_s if done_s > 0.0 else 1.0
+        return self.work_s * (self.ran_s / done_s) if done_s > 0.0 else self.work_s
 
 
 @dataclass(slots=True)
 class Lanes:
-    """The queues; the first of each runs. Where CPU and link are both busy each is slowed by its factor."""
+    """The queues; the first of each runs. Where CPU and link are both busy each is slowed by its factor.
+
+    All of this runs several times a layer: it goes through the three queues one by one, in plain lines.
+    """
 
     contention: Contention = NO_CONTENTION
     overlap: bool = True
     """False: the CPU works only while nothing is copied and the GPU rests, as one thread driving both in turn."""
-    queues: dict[LaneName, deque[Queued]] = field(default_factory=lambda: {lane: deque() for lane in LANES})
+    cpu: deque[Queued] = field(default_factory=deque)
+    gpu: deque[Queued] = field(default_factory=deque)
+    link: deque[Queued] = field(default_factory=deque)
+    queues: dict[LaneName, deque[Queued]] = field(init=False)
+    """The three by name."""
+
+    def __post_init__(self) -> None:
+        self.queues = {"cpu": self.cpu, "gpu": self.gpu, "link": self.link}
 
     def put(self, lane: LaneName, job: int, seconds: float, *, urgent: bool = True) -> None:
         """Queue a job: an urgent one before those that are not and have not started."""
         queue = self.queues[lane]
+        queued = Queued(job, seconds, seconds, urgent, not queue)
         place = len(queue)
-        while urgent and place > 0 and not (queue[place - 1].urgent or queue[place - 1].started):
-            place -= 1
-        queue.insert(place, Queued(job, seconds, seconds, urgent))
-        queue[0].started = True
+        if urgent and place > 1:  # the first has started
+            while place > 1 and not queue[place - 1].urgent:
+                place -= 1
+            queue.insert(place, queued)
+        else:
+            queue.append(queued)
 
     def remove(self, lane: LaneName, job: int) -> Queued | None:
         """Take a job out, done or not, and return it; `None` if it is not there."""
         queue = self.queues[lane]
-        found = next((queued for queued in queue if queued.job == job), None)
-        if found is not None:
-            queue.remove(found)
-        if queue:
-            queue[0].started = True
-        return found
+        for found in queue:
+            if found.job == job:
+                queue.remove(found)
+                if queue:
+                    queue[0].started = True
+                return found
+        return None
 
-    def next_s(self) -> float | None:
-        """Return the seconds until the next job is done, if none is added; `None` if none runs."""
-        return min((self._left(lane) * factor for lane, factor in self.working().items()), default=None)
+    def next_s(self, working: Mapping[LaneName, float] | None = None) -> float | None:
+        """Return the seconds until the next job is done, if none is added; `None` if none runs.
 
-    def advance(self, seconds: float) -> list[tuple[LaneName, int]]:
+        `working` is what that says now, where it is known: so for `advance`.
+        """
+        least: float | None = None
+        for lane, factor in (self.working() if working is None else working).items():
+            seconds = self.queues[lane][0].left_s * factor
+            if least is None or seconds < least:
+                least = seconds
+        return least
+
+    def advance(
+        self, seconds: float, working: Mapping[LaneName, float] | None = None
+    ) -> list[tuple[LaneName, int]]:
         """Let time pass, no further than `next_s`; return the jobs done, taken out of their lanes."""
         done: list[tuple[LaneName, int]] = []
-        for lane, factor in self.working().items():
+        for lane, factor in (self.working() if working is None else working).items():
             queue = self.queues[lane]
             head = queue[0]
             if head.left_s * factor <= seconds:
@@ -91,46 +119,74 @@ class Lanes:
         Only the first job of each lane runs, so there are two spans: CPU and link slow each other, then nobody
         does. Real lanes overlap, so `overlap` is taken as true.
         """
-        cpu, gpu, link = (self.queues[lane] for lane in LANES)
-        both_s = 0.0
-        if cpu and link and cpu[0].left_s > 0.0 and link[0].left_s > 0.0:
+        if seconds <= 0.0:
+            return
+        alone_s = seconds
+        cpu = self.cpu[0] if self.cpu else None
+        link = self.link[0] if self.link else None
+        if cpu is not None and link is not None and cpu.left_s > 0.0 and link.left_s > 0.0:
             k = self.contention
-            both_s = min(seconds, cpu[0].left_s * k.cpu, link[0].left_s * k.link)
-            cpu[0].run(both_s, k.cpu)
-            link[0].run(both_s, k.link)
-        for queue, alone_s in ((cpu, seconds - both_s), (gpu, seconds), (link, seconds - both_s)):
-            if queue and queue[0].left_s > 0.0 and alone_s > 0.0:
-                queue[0].run(min(alone_s, queue[0].left_s), 1.0)
+            both_s = min(seconds, cpu.left_s * k.cpu, link.left_s * k.link)
+            cpu.left_s = max(0.0, cpu.left_s - both_s / k.cpu)
+            cpu.ran_s += both_s
+            link.left_s = max(0.0, link.left_s - both_s / k.link)
+            link.ran_s += both_s
+            alone_s -= both_s
+        for head in (cpu, link):
+            if head is not None and head.left_s > 0.0 and alone_s > 0.0:
+                ran_s = alone_s if alone_s < head.left_s else head.left_s
+                head.left_s -= ran_s
+                head.ran_s += ran_s
+        if self.gpu:
+            head = self.gpu[0]
+            if head.left_s > 0.0:
+                ran_s = seconds if seconds < head.left_s else head.left_s
+                head.left_s -= ran_s
+                head.ran_s += ran_s
+
+    def backlog(self) -> Backlog:
+        """Return the work queued in each lane, of the link's only what a demand copy queued now would wait for."""
+        cpu_s = gpu_s = link_s = 0.0
+        for queued in self.cpu:
+            cpu_s += queued.left_s
+        for queued in self.gpu:
+            gpu_s += queued.left_s
+        for queued in self.link:
+            if queued.urgent or queued.started:
+                link_s += queued.left_s
+        return Backlog(cpu_s, gpu_s, link_s)
 
     def backlog_s(self, lane: LaneName) -> float:
         """Return the seconds of work queued in a lane, as it takes alone."""
-        return sum(queued.left_s for queued in self.queues[lane])
+        seconds = 0.0
+        for queued in self.queues[lane]:
+            seconds += queued.left_s
+        return seconds
 
     def ahead_s(self, job: int) -> float:
         """Return the link's seconds, as it takes alone, until a queued copy has landed; 0.0 if it is not queued."""
         ahead = 0.0
-        for queued in self.queues["link"]:
+        for queued in self.link:
             ahead += queued.left_s
             if queued.job == job:
                 return ahead
         return 0.0
 
-    def demand_s(self) -> float:
-        """Return the link's seconds before a demand copy queued now could start, as it takes alone."""
-        return sum(queued.left_s for queued in self.queues["link"] if queued.urgent or queued.started)
-
-    def _left(self, lane: LaneName) -> float:
-        queue = self.queues[lane]
-        return queue[0].left_s if queue else 0.0
-
     def working(self) -> dict[LaneName, float]:
         """Return the lanes whose first job runs, each with how many times longer than alone it takes now."""
-        cpu, link = self._left("cpu") > 0.0, self._left("link") > 0.0
-        waits = not self.overlap and (link or self._left("gpu") > 0.0)
-        both = cpu and link and not waits
-        factors: dict[LaneName, float] = {
-            "cpu": self.contention.cpu if both else 1.0,
-            "gpu": 1.0,
-            "link": self.contention.link if both else 1.0,
-        }
-        return {lane: factors[lane] for lane in LANES if self.queues[lane] and not (waits and lane == "cpu")}
+        cpu, gpu, link = self.cpu, self.gpu, self.link
+        k_cpu = k_link = 1.0
+        waits = False
+        if cpu:
+            copies = bool(link) and link[0].left_s > 0.0
+            waits = not self.overlap and (copies or (bool(gpu) and gpu[0].left_s > 0.0))
+            if copies and not waits and cpu[0].left_s > 0.0:
+                k_cpu, k_link = self.contention.cpu, self.contention.link
+        found: dict[LaneName, float] = {}
+        if cpu and not waits:
+            found["cpu"] = k_cpu
+        if gpu:
+            found["gpu"] = 1.0
+        if link:
+            found["link"] = k_link
+        return found

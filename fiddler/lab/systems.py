@@ -23,6 +23,7 @@ from typing import Literal, get_args
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.config import PrefetchMode, WaveMode
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import make_policy
@@ -38,7 +39,7 @@ from fiddler.scheduler.guesses import (
     impact,
     pays,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
+from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
 
 PROMPT_ROWS = 8
 """Mean rows of a layer's loads from which on FreeToken is held to be in a prompt, which it streams."""

@@ -71,16 +71,16 @@ class VirtualLanes:
         """Nothing is left to end."""
 
     def _jump(self) -> None:
-        seconds = self._lanes.next_s()
+        lanes = self._lanes
+        busy = lanes.working()
+        seconds = lanes.next_s(busy)
         if seconds is None:
             raise RuntimeError("a report is waited for and no job is in flight")
-        busy = self._lanes.working()
         for lane in busy:  # not before: what comes in the same moment may make the CPU wait
-            self._began.setdefault(self._lanes.queues[lane][0].job, self._now_s)
-        done = self._lanes.advance(seconds)
-        self._now_s += seconds
-        for lane in busy:
+            self._began.setdefault(lanes.queues[lane][0].job, self._now_s)
             self.busy_s[lane] += seconds
+        done = lanes.advance(seconds, busy)
+        self._now_s += seconds
         for _, number in done:
             self._end(self._jobs.pop(number))
 

@@ -15,7 +15,7 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.lanes import Backlog, LaneName
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.guesses import Nobody, Predictor, Rule, pays, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
@@ -39,7 +39,7 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_fetch, assign, best_cut
+from fiddler.scheduler.plan import Candidate, Plan, Planner, all_fetch, assign, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
 from fiddler.scheduler.statistics import Counters, LayerRecords
@@ -83,19 +83,20 @@ class Scheduler:
         What is returned must be consumed, whole, before the next call: the first commands of a layer are there
         before the last are worked out.
         """
-        self._jobs.pass_to(now_s)
-        self._now_s = now_s
+        if now_s > self._now_s:
+            self._jobs.lanes.pass_by(now_s - self._now_s)
+            self._now_s = now_s
         match event:
             case LayerReady(layer):
                 return self._begin(layer)
             case JobDone():
-                return list(self._done(event))
+                return self._done(event)
             case DenseQueued(wave):  # without a GPU its time is all that is asked for
                 return [DenseDone(wave) if "gpu" in self._jobs.dead else self._jobs.dense(event)]
             case CopyOrdered(job):
-                return list(self._ordered(job))
+                return self._ordered(job)
             case LaneDied():
-                return list(self._bury(event))
+                return self._bury(event)
             case JobTook(lane, predicted_s, took_s):
                 self.correction.report(lane, predicted_s, took_s)
             case LayerTook():
@@ -126,13 +127,14 @@ class Scheduler:
 
     def backlog(self) -> Backlog:
         """Return the work queued in each lane."""
-        return self._jobs.backlog()
+        return self._jobs.lanes.backlog()
 
     def _begin(self, layer: Layer) -> Iterator[Command]:
         wave, work = layer.wave, layer.work
         layer.started_s = self._now_s
-        if wave.latest is not None and (wave.latest.work.deferred or not wave.latest.complete):
-            layer.before = wave.latest
+        before = wave.latest
+        if before is not None and (before.work.deferred or before.pending or before.late):
+            layer.before = before
         wave.latest = layer
         self._waves.add(wave)
         if self.recent is not None:
@@ -144,11 +146,16 @@ class Scheduler:
         if "gpu" not in self._jobs.dead:  # wherever they will run: the layer's own fetches must not evict them
             layer.leased = self.cache.lease_ready(layer.index, rows)
         self.prefetcher.let_go()
-        layer.plan = yield from self._dispatch(layer, work.loads, rows)
         if work.deferred:
+            layer.plan = yield from self._dispatch(layer, work.loads, rows)
             yield from self._dispatch(layer, work.deferred)
-        yield from self._fill_link(layer)
-        yield from self._settle(layer)
+        else:
+            layer.plan = yield from self._dispatch(layer, work.loads, rows)
+        copy = self._fill_link(layer)
+        if copy is not None:
+            yield copy
+        if not layer.pending:
+            yield from self._settle(layer)
 
     def _dispatch(
         self, layer: Layer, loads: Sequence[Load], rows: Mapping[int, int] | None = None
@@ -164,15 +171,17 @@ class Scheduler:
         counters.n_hits += len(plan.gpu)
         counters.n_cpu += len(plan.cpu)
         counters.n_fetches += len(plan.fetch)
-        yield from self._run_cpu(layer, plan.cpu)
-        leased = layer.leased
-        ready = tuple([load for load in plan.gpu if load.expert in leased])
-        if ready:
-            yield self._run_gpu(layer, ready)
-        if len(ready) < len(plan.gpu):
-            for load in plan.gpu:
-                if load.expert not in leased and not self._copies.wait(layer, load):
-                    yield self._run_gpu(layer, (load,))
+        if plan.cpu:
+            yield from self._run_cpu(layer, plan.cpu)
+        if plan.gpu:
+            leased = layer.leased
+            ready = tuple([load for load in plan.gpu if load.expert in leased])
+            if ready:
+                yield self._run_gpu(layer, ready)
+            if len(ready) < len(plan.gpu):
+                for load in plan.gpu:
+                    if load.expert not in leased and not self._copies.wait(layer, load):
+                        yield self._run_gpu(layer, (load,))
         for load in plan.fetch:
             yield self._copy(slots[load], "demand", (layer, load))
         self._observe(layer, rows)
@@ -185,18 +194,19 @@ class Scheduler:
     def _candidates(self, layer: Layer, loads: Sequence[Load]) -> list[Candidate]:
         """Return for each load where its weights are, and what the cache holds its expert to be worth."""
         leased, worth, index = layer.leased, layer.worth, layer.index
-        copies = None if "gpu" in self._jobs.dead else self._copies
+        copying = () if "gpu" in self._jobs.dead else self._copies.by_expert
+        score = self.cache.score
         found = []
         for load in loads:
-            if load.expert in leased:
+            expert = load.expert
+            if expert in leased:
                 found.append(Candidate(load, "hit"))
                 continue
-            key = (index, load.expert)
-            ahead_s = copies.ahead_s(key) if copies is not None else None
-            if ahead_s is not None:
-                found.append(Candidate(load, "landing", ahead_s))
+            key = (index, expert)
+            if key in copying:
+                found.append(Candidate(load, "landing", self._copies.ahead_s(key) or 0.0))
             else:
-                found.append(Candidate(load, "miss", 0.0, worth[load.expert] if worth else self.cache.score(key)))
+                found.append(Candidate(load, "miss", 0.0, worth[expert] if worth else score(key)))
         return found
 
     def _plan(self, layer: Layer, loads: Sequence[Load]) -> Plan:
@@ -204,15 +214,19 @@ class Scheduler:
         dead = self._jobs.dead
         seen = self._candidates(layer, loads)
         # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
-        n_fetch = len(seen) if self.cache.n_slots and not dead.keys() & {"link", "gpu"} else 0
+        n_fetch = len(seen) if self.cache.n_slots and not ("link" in dead or "gpu" in dead) else 0
         planner = all_fetch if "cpu" in dead else self.planner
-        return planner(layer.index, seen, self.correction.costs, self.backlog(), n_fetch)
+        return planner(layer.index, seen, self.correction.costs, self._jobs.lanes.backlog(), n_fetch)
 
     def _reserved(self, layer: Layer, loads: Sequence[Load], plan: Plan) -> tuple[Plan, Mapping[Load, Reservation]]:
         """Return the slots of what is fetched, and the plan, its prediction anew where the cache refuses some."""
-        asked = {load: self.cache.reserve((layer.index, load.expert)) for load in plan.fetch}
-        slots = {load: reservation for load, reservation in asked.items() if reservation is not None}
-        if len(slots) < len(asked):
+        reserve, index = self.cache.reserve, layer.index
+        slots: dict[Load, Reservation] = {}
+        for load in plan.fetch:
+            reservation = reserve((index, load.expert))
+            if reservation is not None:
+                slots[load] = reservation
+        if len(slots) < len(plan.fetch):
             seen = {c.load: c for c in self._candidates(layer, [load for load in loads if load not in slots])}
             seen |= {load: Candidate(load, "miss") for load in slots}
             on_gpu = [seen[load] for load in (*plan.gpu, *slots)]
@@ -220,21 +234,21 @@ class Scheduler:
             plan = assign(layer.index, on_cpu, on_gpu, self.correction.costs, self.backlog())
         return plan, slots
 
-    def _settle(self, layer: Layer) -> Iterator[Command]:
+    def _settle(self, layer: Layer) -> Sequence[Command]:
         """Let a layer's forward go on if it can, and let go of what nobody needs."""
-        if layer.complete:
+        if not layer.pending and not layer.late:
             self._release(layer)
         wave = layer.wave
         latest = wave.latest
         if latest is None or latest.reported or wave.gone or latest.pending:
-            return
+            return ()
         before = latest.before
         if before is not None and not before.complete:
-            return
+            return ()
         latest.reported, latest.before = True, None
         self._records.passed(latest, self._now_s)
         wave.passed_s = self._now_s
-        yield LayerDone(latest, latest.failures, before.late_failures if before is not None else {})
+        return (LayerDone(latest, latest.failures, before.late_failures if before is not None else {}),)
 
     def _release(self, layer: Layer) -> None:
         if layer.leased:
@@ -243,17 +257,14 @@ class Scheduler:
         self._orphans.discard(layer)
 
     def _run_gpu(self, layer: Layer, loads: tuple[Load, ...]) -> Command:
-        slots = tuple([self._copies.slot((layer.index, load.expert)) for load in loads])
-        return self._jobs.on_gpu(layer, loads, slots)
+        slots = self._copies.slots(layer.index, loads)
+        return self._jobs.run("gpu", layer, loads, slots)
 
-    def _run_cpu(self, layer: Layer, loads: tuple[Load, ...]) -> Iterable[Command]:
-        if not loads:
-            return ()
-        error = self._jobs.dead.get("cpu")
-        if error is None:
-            return (self._jobs.on_cpu(layer, loads),)
+    def _run_cpu(self, layer: Layer, loads: tuple[Load, ...]) -> Sequence[Command]:
+        if "cpu" not in self._jobs.dead:
+            return (self._jobs.run("cpu", layer, loads),)
         for load in loads:
-            layer.fail(load, error)
+            layer.fail(load, self._jobs.dead["cpu"])
         return ()
 
     def _copy(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
@@ -262,60 +273,70 @@ class Scheduler:
         self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
         return self._copies.start(reservation, reason, *waiting)
 
-    def _fill_link(self, layer: Layer | None = None) -> Iterator[Command]:
+    def _fill_link(self, layer: Layer | None = None) -> Command | None:
         """If the link has nothing to do: copy in what a next layer may visit, or what this one misses often."""
-        if not self.cache.n_slots or self._jobs.dead or not self._jobs.idle("link"):
-            return
-        costs, backlog = self.correction.costs, self.backlog()
+        if self._jobs.lanes.link or not self.cache.n_slots or self._jobs.dead:
+            return None
+        costs, backlog = self.correction.costs, self._jobs.lanes.backlog()
         reservation = self.prefetcher.choose(costs, backlog, self.planner)
         if reservation is not None:
-            yield self._copy(reservation, "ahead")
-        elif self._promote and layer is not None and layer.plan is not None:
+            return self._copy(reservation, "ahead")
+        if self._promote and layer is not None and layer.plan is not None and layer.plan.cpu:
             missed = [(layer.index, load.expert) for load in layer.plan.cpu]
             reservation = promotion(self.cache, missed, costs, backlog.cpu_s, self.prefetcher.gap_s)
             if reservation is not None:
                 self.counters.n_promotions += 1
-                yield self._copy(reservation, "promotion")
+                return self._copy(reservation, "promotion")
+        return None
 
-    def _done(self, event: JobDone) -> Iterator[Command]:
+    def _done(self, event: JobDone) -> Sequence[Command]:
         ended = self._jobs.end(event.job)
         if ended is None:
-            return
+            return ()
         job, predicted_s = ended
+        if isinstance(job, RunDense):
+            return (DenseDone(job.wave),)
+        copied = isinstance(job, CopyExpert)
         # Of a wave that is gone a job may have returned without doing anything.
-        told = isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and not job.layer.wave.gone)
-        if told and not event.failures and event.took_s is not None:
+        if (
+            (isinstance(job, CopyExpert) or not job.layer.wave.gone)
+            and not event.failures
+            and event.took_s is not None
+        ):
             self.correction.report(job.lane, predicted_s, event.took_s)
-        match job:
-            case CopyExpert():
-                yield from self._landed((job.layer, job.expert), failed=bool(event.failures))
-            case RunExperts():
-                yield from self._ran(job, event.failures, unended=event.took_s is None)
-            case RunDense():
-                yield DenseDone(job.wave)
-        if isinstance(job, CopyExpert) or (isinstance(job, RunExperts) and job.lane == "cpu"):
-            yield from self._fill_link()
+        if isinstance(job, CopyExpert):
+            commands = self._landed((job.layer, job.expert), failed=bool(event.failures))
+        else:
+            commands = self._ran(job, event.failures, unended=event.took_s is None)
+        if copied or job.lane == "cpu":
+            copy = self._fill_link()
+            if copy is not None:
+                return (*commands, copy)
+        return commands
 
-    def _ordered(self, job: int) -> Iterator[Command]:
+    def _ordered(self, job: int) -> Sequence[Command]:
         """Give the GPU what waits for a copy: it keeps the order itself."""
-        if "gpu" not in self._jobs.dead:
-            for layer, load in self._copies.order(job):
-                yield self._run_gpu(layer, (load,))
+        if "gpu" in self._jobs.dead:
+            return ()
+        return [self._run_gpu(layer, (load,)) for layer, load in self._copies.order(job)]
 
-    def _landed(self, key: Key, *, failed: bool) -> Iterator[Command]:
+    def _landed(self, key: Key, *, failed: bool) -> Sequence[Command]:
+        commands: list[Command] = []
         for layer, load in self._copies.end(key, self.prefetcher.landed, failed=failed):
             if failed or "gpu" in self._jobs.dead:
                 self.counters.n_fallbacks += 1
-                yield from self._run_cpu(layer, (load,))
-                yield from self._settle(layer)
+                commands += self._run_cpu(layer, (load,))
+                commands += self._settle(layer)
             else:
                 if load.expert not in layer.leased:
                     layer.leased = [*layer.leased, *self.cache.lease_ready(layer.index, (load.expert,))]
-                yield self._run_gpu(layer, (load,))
+                commands.append(self._run_gpu(layer, (load,)))
+        return commands
 
-    def _ran(self, job: RunExperts, failures: Failures, *, unended: bool) -> Iterator[Command]:
+    def _ran(self, job: RunExperts, failures: Failures, *, unended: bool) -> Sequence[Command]:
         layer = job.layer
         layer.unended |= unended
+        again: Sequence[Command] = ()
         if not failures:
             layer.ran(job.loads)
         else:
@@ -323,19 +344,23 @@ class Scheduler:
             if job.lane == "gpu" and not layer.wave.gone:
                 layer.ran([load for load in job.loads if load not in failed])
                 self.counters.n_fallbacks += len(failed)
-                yield from self._run_cpu(layer, failed)
+                again = self._run_cpu(layer, failed)
             else:
                 for load in failed:
                     layer.fail(load, failures[load.expert])
                 layer.ran(job.loads)
-        yield from self._settle(layer)
+        if layer.pending:  # it is not complete, nor is its wave's latest layer if that is another
+            return again
+        return (*again, *self._settle(layer))
 
-    def _bury(self, event: LaneDied) -> Iterator[Command]:
+    def _bury(self, event: LaneDied) -> Sequence[Command]:
         """Do without a lane: what it had goes to the CPU, what the CPU had fails."""
         self._jobs.dead[event.lane] = event.error
+        commands: list[Command] = []
         for job in self._jobs.all:
             if job.lane == event.lane:
-                yield from self._done(JobDone(job.job, 0.0, undone(job, event.error)))
+                commands += self._done(JobDone(job.job, 0.0, undone(job, event.error)))
+        return commands
 
     def _drop(self, wave: Wave) -> None:
         """Forget a wave; its loads that are in lanes run to their end, the others are let go."""

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key, Rows
 from fiddler.cache.slots import Reservation
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.layer import Layer
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
+from fiddler.scheduler.plan import Candidate, Plan, Planner
 from fiddler.scheduler.routing import Load
 
 HORIZON = 4.0

@@ -3,9 +3,9 @@
 Copies under way, and the loads that wait for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
@@ -14,7 +14,6 @@ from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import LANES, LaneName, Lanes
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, Reason, RunDense, RunExperts
-from fiddler.scheduler.plan import Backlog
 from fiddler.scheduler.routing import Load
 
 J = TypeVar("J", RunExperts, CopyExpert, RunDense)
@@ -29,8 +28,8 @@ class Jobs:
         self._correction = correction
         self._jobs: dict[int, Job] = {}
         self._n_made = 0
-        self._lanes = Lanes(correction.costs.contention)
-        self._now_s = 0.0
+        self.lanes = Lanes(correction.costs.contention)
+        """What is queued where, as far as the predictions are true."""
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -40,26 +39,23 @@ class Jobs:
         """Every job, the oldest first."""
         return list(self._jobs.values())
 
-    def pass_to(self, now_s: float) -> None:
-        """Let the lanes work until `now_s`."""
-        self._lanes.pass_by(now_s - self._now_s)
-        self._now_s = now_s
-
-    def on_cpu(self, layer: Layer, loads: tuple[Load, ...]) -> RunExperts:
-        """Queue loads of a layer on the CPU."""
-        predicted_s = self._correction.costs.cpu_s(layer.index, [load.n_rows for load in loads])
-        return self._start(RunExperts(self._number(), "cpu", layer, loads, (), predicted_s))
-
-    def on_gpu(self, layer: Layer, loads: tuple[Load, ...], slots: tuple[int, ...]) -> RunExperts:
-        """Queue loads of a layer on the GPU, each from its slot."""
-        predicted_s = self._correction.costs.gpu_s(layer.index, [load.n_rows for load in loads])
-        return self._start(RunExperts(self._number(), "gpu", layer, loads, slots, predicted_s))
+    def run(
+        self, lane: Literal["cpu", "gpu"], layer: Layer, loads: tuple[Load, ...], slots: tuple[int, ...] = ()
+    ) -> RunExperts:
+        """Queue loads of a layer on the CPU, or on the GPU, each from its slot."""
+        rows = []
+        for load in loads:
+            rows.append(load.n_rows)  # no call of its own, here and in all that runs for every layer
+        costs = self._correction.costs
+        predicted_s = costs.cpu_s(layer.index, rows) if lane == "cpu" else costs.gpu_s(layer.index, rows)
+        return self._start(lane, RunExperts(self._n_made, lane, layer, loads, slots, predicted_s))
 
     def copy(self, reservation: Reservation, reason: Reason) -> CopyExpert:
         """Queue the copy that a slot was reserved for."""
         layer, expert = reservation.key
         copy_s = self._correction.costs.experts[layer].copy_s
-        return self._start(CopyExpert(self._number(), layer, expert, reservation.slot, reason, copy_s))
+        job = CopyExpert(self._n_made, layer, expert, reservation.slot, reason, copy_s)
+        return self._start("link", job, urgent=reason == "demand")
 
     def dense(self, event: DenseQueued) -> RunDense:
         """Queue a wave's dense part."""
@@ -68,7 +64,7 @@ class Jobs:
             predicted_s = costs.dense.head(event.n_rows)
         else:
             predicted_s = costs.dense.layer_s(event.n_rows, event.n_context) + costs.host_s
-        return self._start(RunDense(self._number(), event.wave, predicted_s, event.due))
+        return self._start("gpu", RunDense(self._n_made, event.wave, predicted_s, event.due))
 
     def end(self, number: int) -> tuple[Job, float] | None:
         """Take a job out; returns it and the seconds predicted for it with what it shared the machine with.
@@ -78,43 +74,26 @@ class Jobs:
         job = self._jobs.pop(number, None)
         if job is None:
             return None
-        queued = self._lanes.remove(job.lane, number)
+        queued = self.lanes.remove(job.lane, number)
         assert queued is not None, "a job was in no lane's queue"
-        return job, queued.work_s * queued.slowdown
-
-    def backlog(self) -> Backlog:
-        """Return the work queued in each lane."""
-        lanes = self._lanes
-        return Backlog(lanes.backlog_s("cpu"), lanes.backlog_s("gpu"), lanes.demand_s())
-
-    def ahead_s(self, number: int) -> float:
-        """Return the link's seconds, as it takes alone, until a copy has landed."""
-        return self._lanes.ahead_s(number)
+        return job, queued.shared_s
 
     def ahead_of_demand_s(self) -> float:
         """Return the link's seconds, as it takes alone, that a demand copy waits for one that nobody demanded."""
-        queue = self._lanes.queues["link"]
+        queue = self.lanes.link
         return queue[0].left_s if len(queue) == 1 and not queue[0].urgent else 0.0
-
-    def idle(self, lane: LaneName) -> bool:
-        """Whether a lane has nothing to do."""
-        return not self._lanes.queues[lane]
 
     def check(self) -> None:
         """Raise `AssertionError` unless the lanes' queues hold these jobs and dead lanes none."""
         for lane in LANES:
-            queued = {queued.job for queued in self._lanes.queues[lane]}
+            queued = {queued.job for queued in self.lanes.queues[lane]}
             assert queued == {job.job for job in self.all if job.lane == lane}, f"the {lane} lane's jobs are others"
             assert not queued or lane not in self.dead, f"the {lane} lane is dead and has jobs"
 
-    def _number(self) -> int:
-        self._n_made += 1
-        return self._n_made - 1
-
-    def _start(self, job: J) -> J:
+    def _start(self, lane: LaneName, job: J, *, urgent: bool = True) -> J:
         self._jobs[job.job] = job
-        urgent = job.urgent if isinstance(job, CopyExpert) else True
-        self._lanes.put(job.lane, job.job, job.predicted_s, urgent=urgent)
+        self._n_made += 1
+        self.lanes.put(lane, job.job, job.predicted_s, urgent=urgent)
         return job
 
 
@@ -133,7 +112,9 @@ Waiting = tuple[Layer, Load]
 
 
 @dataclass(slots=True)
-class _Copy:
+class Copy:
+    """One under way."""
+
     job: int
     reservation: Reservation
     waiting: list[Waiting] = field(default_factory=list)
@@ -149,34 +130,39 @@ class Copies:
     def __init__(self, cache: ExpertCache, jobs: Jobs) -> None:
         self._cache = cache
         self._jobs = jobs
-        self._copies: dict[Key, _Copy] = {}
-        self._by_job: dict[int, _Copy] = {}
+        self.by_expert: dict[Key, Copy] = {}
+        """All of them."""
+        self._by_job: dict[int, Copy] = {}
 
     @property
     def waiting(self) -> list[Waiting]:
         """Every load that waits for a copy."""
-        return [pair for copy in self._copies.values() for pair in copy.waiting]
+        return [pair for copy in self.by_expert.values() for pair in copy.waiting]
 
     def start(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         """Queue the copy that a slot was reserved for, and let loads wait for it."""
         job = self._jobs.copy(reservation, reason)
-        copy = _Copy(job.job, reservation, list(waiting))
-        self._copies[reservation.key] = self._by_job[job.job] = copy
+        copy = Copy(job.job, reservation, list(waiting))
+        self.by_expert[reservation.key] = self._by_job[job.job] = copy
         return job
 
     def ahead_s(self, key: Key) -> float | None:
         """Return the link's seconds, as it takes alone, until an expert has landed; `None` if it is not copied."""
-        copy = self._copies.get(key)
-        return None if copy is None else self._jobs.ahead_s(copy.job)
+        copy = self.by_expert.get(key)
+        return None if copy is None else self._jobs.lanes.ahead_s(copy.job)
 
-    def slot(self, key: Key) -> int:
-        """Return the slot an expert is in, or on its way into."""
-        slot = self._cache.slot(key)
-        return self._copies[key].reservation.slot if slot is None else slot
+    def slots(self, layer: int, loads: Sequence[Load]) -> tuple[int, ...]:
+        """Return the slots that a layer's loads are in, or on their way into."""
+        found = []
+        for load in loads:
+            key = layer, load.expert
+            slot = self._cache.ready.get(key)
+            found.append(self.by_expert[key].reservation.slot if slot is None else slot)
+        return tuple(found)
 
     def wait(self, layer: Layer, load: Load) -> bool:
         """Let a load wait for a copy that is under way; whether it has to."""
-        copy = self._copies[layer.index, load.expert]
+        copy = self.by_expert[layer.index, load.expert]
         if not copy.ordered:
             copy.waiting.append((layer, load))
         copy.used |= copy.ordered
@@ -193,7 +179,7 @@ class Copies:
 
     def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
         """Make a copy's slot READY and say so, or free if it failed; returns what waited for it."""
-        copy = self._copies.pop(key)
+        copy = self.by_expert.pop(key)
         del self._by_job[copy.job]
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
         if not failed:
@@ -205,13 +191,13 @@ class Copies:
 
     def drop(self, wave: Wave) -> None:
         """Let go of a wave's loads; a copy that was started lands all the same."""
-        for copy in self._copies.values():
+        for copy in self.by_expert.values():
             copy.waiting = [(layer, load) for layer, load in copy.waiting if layer.wave is not wave]
 
     def check(self) -> None:
         """Raise `AssertionError` unless every copy has one job and its slot."""
         jobs = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
-        assert jobs == {copy.job: key for key, copy in self._copies.items()}, "copies and their jobs differ"
-        assert self._by_job == {copy.job: copy for copy in self._copies.values()}, "a copy is lost, by its job"
-        for key, copy in self._copies.items():
+        assert jobs == {copy.job: key for key, copy in self.by_expert.items()}, "copies and their jobs differ"
+        assert self._by_job == {copy.job: copy for copy in self.by_expert.values()}, "a copy is lost, by its job"
+        for key, copy in self.by_expert.items():
             assert self._cache.loading(key) == copy.reservation, "a copy is under way into no slot"

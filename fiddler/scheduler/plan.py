@@ -6,9 +6,11 @@ When a layer's lanes are done: in closed form what `fiddler.cost.lanes.Lanes` gi
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
+from math import inf
 from operator import attrgetter, not_
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.routing import Load
 
@@ -61,8 +63,7 @@ class Race:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What a plan knows of one load."""
 
     load: Load
@@ -72,15 +73,6 @@ class Candidate:
     """Of a landing one: seconds of link work, as it takes alone, until it has landed."""
     score: float = 0.0
     """The cache's; of misses with equal rows the higher is fetched, for it stays."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """Seconds of work queued in each lane, as it takes alone."""
-
-    cpu_s: float = 0.0
-    gpu_s: float = 0.0
-    link_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +91,8 @@ class Plan:
 Planner = Callable[[int, Sequence[Candidate], CostModel, Backlog, int], Plan]
 """`(layer, candidates, costs, backlog, n_fetch) -> Plan`, with at most `n_fetch` fetches."""
 
-_PLACES = ("hit", "landing", "miss")
+_PLACES = {"hit": 0, "landing": 1, "miss": 2}
+_expert = attrgetter("expert")
 _TIE = 1e-9
 """What each fetch must gain, as a share of a copy: more than rounding, and no more."""
 
@@ -112,8 +105,9 @@ def best_cut(layer: int, candidates: Sequence[Candidate], costs: CostModel, back
     the copies (Johnson, "Optimal two- and three-stage production schedules", 1954). Of equal plans the one with
     fewer fetches wins.
     """
-    loads = _Loads(layer, sorted(candidates, key=_worth), costs, backlog)
-    return loads.plan(*_cut(loads, n_fetch))
+    loads = _Loads(layer, _in_order(candidates), costs, backlog)
+    cut, predicted_s = _cut(loads, n_fetch)
+    return loads.plan([True] * cut + [False] * (len(candidates) - cut), predicted_s)
 
 
 def all_cpu(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
@@ -125,7 +119,7 @@ def all_fetch(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
     """Fetch every miss; where there are more than `n_fetch`, those with fewest rows stay on the CPU."""
-    order = sorted(candidates, key=_worth)
+    order = _in_order(candidates)
     n_gpu = sum(c.place != "miss" for c in order) + n_fetch
     return assign(layer, order[n_gpu:], order[:n_gpu], costs, backlog)
 
@@ -135,15 +129,20 @@ def assign(
 ) -> Plan:
     """Return the plan that runs `cpu` and `gpu` there; the misses in `gpu` are copied in the order given."""
     # Sorting is stable: the misses stay in their order, those to be copied first.
-    order = sorted((*gpu, *cpu), key=lambda c: (_PLACES.index(c.place), c.ahead_s))
+    order = sorted((*gpu, *cpu), key=lambda c: (_PLACES[c.place], c.ahead_s))
     loads, on_cpu = _Loads(layer, order, costs, backlog), {c.load.expert for c in cpu}
     on = [c.load.expert not in on_cpu for c in order]
     return loads.plan(on, loads.makespan_s(on))
 
 
-def _worth(c: Candidate) -> tuple[int, float, int, float, int]:
+def _in_order(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Sort by what the GPU should rather run, which is also the order in which it runs it."""
-    return _PLACES.index(c.place), c.ahead_s, -c.load.n_rows, -c.score, c.load.expert
+    keyed = []
+    for c in candidates:
+        load = c.load
+        keyed.append((_PLACES[c.place], c.ahead_s, -load.n_rows, -c.score, load.expert, load.start, c))
+    keyed.sort()
+    return [item[-1] for item in keyed]
 
 
 class _Loads:
@@ -151,14 +150,22 @@ class _Loads:
 
     def __init__(self, layer: int, order: Sequence[Candidate], costs: CostModel, backlog: Backlog) -> None:
         expert, moves, k = costs.experts[layer], costs.moves, costs.contention
-        places, rows, ahead_s = [c.place for c in order], [c.load.n_rows for c in order], [c.ahead_s for c in order]
         self.order = order
-        self.n_hits = places.count("hit")
-        self.n_here = self.n_hits + places.count("landing")
+        self.n_hits = 0
         self.fixed_s = moves.fixed_s
-        self.cpu_s = [expert.cpu(n) + moves.row_s * n for n in rows]
-        self.gpu_s = [expert.gpu(n) for n in rows]
-        self.landing = list(zip(ahead_s, self.gpu_s, strict=True))[self.n_hits : self.n_here]
+        self.cpu_s: list[float] = []
+        self.gpu_s: list[float] = []
+        self.landing: list[tuple[float, float]] = []
+        cpu, gpu, row_s = expert.cpu.at, expert.gpu.at, moves.row_s
+        for c in order:
+            n = c.load.n_rows
+            self.cpu_s.append(cpu[n] + row_s * n)
+            self.gpu_s.append(gpu[n])
+            if c.place == "hit":
+                self.n_hits += 1
+            elif c.place == "landing":
+                self.landing.append((c.ahead_s, gpu[n]))
+        self.n_here = self.n_hits + len(self.landing)
         self.race = Race(backlog.cpu_s, backlog.gpu_s, backlog.link_s, expert.copy_s, k.cpu, k.link)
 
     def makespan_s(self, on: Sequence[bool]) -> float:
@@ -174,20 +181,20 @@ class _Loads:
 
     def plan(self, on: Sequence[bool], predicted_s: float) -> Plan:
         """Return the loads with `on` as the GPU's, and the others as the CPU's."""
-        cpu = [c.load for c in compress(self.order, map(not_, on))]
-        gpu = [c.load for c in compress(self.order, on)]
-        n_hits, n_here = sum(on[: self.n_hits]), sum(on[: self.n_here])
-        by_expert = attrgetter("expert")
-        return Plan(
-            cpu=tuple(sorted(cpu, key=by_expert)),
-            gpu=(*sorted(gpu[:n_hits], key=by_expert), *gpu[n_hits:n_here]),
-            fetch=tuple(gpu[n_here:]),
-            predicted_s=predicted_s,
-        )
+        cpu: list[Load] = []
+        gpu: list[Load] = []
+        landing: list[Load] = []
+        fetch: list[Load] = []
+        places = {"hit": gpu, "landing": landing, "miss": fetch}
+        for c, on_gpu in zip(self.order, on, strict=True):
+            (places[c.place] if on_gpu else cpu).append(c.load)
+        cpu.sort(key=_expert)
+        gpu.sort(key=_expert)
+        return Plan(tuple(cpu), (*gpu, *landing), tuple(fetch), predicted_s)
 
 
-def _cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
-    """Return what the GPU runs, and the makespan.
+def _cut(loads: _Loads, n_fetch: int) -> tuple[int, float]:
+    """Return how many loads the GPU runs, from the first, and the makespan.
 
     With each load it takes the CPU ends sooner and the GPU later, so the cut is bisected. Contention spoils that,
     for each copy slows the CPU; hence no fetch and every fetch are tried as well.
@@ -196,6 +203,7 @@ def _cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
     most = min(n, n_here + n_fetch)
     cpu_s: list[float | None] = [*accumulate(reversed(loads.cpu_s), initial=loads.fixed_s)]
     hits_s: list[float | None] = [*accumulate(loads.gpu_s[:n_hits], initial=0.0)]
+    more_s = loads.race.cpu_s + (cpu_s[n - n_here + 1] or 0.0) if n_here else inf  # the CPU's with one load more
     cpu_s[0] = hits_s[0] = None
 
     def ends(cut: int) -> tuple[float, float]:
@@ -204,14 +212,22 @@ def _cut(loads: _Loads, n_fetch: int) -> tuple[list[bool], float]:
 
     tried = {n_here: ends(n_here)}
     cpu_end_s, gpu_end_s = tried[n_here]
-    low, high = 0, n_here
-    if cpu_end_s > gpu_end_s and most > n_here:
-        low, high = n_here + 1, most
-        tried[most] = ends(most)
+    low = high = 0
+    if cpu_end_s > gpu_end_s:
+        if most > n_here:
+            low, high = n_here + 1, most
+            tried[most] = ends(most)
+    elif more_s < gpu_end_s:
+        high = n_here
     while low < high:
         cut = (low + high) // 2
         cpu_end_s, gpu_end_s = tried[cut] = ends(cut)
         low, high = (cut + 1, high) if cpu_end_s > gpu_end_s else (low, cut)
     tie_s = _TIE * loads.race.copy_s
-    cut = min(tried, key=lambda cut: max(tried[cut]) + tie_s * max(0, cut - n_here))
-    return [True] * cut + [False] * (n - cut), max(tried[cut])
+    best, best_s, worth_s = n_here, inf, inf
+    for cut, (cpu_end_s, gpu_end_s) in tried.items():
+        end_s = cpu_end_s if cpu_end_s > gpu_end_s else gpu_end_s
+        fined_s = end_s + tie_s * (cut - n_here) if cut > n_here else end_s
+        if fined_s < worth_s:
+            best, best_s, worth_s = cut, end_s, fined_s
+    return best, best_s

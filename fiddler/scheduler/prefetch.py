@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, eager, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
-from fiddler.scheduler.plan import Backlog, Planner
+from fiddler.scheduler.plan import Planner
 from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02

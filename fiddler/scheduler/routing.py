@@ -1,22 +1,27 @@
 """Routing as plain integers: which rows of a step visit which expert of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, Self
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """The rows of one expert in one layer: `order[start:stop]` of its `LayerWork`."""
-
+class _Rows(NamedTuple):
     expert: int
     start: int
     stop: int
-    n_rows: int = field(init=False, repr=False, compare=False)
+    n_rows: int
     """Visits of tokens to this expert."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "n_rows", self.stop - self.start)
+
+class Load(_Rows):
+    """The rows of one expert in one layer: `order[start:stop]` of its `LayerWork`."""
+
+    __slots__ = ()
+
+    def __new__(cls, expert: int, start: int, stop: int) -> Self:
+        """Make one; its rows are counted."""
+        return super().__new__(cls, expert, start, stop, stop - start)
 
 
 _load = lru_cache(1 << 12)(Load)
@@ -41,6 +46,10 @@ class LayerWork:
     def rows(self) -> dict[int, int]:
         """Rows by expert, which may have a load of either kind."""
         rows: dict[int, int] = {}
+        if not self.deferred:
+            for load in self.loads:
+                rows[load.expert] = load.n_rows
+            return rows
         for load in (*self.loads, *self.deferred):
             rows[load.expert] = rows.get(load.expert, 0) + load.n_rows
         return rows

@@ -66,11 +66,12 @@ class LayerRecords:
     def passed(self, layer: Layer, now_s: float) -> None:
         """Take note of a layer whose forward goes on: measured now, or once `took` says so."""
         assert layer.plan is not None
-        decision = layer.decided(layer.plan, now_s)
         if layer.unended:
-            layer.decision = decision
+            layer.decision = layer.decided(layer.plan, now_s)
+        elif self._trace is not None:
+            self._keep(layer.decided(layer.plan, now_s))
         else:
-            self._keep(decision)
+            self._counters.measured(layer.plan.predicted_s, now_s - layer.started_s)
 
     def took(self, event: LayerTook) -> None:
         """Take note of what a layer took; nothing happens if that is known, or if its wave is gone."""

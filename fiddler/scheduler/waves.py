@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fiddler.config import WaveMode
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.layer import Came
-from fiddler.scheduler.plan import Backlog, Candidate, Plan
+from fiddler.scheduler.plan import Candidate, Plan
 from fiddler.scheduler.routing import Load
 
 Rows = Mapping[int, int]

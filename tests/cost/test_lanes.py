@@ -71,7 +71,7 @@ def test_demand_waits_for_demand_and_for_what_has_started() -> None:
     lanes.put("link", 0, 4.0, urgent=False)
     lanes.put("link", 1, 2.0, urgent=False)
     lanes.put("link", 2, 1.0)
-    assert lanes.demand_s() == 5.0
+    assert lanes.backlog().link_s == 5.0
     assert lanes.backlog_s("link") == 7.0
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts, Moves
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner
+from fiddler.scheduler.plan import Candidate, Plan, Planner
 from fiddler.scheduler.routing import Load
 
 COPY_S = 1e-3

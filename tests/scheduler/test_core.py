@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import CopyExpert, RunDense, RunExperts
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch, assign, best_cut
+from fiddler.scheduler.plan import Candidate, Plan, all_cpu, all_fetch, assign, best_cut
 from tests.scheduler.desk import BROKEN, Desk, Passed, experts, kinds, resident
 
 # Where loads go

@@ -25,7 +25,7 @@ def copies(desk: Desk) -> list[tuple[int, int, bool]]:
 def mirrored(desk: Desk) -> list[int]:
     """The experts in the link, in the order in which the scheduler holds them to run."""
     jobs = {job.job: job for job in desk._copies()}
-    return [jobs[queued.job].expert for queued in desk.core._jobs._lanes.queues["link"]]
+    return [jobs[queued.job].expert for queued in desk.core._jobs.lanes.queues["link"]]
 
 
 def test_an_expert_is_copied_ahead_beside_the_cpus_work_and_runs_from_its_slot() -> None:

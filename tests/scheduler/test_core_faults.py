@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.lanes import LANES, Backlog, LaneName
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.messages import JobDone
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, all_cpu, all_fetch
+from fiddler.scheduler.plan import Candidate, Plan, all_cpu, all_fetch
 from tests.scheduler.desk import BROKEN, Desk, Passed, kinds, resident
 
 
@@ -212,7 +212,7 @@ def test_check_finds_a_load_that_is_lost() -> None:
 def test_check_finds_a_copy_without_a_slot() -> None:
     desk = Desk(planner=all_fetch)
     desk.ready(0, 0, {1: 1})
-    copy = desk.core._copies._copies[0, 1]
+    copy = desk.core._copies.by_expert[0, 1]
     copy.reservation = replace(copy.reservation, generation=99)
     with pytest.raises(AssertionError, match="no slot"):
         desk.core.check()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import NO_CONTENTION, Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.systems import (
     PLANNERS,
@@ -18,7 +19,7 @@ from fiddler.lab.systems import (
     planner,
     two_ended,
 )
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, best_cut
+from fiddler.scheduler.plan import Candidate, Plan, Planner, best_cut
 from fiddler.scheduler.routing import Load
 from tests.scheduler.instances import Instance, instance
 from tests.scheduler.oracle import replay

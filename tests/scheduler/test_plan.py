@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel, Curve, ExpertCosts
-from fiddler.scheduler.plan import Backlog, Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
+from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
 from fiddler.scheduler.routing import Load
 from tests.scheduler.instances import Instance, instance, instances
 from tests.scheduler.oracle import best_s, execute, replay

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key, Rows
 from fiddler.cache.slots import Reservation
+from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
 from fiddler.scheduler.guesses import Forecast, Guess, LookAhead, Rule, View, eager, impact, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
-from fiddler.scheduler.plan import Backlog, Candidate, Planner, all_cpu, all_fetch, best_cut
+from fiddler.scheduler.plan import Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
 from fiddler.scheduler.routing import Load
 from tests.scheduler.desk import LAYERS, work
