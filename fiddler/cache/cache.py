@@ -3,7 +3,7 @@
 What a policy and its history have learnt, to be kept between runs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fiddler.cache.policy import Key, Policy, Rows
 from fiddler.cache.saved import counts, part, text
@@ -94,7 +94,11 @@ class ExpertCache:
 
     def holds(self, key: Key) -> bool:
         """Whether the expert has a slot, LOADING or READY."""
-        return key in self._room.held[key[0]] or key in self._staging
+        return key in self._room.held[key[0]] or key in self._staging.held
+
+    def held(self, layer: int) -> tuple[Collection[Key], Collection[Key]]:
+        """The layer's experts that have a slot to keep, LOADING or READY, and those of all layers in passing."""
+        return self._room.held[layer], self._staging.held
 
     def loading(self, key: Key) -> Reservation | None:
         """The copy under way for an expert."""
@@ -130,7 +134,7 @@ class ExpertCache:
     def failed(self, reservation: Reservation) -> None:
         """LOADING → absent, its slot free; ValueError for a stale reservation."""
         self._slots.failed(reservation)
-        if reservation.key in self._staging:
+        if reservation.key in self._staging.held:
             self._staging.leave(reservation.key)
         else:
             self._replace(reservation.key, None)
@@ -144,7 +148,7 @@ class ExpertCache:
     def release(self, key: Key) -> None:
         """End one lease; ValueError where there is none."""
         self._slots.release(key)
-        if key in self._staging and self._slots.idle(key):
+        if key in self._staging.held and self._slots.idle(key):
             self._pass_on(key)
         self._place(key)
 
@@ -157,11 +161,16 @@ class ExpertCache:
 
     def release_all(self, layer: int, experts: Sequence[int]) -> None:
         """End a lease of each of a layer's experts; ValueError where there is none."""
-        if self._staging.n_slots:  # who stays is decided one by one
-            for expert in experts:
+        staged = self._staging.held
+        kept: list[int] = []
+        for expert in experts:
+            if (layer, expert) in staged:  # whether it stays is decided with those before it let go
+                self._victims.put(layer, self._slots.release_all(layer, kept), may_go=True)
+                kept = []
                 self.release((layer, expert))
-        else:
-            self._victims.put(layer, self._slots.release_all(layer, experts), may_go=True)
+            else:
+                kept.append(expert)
+        self._victims.put(layer, self._slots.release_all(layer, kept), may_go=True)
 
     def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
         """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.
@@ -218,8 +227,8 @@ class ExpertCache:
         self._slots.check()
         held = self._slots.held()
         self._staging.check(held)
-        self._room.check({key for key in held if key not in self._staging})
-        self._victims.check({key for key in held if key not in self._staging and self._slots.idle(key)})
+        self._room.check({key for key in held if key not in self._staging.held})
+        self._victims.check({key for key in held if key not in self._staging.held and self._slots.idle(key)})
 
     def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
         """Whether an absent expert may stay, and who gives way to it if nothing is free."""
@@ -249,10 +258,9 @@ class ExpertCache:
     def _replace(self, leaving: Key | None, entering: Key | None) -> None:
         if leaving is not None:
             self._room.leave(leaving)
-            self._place(leaving)
-        if entering is not None:
+            self._victims.put(leaving[0], (leaving[1],), may_go=False)
+        if entering is not None:  # which may not give way: its copy is yet to land, or its place to be told
             self._room.enter(entering)
-            self._place(entering)
 
     def _place(self, key: Key) -> None:
         """Let it be known whether an expert may give way."""

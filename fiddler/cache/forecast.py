@@ -57,7 +57,8 @@ class Forecast(Policy):
         examples = self._examples[layer]
         came = examples[_TARGET]
         came[:] = 0.0
-        came[[expert for expert, _ in rows]] = [n_rows / n_tokens for _, n_rows in rows]
+        for expert, n_rows in rows:
+            came[expert] = n_rows / n_tokens
         if self._visits[layer]:
             self._fit.learn(examples)
         shares = examples[_SHARES]

@@ -83,7 +83,8 @@ class Slots:
         self._free.append(reservation.slot)
 
     def _end(self, reservation: Reservation) -> None:
-        if self._loading.get(reservation.key) != reservation:
+        present = self._loading.get(reservation.key)
+        if present is not reservation and present != reservation:
             raise ValueError(f"{reservation} is stale: its copy has ended already")
         del self._loading[reservation.key]
 
@@ -196,29 +197,27 @@ class Staging:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        self._held: dict[Key, None] = {}
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._held
+        self.held: dict[Key, None] = {}
+        """Those that hold one."""
 
     def oldest(self, idle: Callable[[Key], bool]) -> Key | None:
         """Who is let go next, where all slots are taken; None where nobody may."""
-        return next((key for key in self._held if idle(key)), None)
+        return next((key for key in self.held if idle(key)), None)
 
     @property
     def vacant(self) -> bool:
         """Whether a slot is free."""
-        return len(self._held) < self.n_slots
+        return len(self.held) < self.n_slots
 
     def enter(self, key: Key) -> None:
         """The expert holds one of the slots from now on."""
-        self._held[key] = None
+        self.held[key] = None
 
     def leave(self, key: Key) -> None:
         """The expert holds none any more."""
-        del self._held[key]
+        del self.held[key]
 
     def check(self, held: set[Key]) -> None:
         """AssertionError where more are held than there are slots, or somebody who holds none."""
-        assert len(self._held) <= self.n_slots
-        assert self._held.keys() <= held
+        assert len(self.held) <= self.n_slots
+        assert self.held.keys() <= held

@@ -89,5 +89,5 @@ class Victims:
     def _freshen(self) -> None:
         for layer in self.stale:
             worth = self._worth[layer] = np.where(self._may_go[layer], self._policy.worths(layer), inf)
-            self._least[layer] = worth.min(initial=inf)
+            self._least[layer] = worth[worth.argmin()]  # quicker than its minimum
         self.stale.clear()

@@ -37,9 +37,12 @@ class Correction:
         """
         if not (predicted_s > 0.0 and took_s >= 0.0):
             return
-        ratio = min(max(took_s / predicted_s, LIMITS[0]), LIMITS[1])
-        self._factors[lane] += WEIGHT * (ratio * self._applied[lane] - self._factors[lane])
-        if abs(self._factors[lane] / self._applied[lane] - 1.0) > TOLERANCE:
+        ratio, applied, factor = took_s / predicted_s, self._applied[lane], self._factors[lane]
+        if not LIMITS[0] <= ratio <= LIMITS[1]:
+            ratio = LIMITS[0] if ratio < LIMITS[0] else LIMITS[1]
+        factor += WEIGHT * (ratio * applied - factor)
+        self._factors[lane] = factor
+        if not -TOLERANCE <= factor / applied - 1.0 <= TOLERANCE:
             self._applied = dict(self._factors)
             self.costs = replace(self._calibrated, experts=self._corrected())
 

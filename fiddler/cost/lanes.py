@@ -35,12 +35,6 @@ class Queued:
     ran_s: float = 0.0
     """Time in which `work_s - left_s` of it was done."""
 
-    @property
-    def shared_s(self) -> float:
-        """What it took so far if it is done: its work, slowed by what it shared the machine with."""
-        done_s = self.work_s - self.left_s
-        return self.work_s * (self.ran_s / done_s) if done_s > 0.0 else self.work_s
-
 
 @dataclass(slots=True)
 class Lanes:
@@ -73,15 +67,19 @@ class Lanes:
         else:
             queue.append(queued)
 
-    def remove(self, lane: LaneName, job: int) -> Queued | None:
-        """Take a job out, done or not, and return it; `None` if it is not there."""
+    def remove(self, lane: LaneName, job: int) -> float | None:
+        """Take a job out, done or not; `None` if it is not there.
+
+        Returns the seconds it was to take with what it shared the machine with, as far as it was seen to run.
+        """
         queue = self.queues[lane]
         for found in queue:
             if found.job == job:
                 queue.remove(found)
                 if queue:
                     queue[0].started = True
-                return found
+                done_s = found.work_s - found.left_s
+                return found.work_s * (found.ran_s / done_s) if done_s > 0.0 else found.work_s
         return None
 
     def next_s(self, working: Mapping[LaneName, float] | None = None) -> float | None:

@@ -151,9 +151,10 @@ class Scheduler:
             yield from self._dispatch(layer, work.deferred)
         else:
             layer.plan = yield from self._dispatch(layer, work.loads, rows)
-        copy = self._fill_link(layer)
-        if copy is not None:
-            yield copy
+        if not self._jobs.lanes.link:
+            copy = self._fill_link(layer)
+            if copy is not None:
+                yield copy
         if not layer.pending:
             yield from self._settle(layer)
 
@@ -268,14 +269,15 @@ class Scheduler:
         return ()
 
     def _copy(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
-        if reason == "demand":
-            self.prefetcher.waited(self._jobs.ahead_of_demand_s())
+        link = self._jobs.lanes.link
+        if reason == "demand" and len(link) == 1 and not link[0].urgent:
+            self.prefetcher.waited(link[0].left_s)
         self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
         return self._copies.start(reservation, reason, *waiting)
 
     def _fill_link(self, layer: Layer | None = None) -> Command | None:
-        """If the link has nothing to do: copy in what a next layer may visit, or what this one misses often."""
-        if self._jobs.lanes.link or not self.cache.n_slots or self._jobs.dead:
+        """Copy in what a next layer may visit, or what this one misses often, for the link has nothing to do."""
+        if not self.cache.n_slots or self._jobs.dead:
             return None
         costs, backlog = self.correction.costs, self._jobs.lanes.backlog()
         reservation = self.prefetcher.choose(costs, backlog, self.planner)
@@ -296,19 +298,16 @@ class Scheduler:
         job, predicted_s = ended
         if isinstance(job, RunDense):
             return (DenseDone(job.wave),)
-        copied = isinstance(job, CopyExpert)
-        # Of a wave that is gone a job may have returned without doing anything.
-        if (
-            (isinstance(job, CopyExpert) or not job.layer.wave.gone)
-            and not event.failures
-            and event.took_s is not None
-        ):
-            self.correction.report(job.lane, predicted_s, event.took_s)
+        failures, took_s = event.failures, event.took_s
         if isinstance(job, CopyExpert):
-            commands = self._landed((job.layer, job.expert), failed=bool(event.failures))
-        else:
-            commands = self._ran(job, event.failures, unended=event.took_s is None)
-        if copied or job.lane == "cpu":
+            if took_s is not None and not failures:
+                self.correction.report("link", predicted_s, took_s)
+            commands = self._landed((job.layer, job.expert), failed=bool(failures))
+        else:  # of a wave that is gone it may have returned without doing anything
+            if took_s is not None and not failures and not job.layer.wave.gone:
+                self.correction.report(job.lane, predicted_s, took_s)
+            commands = self._ran(job, failures, unended=took_s is None)
+        if job.lane != "gpu" and not self._jobs.lanes.link:
             copy = self._fill_link()
             if copy is not None:
                 return (*commands, copy)
@@ -338,7 +337,9 @@ class Scheduler:
         layer.unended |= unended
         again: Sequence[Command] = ()
         if not failures:
-            layer.ran(job.loads)
+            layer.pending.difference_update(job.loads)
+            if layer.late:
+                layer.late.difference_update(job.loads)
         else:
             failed = tuple(load for load in job.loads if load.expert in failures)
             if job.lane == "gpu" and not layer.wave.gone:

@@ -45,8 +45,7 @@ class Forecast:
     """Of these, those that have landed: their slots stay until the layer comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """What a rule may look at when the link is free."""
 
     forecast: Forecast
@@ -71,24 +70,31 @@ def pays(view: View) -> Guess | None:
     """
     guess = view.absent[0]
     layer, costs = view.forecast.layer, view.costs
-    cpu, cpu_s = costs.experts[layer].cpu, view.backlog.cpu_s
+    cpu, cpu_s = costs.experts[layer].cpu.at, view.backlog.cpu_s
     now_s = max(cpu_s * costs.contention.cpu, view.backlog.gpu_s)
-    then_s = sum(guess.chance * cpu(guess.n_rows) for guess in view.absent[1:])
-    if sum(_copy_s(costs, layer, cpu_s)) > now_s + view.gap_s + then_s:
+    then_s = 0.0
+    for other in view.absent[1:]:
+        then_s += other.chance * cpu[other.n_rows]
+    beside_s, alone_s = _copy_s(costs, layer, cpu_s)
+    if beside_s + alone_s > now_s + view.gap_s + then_s:
         return None
-    price = price_s(costs, layer, view.backlog.cpu_s, view.gap_s)
+    price = _price_s(costs, beside_s, alone_s, view.gap_s)
     return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price else None
 
 
 def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
     """Return the seconds of CPU work that a copy saves if its expert is visited, less the GPU's."""
     expert = costs.experts[layer]
-    return max(0.0, expert.cpu(n_rows) + costs.moves.row_s * n_rows - expert.gpu(n_rows))
+    return max(0.0, expert.cpu.at[n_rows] + costs.moves.row_s * n_rows - expert.gpu.at[n_rows])
 
 
 def price_s(costs: CostModel, layer: int, cpu_s: float, gap_s: float) -> float:
     """Return the seconds that the CPU loses to a copy begun now: `cpu_s` of work left, a gap, and work again."""
     beside_s, alone_s = _copy_s(costs, layer, cpu_s)
+    return _price_s(costs, beside_s, alone_s, gap_s)
+
+
+def _price_s(costs: CostModel, beside_s: float, alone_s: float, gap_s: float) -> float:
     again_s = max(0.0, alone_s - gap_s) * costs.contention.link
     return (1.0 - 1.0 / costs.contention.cpu) * (beside_s + again_s)
 

@@ -74,14 +74,9 @@ class Jobs:
         job = self._jobs.pop(number, None)
         if job is None:
             return None
-        queued = self.lanes.remove(job.lane, number)
-        assert queued is not None, "a job was in no lane's queue"
-        return job, queued.shared_s
-
-    def ahead_of_demand_s(self) -> float:
-        """Return the link's seconds, as it takes alone, that a demand copy waits for one that nobody demanded."""
-        queue = self.lanes.link
-        return queue[0].left_s if len(queue) == 1 and not queue[0].urgent else 0.0
+        predicted_s = self.lanes.remove(job.lane, number)
+        assert predicted_s is not None, "a job was in no lane's queue"
+        return job, predicted_s
 
     def check(self) -> None:
         """Raise `AssertionError` unless the lanes' queues hold these jobs and dead lanes none."""

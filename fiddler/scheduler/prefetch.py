@@ -72,7 +72,7 @@ class Prefetcher:
         self._latest: Key | None = None  # of the copies made ahead
         self.gap_s = 0.0
         """From the end of a layer's experts to the next layer's, on average."""
-        self._expecting: dict[Wave, None] = {}  # waves with a forecast, in the order in which they came to it
+        self._expecting: dict[Wave, Forecast] = {}  # in the order in which the waves came to it
         self._balance_s = 0.0  # gained less lost by the latest copies
         self._n_tried = 0
 
@@ -95,9 +95,12 @@ class Prefetcher:
             self.resting -= 1
         expected = self.predictor.expects(layer)
         if expected:
-            guesses = tuple([Guess(expert, n, self._chance(i)) for i, (expert, n) in enumerate(expected)])
-            wave.forecast = Forecast(layer.index + 1, guesses)
-            self._expecting[wave] = None
+            chances, guesses = self._chances, []
+            while len(chances) < len(expected):
+                chances.append(TRUST)
+            for (expert, n_rows), chance in zip(expected, chances, strict=False):
+                guesses.append(Guess(expert, n_rows, chance))
+            wave.forecast = self._expecting[wave] = Forecast(layer.index + 1, tuple(guesses))
 
     def drop(self, wave: Wave) -> None:
         """Forget a wave."""
@@ -109,7 +112,8 @@ class Prefetcher:
         forecast, wave.forecast = wave.forecast, None
         if forecast is not None:
             del self._expecting[wave]
-            self._due += [(forecast.layer, expert) for expert in forecast.leased]
+            for expert in forecast.leased:
+                self._due.append((forecast.layer, expert))
         return forecast
 
     def let_go(self) -> None:
@@ -121,7 +125,7 @@ class Prefetcher:
     def landed(self, key: Key) -> None:
         """Keep what was copied ahead until its layer comes: the next copy ahead must not evict it."""
         layer, expert = key
-        for forecast in self._forecasts():
+        for forecast in self._expecting.values():
             if forecast.layer == layer and expert in forecast.copied and expert not in forecast.leased:
                 self._cache.lease(key)
                 forecast.leased.append(expert)
@@ -130,23 +134,19 @@ class Prefetcher:
         """Return the slot of the expert to copy in now that the link is idle; `None` for none."""
         if self.resting:
             return None
-        for forecast in self._forecasts():
-            absent = [guess for guess in forecast.guesses if self._is_absent(forecast, guess.expert)]
-            if absent:
-                view = View(forecast, absent, costs, backlog, self.gap_s, planner)
-                guess = self._rule(view)
-                price = price_s(costs, forecast.layer, backlog.cpu_s, self.gap_s)
-                reservation = self._issue(forecast, guess, price) if guess is not None else None
+        for forecast in self._expecting.values():
+            layer, copied, absent = forecast.layer, forecast.copied, []
+            kept, passing = self._cache.held(layer)
+            for guess in forecast.guesses:  # one that was copied and evicted since would be copied to and fro
+                key = layer, guess.expert
+                if guess.expert not in copied and key not in kept and key not in passing:
+                    absent.append(guess)
+            chosen = self._rule(View(forecast, absent, costs, backlog, self.gap_s, planner)) if absent else None
+            if chosen is not None:
+                reservation = self._issue(forecast, chosen, price_s(costs, layer, backlog.cpu_s, self.gap_s))
                 if reservation is not None:
                     return reservation
         return None
-
-    def _forecasts(self) -> list[Forecast]:
-        return [wave.forecast for wave in self._expecting if wave.forecast is not None]
-
-    def _is_absent(self, forecast: Forecast, expert: int) -> bool:
-        # one that was copied and evicted since would be copied to and fro
-        return expert not in forecast.copied and not self._cache.holds((forecast.layer, expert))
 
     def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
         # mixtral-offloading guesses into buffers of their own; one that is used then takes the place of another
@@ -163,18 +163,15 @@ class Prefetcher:
         if self._latest is not None and self._left_s(self._latest) is not None:
             self.use.delay_s += seconds
 
-    def _chance(self, place: int) -> float:
-        while place >= len(self._chances):
-            self._chances.append(TRUST)
-        return self._chances[place]
-
     def _settle(self, forecast: Forecast, visited: Mapping[int, int], costs: CostModel) -> None:
         use, layer = self.use, forecast.layer
+        chances, n_true = self._chances, 0
         for place, guess in enumerate(forecast.guesses):
             true = guess.expert in visited
-            self._chances[place] += WEIGHT * (true - self._chances[place])
-            use.n_guesses += 1
-            use.n_true += true
+            chances[place] += WEIGHT * (true - chances[place])
+            n_true += true
+        use.n_guesses += len(forecast.guesses)
+        use.n_true += n_true
         for expert, cost_s in forecast.copied.items():
             key = layer, expert
             saves = expert in visited and self._cache.holds(key)  # it may have failed, or been evicted since
@@ -185,7 +182,8 @@ class Prefetcher:
             use.gained_s += gained_s
             use.cost_s += cost_s
             self._balance_s += gained_s - LOSS * cost_s
-        self._judge(len(forecast.copied))
+        if forecast.copied:
+            self._judge(len(forecast.copied))
 
     def _judge(self, n_copies: int) -> None:
         """Switch off what lost more than it gained."""

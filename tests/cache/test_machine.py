@@ -60,7 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def passing(self) -> set[Key]:
         """Those that hold a slot in passing."""
-        return {key for key in KEYS if key in self.cache._staging}
+        return {key for key in KEYS if key in self.cache._staging.held}
 
     def n_kept(self, layer: int) -> int:
         return sum(key[0] == layer and not self.absent(key) and key not in self.passing() for key in KEYS)

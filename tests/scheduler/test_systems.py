@@ -179,7 +179,7 @@ def test_mixtral_offloading_copies_two_ahead_at_most_and_keeps_a_quota_of_each_l
     assert 0 < use.n_issued <= 2 * SMALL.n_layers * (20 + 60)
     assert use.n_used > 0.5 * use.n_settled
     for layer in range(SMALL.n_layers):
-        kept = {key for key in run.residents() if key[0] == layer and key not in run.core.cache._staging}
+        kept = {key for key in run.residents() if key[0] == layer and key not in run.core.cache._staging.held}
         assert len(kept) == N_SLOTS // SMALL.n_layers
 
 
