@@ -6,13 +6,12 @@ Slots for experts in passing: used, and let go for the next unless they turn out
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fiddler.cache.policy import Key
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """A slot promised to an expert whose copy is to be made or under way; `victim` had it before."""
 
     key: Key
@@ -83,8 +82,7 @@ class Slots:
         self._free.append(reservation.slot)
 
     def _end(self, reservation: Reservation) -> None:
-        present = self._loading.get(reservation.key)
-        if present is not reservation and present != reservation:
+        if self._loading.get(reservation.key) != reservation:
             raise ValueError(f"{reservation} is stale: its copy has ended already")
         del self._loading[reservation.key]
 

@@ -75,8 +75,7 @@ class Candidate(NamedTuple):
     """The cache's; of misses with equal rows the higher is fetched, for it stays."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Every load of a layer in one of three places."""
 
     cpu: tuple[Load, ...]

@@ -1,7 +1,6 @@
 """The scheduler by hand when waves go and lanes die, at any point: everything else goes on and nothing is left."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
@@ -213,6 +212,6 @@ def test_check_finds_a_copy_without_a_slot() -> None:
     desk = Desk(planner=all_fetch)
     desk.ready(0, 0, {1: 1})
     copy = desk.core._copies.by_expert[0, 1]
-    copy.reservation = replace(copy.reservation, generation=99)
+    copy.reservation = copy.reservation._replace(generation=99)
     with pytest.raises(AssertionError, match="no slot"):
         desk.core.check()
