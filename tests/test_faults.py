@@ -15,10 +15,11 @@ from fiddler import Engine, EngineClosedError, EngineConfig, EngineFailedError, 
 from fiddler.cost.lanes import LaneName
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.sim import SimDevice
-from fiddler.lanes.experts import ExpertWork, Routing
-from fiddler.lanes.runner import Runner
+from fiddler.lanes.experts import ExpertWork
+from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Event, Failures, Job, JobDone, LayerDone, RunExperts
-from fiddler.scheduler.routing import LayerWork, Load
+from fiddler.scheduler.routing import Load
 from fiddler.steps.stream import TokenStream
 from fiddler.steps.wave import ModelWave
 from fiddler.types import ExpertWeights
@@ -217,14 +218,16 @@ async def visits(model: Path) -> dict[str, set[Key]]:
     """Return the experts that each prompt and its completion visit, run alone."""
     visited: dict[str, set[Key]] = {prompt: set() for prompt in PROMPTS}
     current = [PROMPTS[0]]
-    route = ModelWave._route
+    advance = ModelWave.advance
 
-    def noting(self: ModelWave, asked: Any, routing: Routing) -> LayerWork:
-        visited[current[0]].update((asked.layer, expert) for expert in routing.index.flatten().tolist())
-        return route(self, asked, routing)
+    def noting(self: ModelWave) -> Layer | None:
+        layer = advance(self)
+        if layer is not None:
+            visited[current[0]].update((layer.index, load.expert) for load in layer.work.loads)
+        return layer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelWave, "_route", noting)
+        patch.setattr(ModelWave, "advance", noting)
         async with opened(model, device="cpu") as engine:
             for prompt in PROMPTS:
                 current[0] = prompt
@@ -372,15 +375,15 @@ async def test_a_caller_may_leave_after_any_event(tiny: Path, device: str, monke
     async with opened(tiny, device=device) as engine:
         leaving: list[TokenStream] = []
         left = [0]
-        tell = Runner._tell
+        handle = Scheduler.handle
 
-        def counting(self: Runner, event: Event) -> Any:
+        def counting(self: Scheduler, event: Event, now_s: float) -> Any:
             left[0] -= 1
             if left[0] == 0 and leaving:
                 leaving.pop()._end()
-            return tell(self, event)
+            return handle(self, event, now_s)
 
-        monkeypatch.setattr(Runner, "_tell", counting)
+        monkeypatch.setattr(Scheduler, "handle", counting)
         for n_events in range(1, 120, 5):
             stream = engine.generate_stream("Somebody who leaves", greedy(FOREVER))
             leaving[:] = [stream]
@@ -401,13 +404,13 @@ async def test_an_engine_may_be_closed_after_any_event(
     tiny: Path, device: str, n_events: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = [0]
-    tell = Runner._tell
+    handle = Scheduler.handle
 
-    def counting(self: Runner, event: Event) -> Any:
+    def counting(self: Scheduler, event: Event, now_s: float) -> Any:
         seen[0] += isinstance(event, JobDone)
-        return tell(self, event)
+        return handle(self, event, now_s)
 
-    monkeypatch.setattr(Runner, "_tell", counting)
+    monkeypatch.setattr(Scheduler, "handle", counting)
     ended: list[type[Exception]] = []
 
     async def forever(engine: Engine, prompt: str) -> None:
