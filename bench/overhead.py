@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -30,8 +30,10 @@ from bench.overhead_script import hop_us, layer
 from bench.report import Spread, heading, result, table, write_json
 from fiddler import DEMO
 from fiddler.calibration.kernels import choose_kernels, compute_lane
-from fiddler.config import EngineConfig, PolicyName, PrefetchMode
+from fiddler.config import EngineConfig
 from fiddler.engine.assembly import Rig, assemble_rig
+from fiddler.lab.policies import POLICIES
+from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.systems import System
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
@@ -151,8 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--policy", choices=get_args(PolicyName), default=System().policy)
-    parser.add_argument("--prefetch", choices=get_args(PrefetchMode), default=System().prefetch)
+    parser.add_argument("--policy", choices=POLICIES, default=System().policy)
+    parser.add_argument("--prefetch", choices=PREFETCH, default=System().prefetch)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--threads", type=int, default=1, help="of torch; the demo model's experts are tiny")
     parser.add_argument("--json", type=Path, metavar="FILE")

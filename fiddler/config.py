@@ -17,11 +17,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KernelMode = Literal["auto", "linear"]
 StoreMode = Literal["auto", "mapped", "packed"]
 WaveMode = Literal["auto", "one", "two"]
-PolicyName = Literal["aged-lfu", "forecast", "lfu", "lru", "layer-lru", "lfru", "hybrimoe", "static"]
-PlannerName = Literal[
-    "auto", "all-cpu", "all-fetch", "bandwidth-split", "cheapest-each", "cpu-or-stream", "two-ended"
-]
-PrefetchMode = Literal["auto", "off", "look-ahead", "transitions", "frequency", "eager", "impact"]
+PolicyName = Literal["forecast", "aged-lfu", "lfu", "lru"]
+PlannerName = Literal["auto", "all-cpu", "all-fetch"]
+PrefetchMode = Literal["auto", "off"]
 
 _CHOICES = {
     "dtype": DtypeName,
@@ -32,6 +30,12 @@ _CHOICES = {
     "planner": PlannerName,
     "prefetch": PrefetchMode,
 }
+_COMPARED = {
+    "policy": "fiddler simulate and fiddler replay have those of other systems",
+    "planner": "fiddler simulate has those of other systems",
+    "prefetch": "fiddler simulate has others, and those of other systems",
+}
+"""Where more can be named than an engine runs, by option."""
 _AT_LEAST = {
     "max_running": 1,
     "chunk_tokens": 1,
@@ -94,7 +98,8 @@ class EngineConfig:
     a request that finds no room waits. `None` is no limit, and on a GPU one request of `max_context` tokens, at
     most `KV_TOKENS`."""
     policy: PolicyName = "forecast"
-    """Which expert gives way in a full cache."""
+    """Which expert gives way in a full cache: the one that is forecast to be visited least; the one with the fewest
+    visits, recent ones counting more (`aged-lfu`) or all alike (`lfu`); or the one not visited for longest."""
     half_life: float = 32.0
     """Tokens after which a visit counts half, for `aged-lfu`."""
     promote: bool = True
@@ -102,11 +107,10 @@ class EngineConfig:
     and `aged-lfu` do)."""
     planner: PlannerName = "auto"
     """How a layer's experts are divided: by predicted time; `"all-cpu"` runs every miss on the CPU, `"all-fetch"`
-    copies in as many as it may; the others are rules of other systems (docs/policies.md)."""
+    copies in as many as it may."""
     prefetch: PrefetchMode = "auto"
-    """By what a wave's next experts are guessed and copied ahead while that pays; `"auto"` is the next layer's
-    router applied to this layer's rows, or transition counts where a model does not allow that. `"eager"` and
-    `"impact"` are rules of other systems."""
+    """Whether a wave's next experts are guessed and copied ahead while that pays: `"auto"` guesses by the next
+    layer's router applied to this layer's rows, or by transition counts where a model does not allow that."""
     waves: WaveMode = "auto"
     """Whether a step's rows travel as one wave or as two; `"auto"` halves them where that is predicted to pay. Rows
     in other company may differ in their last bits: `"one"` or `"two"` is the same on every device."""
@@ -133,7 +137,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(choices):
                 allowed = ", ".join(repr(c) for c in get_args(choices))
-                raise ConfigError(f"{name}={shown(value)} is not one of {allowed}")
+                where = f"; {_COMPARED[name]}" if name in _COMPARED else ""
+                raise ConfigError(f"{name}={shown(value)} is not one of {allowed}{where}")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             number = whole_number(value)
@@ -170,7 +175,7 @@ class EngineConfig:
     @property
     def asks_routers(self) -> bool:
         """Whether the way experts are guessed wants a router asked early."""
-        return self.prefetch not in ("off", "transitions", "frequency")
+        return self.prefetch == "auto"
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:

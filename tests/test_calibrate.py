@@ -17,7 +17,7 @@ from fiddler.calibration.measure import FITTED, HELD_OUT, Bench, rising, typical
 from fiddler.calibration.sample import bench_of, open_experts
 from fiddler.cli import app
 from fiddler.config import EngineConfig
-from fiddler.engine import assembly
+from fiddler.engine import sim_assembly
 from fiddler.models.loaded import load
 from tests.support.tiny import N_LAYERS, save_tiny
 
@@ -184,7 +184,7 @@ def test_the_engine_finds_what_was_measured_for_it(
     loaded = load(model, config)
     whole = bench_of(loaded, config)
     if device == "sim":
-        accelerator = assembly._accelerator(loaded, config)
+        accelerator = sim_assembly._accelerator(loaded, config)
         whole = Bench(whole.host, loaded.n_experts, accelerator)
 
     found = calibrate(whole, loaded, config)

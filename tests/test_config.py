@@ -35,6 +35,7 @@ from fiddler.config import (
 )
 from fiddler.errors import ConfigError, FiddlerError
 from fiddler.lab.policies import POLICIES
+from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.systems import PLANNERS
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
@@ -131,9 +132,20 @@ class TestEngineConfig:
     def test_every_choice_is_tested(self) -> None:
         assert {f.name for f in fields(EngineConfig) if get_origin(f.type) is Literal} == set(CHOICES)
 
-    def test_what_can_be_chosen_is_what_there_is(self) -> None:
-        assert set(get_args(PolicyName)) == set(POLICIES)
-        assert set(get_args(PlannerName)) == set(PLANNERS)
+    @pytest.mark.parametrize(
+        ("name", "value", "where"),
+        [
+            *(
+                ("policy", v, "simulate and fiddler replay")
+                for v in sorted(set(POLICIES) - set(get_args(PolicyName)))
+            ),
+            *(("planner", v, "simulate") for v in sorted(set(PLANNERS) - set(get_args(PlannerName)))),
+            *(("prefetch", v, "simulate") for v in sorted(set(PREFETCH) - set(get_args(PrefetchMode)))),
+        ],
+    )
+    def test_what_is_only_compared_is_refused_with_where_it_is(self, name: str, value: Any, where: str) -> None:
+        with pytest.raises(ConfigError, match=f"^{name}={value!r} is not one of .*; fiddler {where} ha"):
+            EngineConfig(**{name: value})
 
     @pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf"), "32", None, True, [1]], ids=repr)
     def test_a_half_life_is_a_number_above_zero(self, value: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import DEFAULT, Mock, patch
 
 import anyio
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiddler import Engine
-from fiddler.config import EngineConfig, WaveMode
+from fiddler.config import EngineConfig, PolicyName, PrefetchMode, WaveMode
 from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
@@ -78,8 +78,8 @@ def test_logits_are_those_of_the_cpu(subject: Callable[[str], Subject], name: st
     options=st.fixed_dictionaries(
         {
             "planner": st.sampled_from(("auto", "auto", "all-cpu", "all-fetch")),
-            "policy": st.sampled_from(("forecast", "lru", "hybrimoe", "static")),
-            "prefetch": st.sampled_from(("auto", "off", "eager")),
+            "policy": st.sampled_from(get_args(PolicyName)),
+            "prefetch": st.sampled_from(get_args(PrefetchMode)),
             "promote": st.booleans(),
             "waves": st.sampled_from(("one", "two")),
             "trace": st.booleans(),

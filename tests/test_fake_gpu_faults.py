@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError
-from fiddler.calibration.costs import no_costs
+from fiddler.cost.model import no_costs
 from fiddler.devices.cpu import CpuDevice
 from fiddler.engine import gpu_assembly
 from fiddler.gpu import cuda, jobs

@@ -1,19 +1,18 @@
 """Simulations that copy ahead: what that gains with perfect guesses, costs with bad ones, and reports."""
 
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
 
-from fiddler.config import PrefetchMode
+from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.simulation import simulate
 from fiddler.recording import Recording, guesses
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 from tests.test_simulate import SMALL, setting, text
 
-MODES: tuple[PrefetchMode, ...] = get_args(PrefetchMode)
+MODES = tuple(PREFETCH)
 SEEDS = range(4)
 
 
@@ -35,7 +34,7 @@ def slowdowns(n: int, n_slots: int, recall: float) -> list[float]:
 
 @pytest.mark.parametrize("prefetch", MODES)
 @pytest.mark.parametrize("n_slots", [0, 4, 24, 70, 96])
-def test_no_run_that_copies_ahead_is_faster_than_its_bytes_allow(prefetch: PrefetchMode, n_slots: int) -> None:
+def test_no_run_that_copies_ahead_is_faster_than_its_bytes_allow(prefetch: str, n_slots: int) -> None:
     report = simulate(setting(prefetch=prefetch, n_slots=n_slots), foreseen(3, new=9))
     assert 0.0 < report.of_bound <= report.of_chain <= 1.0 + 1e-9
     assert all(0.0 <= share <= 1.0 + 1e-9 for share in report.utilisation.values())
@@ -67,7 +66,7 @@ def test_better_guesses_are_used_more_often() -> None:
 
 
 @pytest.mark.parametrize("prefetch", MODES)
-def test_every_copy_is_counted_by_its_reason(prefetch: PrefetchMode) -> None:
+def test_every_copy_is_counted_by_its_reason(prefetch: str) -> None:
     """Without a prompt all of it is decoding."""
     trace = Trace()
     report = simulate(
@@ -89,7 +88,7 @@ def test_without_it_nothing_is_reported() -> None:
 
 
 @pytest.mark.parametrize("prefetch", MODES)
-def test_runs_that_copy_ahead_repeat(prefetch: PrefetchMode) -> None:
+def test_runs_that_copy_ahead_repeat(prefetch: str) -> None:
     one, two = (simulate(setting(prefetch=prefetch), foreseen(2, new=12, recall=0.75)) for _ in range(2))
     assert one == two
 

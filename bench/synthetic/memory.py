@@ -21,8 +21,8 @@ from bench.synthetic.replayed import Replay
 from bench.synthetic.shapes import Shape
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.formula import DTYPES
-from fiddler.engine.assembly import SHARE
 from fiddler.engine.engine import Loader
+from fiddler.engine.sim_assembly import SHARE
 from fiddler.errors import ConfigError
 from fiddler.models import attention, seam
 from fiddler.models.loaded import ServableModel, experts_per_token, model_context

@@ -3,12 +3,17 @@
 The expert with the fewest rows goes: of all time, or weighed by age.
 
 The expert touched longest ago goes.
+
+The policies that an engine may have, by name, and its cache; the lab has more, for `fiddler simulate` and `replay`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
+from fiddler.cache.cache import ExpertCache
+from fiddler.cache.forecast import Forecast
 from fiddler.cache.policy import History, Key, Policy, Rows
 from fiddler.cache.saved import number, table
 
@@ -151,8 +156,28 @@ class Lru(Policy):
         return 1 / (self.history.n_visits - last + 1) if last else 0.0
 
 
-class LayerLru(Lru):
-    """The same with an equal quota for every layer: mixtral-offloading's cache (Eliseev and Mazur, 2023)."""
+ADMISSION = 1.0
+"""An expert that gives way for one that is demanded may be worth this many times as much."""
+STAGED = 64
+"""One slot in so many is for experts in passing, where not every expert has one."""
 
-    name: ClassVar[str] = "layer-lru"
-    per_layer: ClassVar[bool] = True
+POLICIES: Mapping[str, Callable[[History, float], Policy]] = MappingProxyType(
+    {
+        AgedLfu.name: AgedLfu,
+        Forecast.name: lambda history, half_life: Forecast(history),
+        Lfu.name: lambda history, half_life: Lfu(history),
+        Lru.name: lambda history, half_life: Lru(history),
+    }
+)
+"""Each is made of a history and a half-life in tokens."""
+
+
+def n_staging(n_slots: int, n_experts: Sequence[int]) -> int:
+    """Return how many of a cache's slots are for experts in passing."""
+    return n_slots // STAGED if n_slots < sum(n_experts) else 0
+
+
+def make_cache(policy: str, n_slots: int, n_experts: tuple[int, ...], *, half_life: float) -> ExpertCache:
+    """Return an engine's cache, empty."""
+    made = POLICIES[policy](History(n_experts), half_life)
+    return ExpertCache(n_slots, n_experts, made, admission=ADMISSION, n_staging=n_staging(n_slots, n_experts))

@@ -1,4 +1,4 @@
-"""Where a model's cost model comes from: a machine's figures, or this machine's clock."""
+"""A model's cost model by this machine's clock, measured once and kept in a file."""
 
 import hashlib
 import json
@@ -9,55 +9,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fiddler.calibration.kernels import calibration_file
 from fiddler.calibration.measure import Measured, Measures
 from fiddler.config import EngineConfig
-from fiddler.cost.model import NO_TIME, Contention, CostModel, Curve, Dense, ExpertCosts, Moves
+from fiddler.cost.model import CostModel
 from fiddler.devices.cpu import CpuDevice
 from fiddler.given import read_json
-from fiddler.lab.machine import Machine, expert_costs
 from fiddler.models.loaded import LoadedModel
-from fiddler.types import ExpertWeights
 
 N_LAYERS = 4
 """Layers whose experts a sample is made of."""
-
-
-def no_costs(n_layers: int) -> CostModel:
-    """Return a model that knows nothing: for a machine where there is nothing to choose."""
-    return CostModel(experts=(ExpertCosts(NO_TIME, NO_TIME, 0.0, 0),) * n_layers)
-
-
-def costs_on(machine: Machine, loaded: LoadedModel) -> CostModel:
-    """Return what a loaded model takes on a described machine: rooflines of its bytes and operations.
-
-    Attention to the context is not counted: its time does not grow with the past.
-    """
-    experts = tuple(_expert_on(machine, loaded.weights(layer, 0)) for layer in range(len(loaded.n_experts)))
-    embeddings: Any = loaded.model.get_input_embeddings()
-    head: Any = loaded.model.get_output_embeddings() or embeddings
-    ends = {id(embeddings.weight), id(head.weight)}
-    per_layer = sum(p.nbytes for p in loaded.model.parameters() if id(p) not in ends) / len(experts)
-    row_bytes = embeddings.weight.shape[1] * embeddings.weight.itemsize
-    return CostModel(
-        experts=experts,
-        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
-        moves=Moves(machine.move_fixed_s, 2 * row_bytes / machine.link_bytes_per_s),
-        dense=Dense(rows=_dense_on(machine, per_layer), head=_dense_on(machine, head.weight.nbytes)),
-        host_s=machine.host_layer_s,
-    )
-
-
-def _dense_on(machine: Machine, nbytes: float) -> Curve:
-    # Two operations a weight and row; dense weights are counted as 16-bit ones, whatever they are here.
-    read_s, row_s = nbytes / machine.gpu_read_bytes_per_s, nbytes / machine.gpu_flop_per_s
-    return Curve.roofline(machine.dense_launch_s, read_s, row_s)
-
-
-def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
-    return expert_costs(machine, weights.nbytes, 2.0 * sum(m.numel() for m in (*weights.up, weights.down)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,17 @@ from typing import Any, cast
 
 import torch
 
+from fiddler.cache.frequency import make_cache
 from fiddler.calibration.measure import rising, typical
 from fiddler.config import EngineConfig
 from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
 from fiddler.gpu.crossing import Due, GpuCrossing, Watch
 from fiddler.gpu.device import Event, Gpu
-from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.models.kv import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
-from fiddler.scheduler.core import Scheduler
+from fiddler.scheduler.choice import scheduler_for
 from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
 from fiddler.scheduler.rows import Span
 from fiddler.scheduler.waves import Waves
@@ -211,7 +211,8 @@ class DenseBench:
             self._graphs.lookahead = lookahead
             self._graphs.why_not = "" if self._extent.recorded else "nobody wants them"
         n_slots = round(SHARE * sum(loaded.n_experts)) if slots else 0
-        scheduler = _scheduler(loaded, config, costs, n_slots)
+        cache = make_cache(config.policy, n_slots, loaded.n_experts, half_life=config.half_life)
+        scheduler = scheduler_for(config, cache, costs)
         self._steps = StepRunner(
             loaded,
             Runner(scheduler, self._lanes),
@@ -318,13 +319,6 @@ class DenseBench:
         for run in runs:
             if run is not None:
                 self._arena.release(run)
-
-
-def _scheduler(loaded: ServableModel, config: EngineConfig, costs: CostModel, n_slots: int) -> Scheduler:
-    placed = System(policy=config.policy, half_life=config.half_life)
-    cache = cache_of(placed, n_slots, loaded.n_experts, loaded.top_k)
-    ahead = prefetch_of(config.prefetch, cache)
-    return Scheduler(cache, costs, planner=planner(config.planner), promote=config.promote, ahead=ahead)
 
 
 def _head(decoded: Mapping[int, Step], chunks: Mapping[int, Step]) -> Curve:

@@ -15,7 +15,8 @@ What a loaded model runs with: its calibrated kernels, the threads, a lane for a
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, Thread
 from time import perf_counter
@@ -233,3 +234,11 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
     """Return what runs a model's experts for a forward that nobody drives."""
     return ComputeLane(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)
+
+
+@contextmanager
+def torch_worker(n_threads: int) -> Generator[None]:
+    """Be a lane's worker, with modes and a thread count of its own."""
+    set_own_threads(n_threads)
+    with torch.inference_mode():
+        yield

@@ -24,8 +24,8 @@ from fiddler.store.source import find_checkpoint
 
 
 def choice(kind: Any, text: str, panel: str = "Engine") -> Any:
-    """Return an option that takes one of a `Literal`'s values, once or several times, or none."""
-    allowed = get_args(kind)
+    """Return an option that takes one of a `Literal`'s values, or of some names, once or several times, or none."""
+    allowed = get_args(kind) or tuple(kind)
 
     def check(given: str | list[str] | None) -> str | list[str] | None:
         for value in [given] if isinstance(given, str) else given or ():

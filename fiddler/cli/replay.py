@@ -14,8 +14,9 @@ from fiddler.cli.notes import Notes
 from fiddler.cli.options import choice
 from fiddler.cli.simulate import SHAPE, check_length, make_up
 from fiddler.cli.terminal import guarded
-from fiddler.config import EngineConfig, PolicyName
+from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
+from fiddler.lab.policies import POLICIES
 
 if TYPE_CHECKING:
     from fiddler.cli.curves import Replayed
@@ -65,7 +66,7 @@ class CacheOptions:
     """What it is replayed on."""
 
     policy: Annotated[
-        list[str], choice(PolicyName, "Which expert gives way; may be given several times. All.", "Cache")
+        list[str], choice(POLICIES, "Which expert gives way; may be given several times. All.", "Cache")
     ] = field(default_factory=list)
     resident: Annotated[
         list[float],
@@ -125,7 +126,7 @@ def _check(options: CacheOptions) -> None:
 def _policies(options: CacheOptions, n_experts: tuple[int, ...], top_k: int) -> "dict[str, MakePolicy]":
     from functools import partial
 
-    from fiddler.lab.policies import POLICIES, make_policy
+    from fiddler.lab.policies import make_policy
 
     make = partial(make_policy, n_experts=n_experts, half_life=options.half_life, top_k=top_k)
     return {name: partial(make, name) for name in options.policy or POLICIES}

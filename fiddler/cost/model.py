@@ -212,3 +212,8 @@ def _number(value: Any, least: float = 0.0) -> float:
     if number is None or not least <= number < inf:
         raise ValueError(f"{shown(value)} is no cost")
     return number
+
+
+def no_costs(n_layers: int) -> CostModel:
+    """Return a model that knows nothing: for a machine where there is nothing to choose."""
+    return CostModel(experts=(ExpertCosts(NO_TIME, NO_TIME, 0.0, 0),) * n_layers)

@@ -8,44 +8,35 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.calibration.costs import calibrate, costs_on, no_costs
+from fiddler.cache.frequency import make_cache
 from fiddler.calibration.kernels import compute_lane
-from fiddler.calibration.measure import Bench
-from fiddler.config import EngineConfig, Resolved
-from fiddler.cost.model import CostModel
-from fiddler.devices.arena import Arena
+from fiddler.config import EngineConfig
+from fiddler.cost.model import CostModel, no_costs
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.sim import SimDevice
-from fiddler.engine.gpu_assembly import gpu_side, torch_worker
 from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
-from fiddler.lab.machine import Machine
-from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.experts import ExpertWork, HostCrossing
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet
 from fiddler.lanes.runner import Runner
-from fiddler.lanes.threads import ThreadLanes
-from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
-from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.waves import Waves
 from fiddler.steps.recorder import Recorder
 from fiddler.steps.step import StepRunner
 from fiddler.steps.wave import Experts
-from fiddler.store.blocks import PackedStore
 from fiddler.trace import Trace
+
+if TYPE_CHECKING:
+    from fiddler.scheduler.core import Scheduler
 
 logger = logging.getLogger("fiddler")
 
@@ -74,8 +65,6 @@ def restore(cache: ExpertCache, file: Path | None) -> None:
             raise ConfigError(f"warm_start={str(file)!r} cannot be used: {error}; give another file") from error
 
 
-SHARE = 0.25
-"""Of all experts, how many a simulated accelerator holds unless told."""
 DEFER_FROM = 6
 """Experts a token from which on deferring one is sound. Source: KTransformers, SOSP 2025."""
 
@@ -84,7 +73,7 @@ DEFER_FROM = 6
 class Rig:
     """One engine's machine; it lives as long as the engine."""
 
-    scheduler: Scheduler | CpuOnly
+    scheduler: "Scheduler | CpuOnly"
     lanes: LaneSet
     side: Side
     runner: Runner
@@ -120,7 +109,7 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
     trace = Trace() if config.trace else None
     host = CpuDevice(loaded.weights, loaded.formulas, kernels)
     n_deferred = _deferred(loaded, config)
-    side = (gpu_side if loaded.resolved.device == "cuda" else _host_side)(loaded, host, config, trace)
+    side = _side(loaded, host, config, trace)
     try:
         return _assembled(loaded, side, n_deferred, config, trace)
     except BaseException:
@@ -131,8 +120,9 @@ def assemble_rig(loaded: ServableModel, kernels: Kernels, config: EngineConfig) 
 def _assembled(
     loaded: ServableModel, side: Side, n_deferred: int, config: EngineConfig, trace: Trace | None
 ) -> Rig:
-    cache = _cache(loaded, side.n_slots, config)
-    scheduler = _scheduler(loaded.resolved, cache, side.costs, config, trace)
+    cache = make_cache(config.policy, side.n_slots, loaded.n_experts, half_life=config.half_life)
+    restore(cache, config.warm_start)
+    scheduler = _scheduler(loaded, cache, side.costs, config, trace)
     lookahead = _lookahead(loaded, side.n_slots, config)
     if side.graphs is not None:
         side.graphs.lookahead = lookahead
@@ -147,67 +137,26 @@ def _assembled(
     return Rig(scheduler, lanes, side, runner, steps, trace, recorder, config)
 
 
-def _host_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace: Trace | None) -> Side:
-    resolved = loaded.resolved
-    accelerator = _accelerator(loaded, config) if resolved.device == "sim" else None
-    work = ExpertWork(host, accelerator)
-    costs = _costs(loaded, host, accelerator, config)
-    n_slots = accelerator.arena.n_slots if accelerator is not None else 0
-    return Side(HostCrossing, work, costs, n_slots, lambda: _lanes(resolved, work, costs, trace))
+def _side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace: Trace | None) -> Side:
+    """Build where experts run. What only an accelerator needs is imported here and below, when one is asked for."""
+    if loaded.resolved.device == "cpu":
+        work = ExpertWork(host, None)
+        return Side(HostCrossing, work, no_costs(len(loaded.n_experts)), 0, lambda: InlineLanes(work, trace))
+    if loaded.resolved.device == "sim":
+        from fiddler.engine.sim_assembly import sim_side as side
+    else:
+        from fiddler.engine.gpu_assembly import gpu_side as side
+    return side(loaded, host, config, trace)
 
 
 def _scheduler(
-    resolved: Resolved, cache: ExpertCache, costs: CostModel, config: EngineConfig, trace: Trace | None
-) -> Scheduler | CpuOnly:
-    if resolved.device == "cpu":
+    loaded: ServableModel, cache: ExpertCache, costs: CostModel, config: EngineConfig, trace: Trace | None
+) -> "Scheduler | CpuOnly":
+    if loaded.resolved.device == "cpu":
         return CpuOnly(cache, costs, trace)
-    return Scheduler(
-        cache,
-        costs,
-        planner=planner(config.planner),
-        promote=config.promote,
-        ahead=prefetch_of(config.prefetch, cache),
-        trace=trace,
-    )
+    from fiddler.scheduler.choice import scheduler_for
 
-
-def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
-    store = loaded.store
-    assert isinstance(store, PackedStore)
-    total = sum(loaded.n_experts)
-    n_slots = min(total, round(total * SHARE) if config.slots is None else config.slots)
-    try:
-        arena = Arena(n_slots, store.block_bytes)
-    except RuntimeError as error:  # torch's out of memory
-        raise ConfigError(f"no memory for slots={n_slots} of {store.block_bytes} bytes; set fewer") from error
-    if loaded.resolved.machine is not None:  # its clock says what a copy takes
-        return SimDevice(arena, store.block, store.layout, link_bytes_per_s=None)
-    return SimDevice(arena, store.block, store.layout)
-
-
-def _costs(
-    loaded: ServableModel, host: CpuDevice, accelerator: SimDevice | None, config: EngineConfig
-) -> CostModel:
-    if loaded.resolved.machine is not None:
-        return costs_on(Machine.load(loaded.resolved.machine), loaded)
-    if accelerator is None or not accelerator.arena.n_slots:
-        return no_costs(len(loaded.n_experts))
-    return calibrate(Bench(host, loaded.n_experts, accelerator), loaded, config).costs
-
-
-def _cache(loaded: ServableModel, n_slots: int, config: EngineConfig) -> ExpertCache:
-    placed = System(policy=config.policy, half_life=config.half_life)
-    cache = cache_of(placed, n_slots, loaded.n_experts, loaded.top_k)
-    restore(cache, config.warm_start)
-    return cache
-
-
-def _lanes(resolved: Resolved, work: ExpertWork, costs: CostModel, trace: Trace | None) -> LaneSet:
-    if resolved.machine is not None:
-        return VirtualLanes(costs, work, trace)
-    if resolved.device == "sim":
-        return ThreadLanes(work, working=partial(torch_worker, torch.get_num_threads()), trace=trace)
-    return InlineLanes(work, trace)
+    return scheduler_for(config, cache, costs, trace)
 
 
 def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:

@@ -1,8 +1,7 @@
 """The experts' side of an engine with an NVIDIA GPU."""
 
 import logging
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.calibration.gpu import calibrate_gpu
-from fiddler.calibration.kernels import set_own_threads
+from fiddler.calibration.kernels import torch_worker
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.devices.arena import Arena
@@ -170,11 +169,3 @@ def _staying(formula: ExpertFormula) -> ExpertFormula:
 
 def _costs(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig) -> CostModel:
     return calibrate_gpu(loaded, jobs, config).costs
-
-
-@contextmanager
-def torch_worker(n_threads: int) -> Generator[None]:
-    """Be a lane's worker, with modes and a thread count of its own."""
-    set_own_threads(n_threads)
-    with torch.inference_mode():
-        yield

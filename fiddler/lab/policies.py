@@ -9,15 +9,26 @@ A fixed placement, as in the original Fiddler: the first experts of an order are
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest
 from types import MappingProxyType
 from typing import ClassVar
 
-from fiddler.cache.forecast import Forecast
-from fiddler.cache.frequency import AgedLfu, LayerLru, Lfu, Lru
+from fiddler.cache import frequency
+from fiddler.cache.frequency import Lru
 from fiddler.cache.policy import History, Key, Policy, Rows
 from fiddler.cache.saved import table
 from fiddler.errors import ConfigError
+
+
+class LayerLru(Lru):
+    """The expert touched longest ago goes, each layer having an equal quota.
+
+    That is mixtral-offloading's cache (Eliseev and Mazur, 2023).
+    """
+
+    name: ClassVar[str] = "layer-lru"
+    per_layer: ClassVar[bool] = True
 
 
 class Lfru(Policy):
@@ -123,18 +134,19 @@ class Options:
     order: tuple[Key, ...] | None = None
 
 
-POLICIES: Mapping[str, Callable[[History, Options], Policy]] = MappingProxyType(
-    {
-        AgedLfu.name: lambda history, options: AgedLfu(history, options.half_life),
-        Forecast.name: lambda history, options: Forecast(history),
-        HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
-        LayerLru.name: lambda history, options: LayerLru(history),
-        Lfru.name: lambda history, options: Lfru(history),
-        Lfu.name: lambda history, options: Lfu(history),
-        Lru.name: lambda history, options: Lru(history),
-        Static.name: lambda history, options: Static(history, options.order),
-    }
-)
+def _own(make: Callable[[History, float], Policy], history: History, options: Options) -> Policy:
+    """Make one of the engine's."""
+    return make(history, options.half_life)
+
+
+_POLICIES: dict[str, Callable[[History, Options], Policy]] = {
+    **{name: partial(_own, make) for name, make in frequency.POLICIES.items()},
+    HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
+    LayerLru.name: lambda history, options: LayerLru(history),
+    Lfru.name: lambda history, options: Lfru(history),
+    Static.name: lambda history, options: Static(history, options.order),
+}
+POLICIES = MappingProxyType(dict(sorted(_POLICIES.items())))
 
 
 def make_policy(

@@ -15,9 +15,10 @@ from fiddler.config import WaveMode
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lab.machine import Machine, cost_model
+from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
 from fiddler.lab.shape import ModelShape
-from fiddler.lab.systems import SYSTEMS, System, cache_of, planner, prefetch_of
+from fiddler.lab.systems import SYSTEMS, System, cache_of, planner
 from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording

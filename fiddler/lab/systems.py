@@ -18,28 +18,18 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
+from fiddler.cache import frequency
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
-from fiddler.config import PrefetchMode, WaveMode
+from fiddler.config import WaveMode
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import make_policy
-from fiddler.scheduler.guesses import (
-    Auto,
-    Frequency,
-    LookAhead,
-    Nobody,
-    Predictor,
-    Rule,
-    Transitions,
-    eager,
-    impact,
-    pays,
-)
-from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign, best_cut
+from fiddler.scheduler import choice
+from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign
 
 PROMPT_ROWS = 8
 """Mean rows of a layer's loads from which on FreeToken is held to be in a prompt, which it streams."""
@@ -133,9 +123,7 @@ def _mean_rows(candidates: Sequence[Candidate]) -> float:
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
-        "auto": best_cut,
-        "all-cpu": all_cpu,
-        "all-fetch": all_fetch,
+        **choice.PLANNERS,
         "bandwidth-split": bandwidth_split,
         "cheapest-each": cheapest_each,
         "cpu-or-stream": cpu_or_stream,
@@ -151,10 +139,6 @@ def planner(name: str) -> Planner:
     return PLANNERS[name]
 
 
-STAGED = 64
-"""One slot in so many is for experts in passing, where only some are."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """How experts are placed. The defaults are Fiddler's own."""
@@ -163,7 +147,7 @@ class System:
     planner: str = "auto"
     policy: str = "forecast"
     half_life: float = 32.0
-    admission: float = 1.0
+    admission: float = frequency.ADMISSION
     prefetch: str = "auto"
     promote: bool = True
     waves: WaveMode = "auto"
@@ -234,27 +218,6 @@ def cache_of(
     elif placed.order == "nobody":
         order = []
     policy = make_policy(placed.policy, n_experts, half_life=placed.half_life, top_k=top_k, order=order)
-    some = n_slots // STAGED if n_slots < sum(n_experts) else 0
     beyond = 2 * max(n_experts) if placed.staging == "layer" else 0
-    n_staging = beyond or (some if placed.staging == "some" else 0)
+    n_staging = beyond or (frequency.n_staging(n_slots, n_experts) if placed.staging == "some" else 0)
     return ExpertCache(n_slots + beyond, n_experts, policy, admission=placed.admission, n_staging=n_staging)
-
-
-def prefetch_of(name: str, cache: ExpertCache) -> tuple[Predictor, Rule]:
-    """Return what guesses, and what is copied of its guesses. Raises `ConfigError` for an unknown name."""
-    match name:
-        case "off":
-            return Nobody(), pays
-        case "auto":
-            return Auto(cache), pays
-        case "look-ahead":
-            return LookAhead(), pays
-        case "transitions":
-            return Transitions(cache), pays
-        case "frequency":
-            return Frequency(cache), pays
-        case "eager":
-            return LookAhead(), eager
-        case "impact":
-            return LookAhead(), impact
-    raise ConfigError(f"unknown prefetch {name!r}; known: {', '.join(get_args(PrefetchMode))}")

@@ -17,7 +17,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.correction import Correction
 from fiddler.cost.lanes import Backlog, LaneName
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.guesses import Nobody, Predictor, Rule, pays, promotion
+from fiddler.scheduler.guesses import PAYS, Nobody, Predictor, Rule, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
 from fiddler.scheduler.layer import Came, Layer, Wave
 from fiddler.scheduler.messages import (
@@ -57,7 +57,7 @@ class Scheduler:
         *,
         planner: Planner = best_cut,
         promote: bool = True,
-        ahead: tuple[Predictor, Rule] = (Nobody(), pays),
+        ahead: tuple[Predictor, Rule] = (Nobody(), PAYS),
         trace: Trace | None = None,
     ) -> None:
         self.cache = cache

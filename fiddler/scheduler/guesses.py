@@ -17,8 +17,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.scheduler.layer import Layer
-from fiddler.scheduler.plan import Candidate, Plan, Planner
-from fiddler.scheduler.routing import Load
+from fiddler.scheduler.plan import Planner
 
 HORIZON = 4.0
 """Tokens for which an expert's advantage over the one it displaces is held to last. Of 4, 8, 16 and 32 the only one
@@ -58,8 +57,15 @@ class View(NamedTuple):
     planner: Planner
 
 
-Rule = Callable[[View], Guess | None]
-"""Which of the absent is copied in now, if any."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which of the absent is copied in now, if any, and how copies ahead are kept."""
+
+    choose: Callable[[View], Guess | None]
+    staged: bool = False
+    """Whether they land in slots for experts in passing; one that is used then takes the place of another."""
+    judged: bool = False
+    """Whether none is made for a while where the latest did not pay."""
 
 
 def pays(view: View) -> Guess | None:
@@ -80,6 +86,9 @@ def pays(view: View) -> Guess | None:
         return None
     price = _price_s(costs, beside_s, alone_s, view.gap_s)
     return guess if guess.chance * saved_s(costs, layer, guess.n_rows) > price else None
+
+
+PAYS = Rule(pays, judged=True)
 
 
 def saved_s(costs: CostModel, layer: int, n_rows: int) -> float:
@@ -104,31 +113,6 @@ def _copy_s(costs: CostModel, layer: int, cpu_s: float) -> tuple[float, float]:
     k, copy_s = costs.contention, costs.experts[layer].copy_s
     beside_s = min(copy_s * k.link, cpu_s * k.cpu)
     return beside_s, copy_s - beside_s / k.link
-
-
-def eager(view: View) -> Guess | None:
-    """The likeliest guess, up to two a layer: mixtral-offloading's rule (Eliseev and Mazur, 2023)."""
-    return view.absent[0] if len(view.forecast.copied) < 2 else None
-
-
-def impact(view: View) -> Guess | None:
-    """The guess whose presence shortens the next layer's plan most: HybriMoE's rule (Zhong et al., 2025)."""
-    absent = {guess.expert for guess in view.absent}
-    best, gain_s = None, 0.0
-    without_s = _planned(view, absent).predicted_s
-    for guess in {guess.n_rows: guess for guess in reversed(view.absent)}.values():  # equal rows gain the same
-        gained_s = without_s - _planned(view, absent - {guess.expert}).predicted_s
-        if gained_s > gain_s:
-            best, gain_s = guess, gained_s
-    return best
-
-
-def _planned(view: View, absent: set[int]) -> Plan:
-    candidates = [
-        Candidate(Load(guess.expert, 0, guess.n_rows), "miss" if guess.expert in absent else "hit")
-        for guess in view.forecast.guesses
-    ]
-    return view.planner(view.forecast.layer, candidates, view.costs, Backlog(), len(absent))
 
 
 def promotion(
@@ -181,25 +165,6 @@ class LookAhead:
     def expects(self, layer: Layer) -> Rows:
         """What came with the event."""
         return layer.ahead
-
-
-class Frequency:
-    """The next layer's experts by what the cache holds them to be worth; as many as the wave visits now."""
-
-    name: ClassVar[str] = "frequency"
-
-    def __init__(self, cache: ExpertCache) -> None:
-        self._cache = cache
-
-    def expects(self, layer: Layer) -> Rows:
-        """The dearest, with one row each."""
-        index = layer.index + 1
-        n_experts = self._cache.history.n_experts
-        if index == len(n_experts):
-            return ()
-        worth = {expert: self._cache.score((index, expert)) for expert in range(n_experts[index])}
-        best = sorted((e for e in worth if worth[e] > 0.0), key=lambda e: -worth[e])
-        return [(expert, 1) for expert in best[: len(layer.work.loads)]]
 
 
 class Transitions:

@@ -12,7 +12,7 @@ from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, eager, pays, price_s, saved_s
+from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Planner
 from fiddler.types import PrefetchStatistics
@@ -141,7 +141,9 @@ class Prefetcher:
                 key = layer, guess.expert
                 if guess.expert not in copied and key not in kept and key not in passing:
                     absent.append(guess)
-            chosen = self._rule(View(forecast, absent, costs, backlog, self.gap_s, planner)) if absent else None
+            chosen = (
+                self._rule.choose(View(forecast, absent, costs, backlog, self.gap_s, planner)) if absent else None
+            )
             if chosen is not None:
                 reservation = self._issue(forecast, chosen, price_s(costs, layer, backlog.cpu_s, self.gap_s))
                 if reservation is not None:
@@ -149,8 +151,7 @@ class Prefetcher:
         return None
 
     def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
-        # mixtral-offloading guesses into buffers of their own; one that is used then takes the place of another
-        enter = self._cache.stage if self._rule is eager else self._cache.reserve
+        enter = self._cache.stage if self._rule.staged else self._cache.reserve
         reservation = enter((forecast.layer, guess.expert))
         if reservation is not None:
             forecast.copied[guess.expert] = cost_s
@@ -189,6 +190,6 @@ class Prefetcher:
         """Switch off what lost more than it gained."""
         self._n_tried += n_copies
         if self._n_tried >= ENOUGH:
-            if self._balance_s < 0.0 and self._rule is pays:
+            if self._balance_s < 0.0 and self._rule.judged:
                 self.resting = REST
             self._balance_s, self._n_tried = 0.0, 0

@@ -10,7 +10,7 @@ from fiddler.cache.cache import ExpertCache
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.lab.policies import make_policy
-from fiddler.lab.systems import prefetch_of
+from fiddler.lab.prefetch import prefetch_of
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import (

@@ -1,13 +1,13 @@
 """Anything that can happen to the scheduler, in any order: `Desk` checks both their books after every event."""
 
-from typing import Any, get_args
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from fiddler.config import PrefetchMode
 from fiddler.cost.lanes import LANES, LaneName
+from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.systems import PLANNERS
 from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
@@ -30,7 +30,7 @@ class CoreMachine(RuleBasedStateMachine):
         planner=st.sampled_from(list(PLANNERS.values())),
         promote=st.booleans(),
         policy=st.sampled_from(POLICIES),
-        prefetch=st.sampled_from(get_args(PrefetchMode)),
+        prefetch=st.sampled_from(tuple(PREFETCH)),
         n_staging=st.integers(0, 3),
     )
     def open(self, **options: Any) -> None:

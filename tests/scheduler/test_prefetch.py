@@ -13,7 +13,8 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
-from fiddler.scheduler.guesses import Forecast, Guess, LookAhead, Rule, View, eager, impact, pays, price_s, saved_s
+from fiddler.lab.prefetch import EAGER, IMPACT, eager, impact
+from fiddler.scheduler.guesses import PAYS, Forecast, Guess, LookAhead, Rule, View, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
@@ -135,7 +136,7 @@ def empty() -> ExpertCache:
 class Made:
     """A prefetcher and its cache, waves one by one through layers 0 and 1, and copies that take no lane."""
 
-    def __init__(self, rule: Rule = eager, costs: CostModel | None = None) -> None:
+    def __init__(self, rule: Rule = EAGER, costs: CostModel | None = None) -> None:
         self.costs = costs or model()
         self.cache = empty()
         self.left: dict[Key, float] = {}
@@ -217,7 +218,7 @@ def test_chances_come_to_be_how_often_each_place_came_true() -> None:
         seen.append(asked)
         return None
 
-    desk = Made(watch)
+    desk = Made(Rule(watch))
     sums = [0.0, 0.0, 0.0]
     for layer in range(3000):
         desk.expect([(e, 1) for e in range(3)])
@@ -236,7 +237,7 @@ def test_the_gap_is_the_time_from_a_layers_end_to_the_next() -> None:
         gaps.append(asked.gap_s)
         return None
 
-    desk = Made(watch)
+    desk = Made(Rule(watch))
     for now_s, gap_s in ((10.0, 2.0), (20.0, 3.0)):
         desk.expect([(0, 1)], now_s)
         desk.wave.passed_s = now_s + 1.0
@@ -262,7 +263,7 @@ def losing(rule: Rule, n_layers: int, visited: Callable[[int], bool] = lambda la
 
 
 def test_what_does_not_pay_is_switched_off_and_tried_again_after_a_rest() -> None:
-    desk = losing(pays, ENOUGH)
+    desk = losing(PAYS, ENOUGH)
     made = desk.made
     assert made.use.n_issued == ENOUGH
     n_waves = 0
@@ -278,13 +279,13 @@ def test_what_does_not_pay_is_switched_off_and_tried_again_after_a_rest() -> Non
 
 
 def test_what_pays_is_never_switched_off() -> None:
-    desk = losing(pays, 4 * ENOUGH, lambda layer: layer % 2 == 0)
+    desk = losing(PAYS, 4 * ENOUGH, lambda layer: layer % 2 == 0)
     assert desk.made.resting == 0
     assert desk.made.use.n_issued == 4 * ENOUGH
     assert desk.made.use.gained_s > desk.made.use.cost_s
 
 
-@pytest.mark.parametrize("rule", [eager, impact])
+@pytest.mark.parametrize("rule", [EAGER, IMPACT])
 def test_other_systems_never_give_up(rule: Rule) -> None:
     desk = losing(rule, 2 * ENOUGH)
     assert desk.made.use.cost_s > desk.made.use.gained_s

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from fiddler.calibration.costs import Calibration
-from fiddler.calibration.kernels import compute_lane
+from fiddler.calibration.kernels import compute_lane, torch_worker
 from fiddler.config import EngineConfig, resolve
 from fiddler.cost.lanes import LANES, LaneName
 from fiddler.cost.model import CostModel
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
-from fiddler.engine import assembly as rigs
-from fiddler.engine import gpu_assembly
+from fiddler.engine import gpu_assembly, sim_assembly
 from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.gpu import cuda
+from fiddler.lab import hosted
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes
@@ -206,13 +206,13 @@ def _patched(placement: Placement) -> Generator[None]:
     with ExitStack() as stack:
         if placement.costs is not None:
             calibration = Calibration(placement.costs, (), Path(), fresh=False)
-            stack.enter_context(patch.object(rigs, "calibrate", lambda *_: calibration))
-            stack.enter_context(patch.object(rigs, "costs_on", lambda *_: placement.costs))
+            stack.enter_context(patch.object(sim_assembly, "calibrate", lambda *_: calibration))
+            stack.enter_context(patch.object(hosted, "described_costs", lambda *_: placement.costs))
             stack.enter_context(patch.object(gpu_assembly, "_costs", lambda *_: placement.costs))
         stack.enter_context(patch.object(cuda, "open_gpu", lambda: placement.gpu))
         make = placement.lanes
         if make is not None:
-            stack.enter_context(patch.object(rigs, "_lanes", lambda _resolved, work, *_: make(work)))
+            stack.enter_context(patch.object(sim_assembly, "_lanes", lambda _resolved, work, *_: make(work)))
         yield
 
 
@@ -226,7 +226,7 @@ def jittered(seed: int, work: ExpertWork) -> ThreadLanes:
         time.sleep(random.choice((0.0, 0.0, 1e-4)))
         return failures
 
-    return ThreadLanes(execute, working=partial(gpu_assembly.torch_worker, torch.get_num_threads()))
+    return ThreadLanes(execute, working=partial(torch_worker, torch.get_num_threads()))
 
 
 @dataclass
