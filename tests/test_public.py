@@ -17,6 +17,8 @@ import fiddler.scheduler
 from fiddler import types as fiddler_types
 
 HEAVY = ("torch", "transformers", "anyio", "safetensors", "greenlet", "numpy", "huggingface_hub")
+MOST_MODULES = 90
+"""Of ours that an engine imports."""
 PLAIN = [
     "fiddler.types",
     "fiddler.errors",
@@ -25,11 +27,21 @@ PLAIN = [
 ]
 
 
-def imported_by(statement: str) -> set[str]:
-    """Return which heavy packages a fresh interpreter has loaded after a statement."""
+def modules(statement: str) -> set[str]:
+    """Return what a fresh interpreter has imported after a statement."""
     code = f"import sys, json\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout)) & set(HEAVY)
+    return set(json.loads(done.stdout))
+
+
+def imported_by(statement: str) -> set[str]:
+    """Return which heavy packages a fresh interpreter has loaded after a statement."""
+    return modules(statement) & set(HEAVY)
+
+
+def ours(statement: str) -> set[str]:
+    """Return which of our modules a fresh interpreter has loaded after a statement."""
+    return {name for name in modules(statement) if name.split(".")[0] == "fiddler"}
 
 
 class TestNames:
@@ -67,6 +79,24 @@ class TestImports:
 
     def test_what_is_imported_would_be_seen(self) -> None:
         assert imported_by("import fiddler.lanes.channel") == {"anyio"}
+
+
+class TestRooms:
+    """What an engine brings: other systems' rules and other devices' code stay where they are."""
+
+    def test_an_engine_brings_what_a_plain_cpu_needs(self) -> None:
+        rooms = ours("import fiddler; fiddler.Engine")
+        assert not {name for name in rooms if name.startswith(("fiddler.lab", "fiddler.gpu", "fiddler.cli"))}
+        assert rooms.isdisjoint({"fiddler.steps.graphs", "fiddler.calibration.dense", "fiddler.scheduler.core"})
+        assert len(rooms) <= MOST_MODULES
+
+    def test_the_gpu_s_rooms_do_not_know_the_lab(self) -> None:
+        rooms = ours("import fiddler.engine.gpu_assembly")
+        assert "fiddler.gpu.streams" in rooms
+        assert not {name for name in rooms if name.startswith("fiddler.lab")}
+
+    def test_a_described_machine_is_in_the_lab(self) -> None:
+        assert "fiddler.lab" not in ours("import fiddler.engine.sim_assembly")
 
 
 def documented_values(module: Any) -> set[str]:

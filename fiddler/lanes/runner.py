@@ -7,13 +7,12 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiddler.cache.policy import Key
 from fiddler.cost.lanes import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
-from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import (
@@ -29,6 +28,9 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.rows import S, Span, halves
 from fiddler.scheduler.waves import Waves
+
+if TYPE_CHECKING:
+    from fiddler.scheduler.core import Scheduler
 
 
 class DrivenWave(Wave):
@@ -77,7 +79,7 @@ class DrivenWave(Wave):
 class Runner:
     """One machine's driver. Its methods belong to the engine's thread."""
 
-    def __init__(self, scheduler: Scheduler | CpuOnly, lanes: LaneSet) -> None:
+    def __init__(self, scheduler: "Scheduler | CpuOnly", lanes: LaneSet) -> None:
         self.scheduler = scheduler
         self.lanes = lanes
         self._numbers = count()

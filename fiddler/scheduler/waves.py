@@ -7,15 +7,18 @@ by what steps then took.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fiddler.config import WaveMode
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.layer import Came
 from fiddler.scheduler.plan import Candidate, Plan
 from fiddler.scheduler.routing import Load
+
+if TYPE_CHECKING:
+    from fiddler.scheduler.core import Scheduler
 
 Rows = Mapping[int, int]
 """Rows by expert."""
@@ -62,7 +65,7 @@ class Waves:
     """Decides for every step; owner of what it has learnt about its own predictions."""
 
     mode: WaveMode
-    scheduler: Scheduler | CpuOnly
+    scheduler: "Scheduler | CpuOnly"
     top_k: int
     _one: _Kind = field(default_factory=_Kind)
     _two: _Kind = field(default_factory=_Kind)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from fiddler.models.rotary import starts_over
 from fiddler.models.seam import Forward
 from fiddler.scheduler.rows import Span
 from fiddler.scheduler.waves import Waves
-from fiddler.steps.graphs import Graphs, Replay
 from fiddler.steps.recorder import Recorder, WaveRecord
 from fiddler.steps.request import Request
 from fiddler.steps.wave import Experts, ModelWave
+
+if TYPE_CHECKING:
+    from fiddler.steps.graphs import Graphs, Replay
 
 
 @dataclass(slots=True)
@@ -42,7 +44,7 @@ class StepRunner:
         experts: Experts,
         waves: Waves,
         recorder: Recorder | None = None,
-        graphs: Graphs | None = None,
+        graphs: "Graphs | None" = None,
     ) -> None:
         self._model = loaded.model
         self._device = next(loaded.model.parameters()).device
@@ -130,7 +132,7 @@ class StepRunner:
                 span.request.record.parts.append(rows.part(start, start + span.n_rows))
             start += span.n_rows
 
-    def _replay(self, spans: Sequence[Span[Request]], number: int) -> Replay | None:
+    def _replay(self, spans: Sequence[Span[Request]], number: int) -> "Replay | None":
         """Return a decoding step that was recorded; a past without a token has no layers to note one in."""
         if self.graphs is None or any(span.n_rows > 1 or not span.start for span in spans):
             return None

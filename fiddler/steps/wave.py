@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import Failures, LayerDone
 from fiddler.scheduler.routing import Load, defer, route
-from fiddler.steps.graphs import Replay
 from fiddler.steps.recorder import WaveRecord
+
+if TYPE_CHECKING:
+    from fiddler.steps.graphs import Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class ModelWave(DrivenWave):
 
     def __init__(
         self,
-        forwards: Sequence[Forward | Replay],
+        forwards: "Sequence[Forward | Replay]",
         experts: Experts,
         *,
         n_rows: int,
