@@ -30,7 +30,7 @@ _CHOICES = {
     "planner": PlannerName,
     "prefetch": PrefetchMode,
 }
-_COMPARED = {
+COMPARED = {
     "policy": "fiddler simulate and fiddler replay have those of other systems",
     "planner": "fiddler simulate has those of other systems",
     "prefetch": "fiddler simulate has others, and those of other systems",
@@ -124,7 +124,7 @@ class EngineConfig:
     """File the cache's scores are read from at the start and written to at the end, beside an accelerator. Here and
     in `calibration_dir` a `str` becomes a `Path`."""
     trace: bool = False
-    """Whether to record every job and decision, for `Engine.trace()`."""
+    """Whether to trace every job and decision in a timeline, for `Engine.trace()`."""
     record: bool = False
     """Whether to record which experts every token visits, for `Engine.routing()`."""
     calibration_dir: Path | None = None
@@ -137,7 +137,7 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(choices):
                 allowed = ", ".join(repr(c) for c in get_args(choices))
-                where = f"; {_COMPARED[name]}" if name in _COMPARED else ""
+                where = f"; {COMPARED[name]}" if name in COMPARED else ""
                 raise ConfigError(f"{name}={shown(value)} is not one of {allowed}{where}")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)

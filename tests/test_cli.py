@@ -207,6 +207,18 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"), [("--policy", "lfru"), ("--planner", "two-ended"), ("--prefetch", "eager")]
+)
+def test_rules_of_other_systems_are_not_an_engine_s(flag: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    refused = run("generate", "-p", PROMPT, flag, value)
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{flag}': '{value}' is not one of " in refused.stderr
+    assert "fiddler simulate" in refused.stderr
+    assert value in run("simulate", "--help").stdout
+
+
+@pytest.mark.parametrize(
     ("text", "n_bytes"),
     [
         ("1", 1),

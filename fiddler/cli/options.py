@@ -10,6 +10,7 @@ import typer
 
 from fiddler import DEMO
 from fiddler.config import (
+    COMPARED,
     DtypeName,
     EngineConfig,
     KernelMode,
@@ -23,17 +24,26 @@ from fiddler.errors import ConfigError
 from fiddler.store.source import find_checkpoint
 
 
-def choice(kind: Any, text: str, panel: str = "Engine") -> Any:
-    """Return an option that takes one of a `Literal`'s values, or of some names, once or several times, or none."""
+def choice(kind: Any, text: str, panel: str = "Engine", *, elsewhere: str = "") -> Any:
+    """Return an option that takes one of a `Literal`'s values, or of some names, once or several times, or none.
+
+    `elsewhere` is where other names may be given.
+    """
     allowed = get_args(kind) or tuple(kind)
+    known = ", ".join(allowed) + (elsewhere and f"; {elsewhere}")
 
     def check(given: str | list[str] | None) -> str | list[str] | None:
         for value in [given] if isinstance(given, str) else given or ():
             if value not in allowed:
-                raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
+                raise typer.BadParameter(f"{value!r} is not one of {known}")
         return given
 
     return typer.Option(help=text, metavar="|".join(allowed), callback=check, rich_help_panel=panel)
+
+
+def _own(name: str, kind: Any, text: str) -> Any:
+    """Return a choice of the engine's own, where `fiddler simulate` has more."""
+    return choice(kind, text, elsewhere=COMPARED[name])
 
 
 def _device(value: str) -> str:
@@ -130,16 +140,19 @@ class EngineOptions:
             parser=size_bytes,
         ),
     ] = None
-    policy: Annotated[str, choice(PolicyName, "Which expert gives way in a full cache.")] = EngineConfig().policy
+    policy: Annotated[str, _own("policy", PolicyName, "Which expert gives way in a full cache.")] = (
+        EngineConfig().policy
+    )
     half_life: Annotated[float, _engine("Tokens after which a visit counts half, for aged-lfu.", min=0.0)] = (
         EngineConfig().half_life
     )
     prefetch: Annotated[
-        str, choice(PrefetchMode, "How the next layer's experts are guessed, to be copied ahead where that pays.")
+        str,
+        _own("prefetch", PrefetchMode, "Whether the next experts are guessed, and copied ahead where that pays."),
     ] = "auto"
     promote: Annotated[bool, _engine("Whether hot experts are copied in while the link is idle.")] = True
     planner: Annotated[
-        str, choice(PlannerName, "How a layer's experts are divided; auto is by predicted time.")
+        str, _own("planner", PlannerName, "How a layer's experts are divided; auto is by predicted time.")
     ] = "auto"
     waves: Annotated[
         str, choice(WaveMode, "A step's rows as one wave or two; auto halves them where that should be faster.")
