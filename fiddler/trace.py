@@ -1,6 +1,6 @@
-"""What a run did and when: spans of the lanes, and every decision with its predicted and measured time.
+"""The timeline of a run: what each lane did when, and every decision with its predicted and measured time.
 
-A `Trace` is given to what records into it; without one nothing is recorded and nothing is paid.
+A `Trace` is given to what writes into it; without one nothing is traced and nothing is paid.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

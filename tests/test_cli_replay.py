@@ -138,11 +138,11 @@ def test_a_picture_is_written(suffix: str, trace: Path, tmp_path: Path) -> None:
     ("args", "complaint"),
     [
         (("--half-life", "0"), "--half-life is"),
-        (("--names", "chat/*"), "name a trace"),
+        (("--names", "chat/*"), "--names chooses from recorded routing: give a file"),
         (("--plot", "ratios.txt"), "error: --plot: ratios.txt: a plot is one of"),
         (("--plot", "nowhere/ratios.png"), "there is no folder nowhere"),
         (("nothing.safetensors",), "nothing.safetensors"),
-        (("nothing.safetensors", "--seed", "0"), "leave them or the traces out"),
+        (("nothing.safetensors", "--seed", "0"), "leave them or the files out"),
         (("--tokens", 10**20), "error: --tokens: 100,000,000,000,000,000,000 tokens are more than"),
         (("--routing", "nothing.json"), "error: --routing: unknown routing"),
         (("--routing", ""), "error: --routing: unknown routing"),

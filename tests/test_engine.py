@@ -622,7 +622,7 @@ async def test_a_trace_holds_every_job_and_every_decision(tiny: Path, device: st
 
 
 async def test_an_unopened_engine_has_no_trace(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing is recorded"):
+    with pytest.raises(ConfigError, match="no timeline is traced"):
         Engine(tiny, EngineConfig(trace=True)).trace()
 
 

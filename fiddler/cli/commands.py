@@ -10,7 +10,7 @@ from fiddler.cli.chat import chat
 from fiddler.cli.flags import flattened
 from fiddler.cli.generate import generate
 from fiddler.cli.inspect import inspect
-from fiddler.cli.record import trace
+from fiddler.cli.record import record
 from fiddler.cli.replay import replay
 from fiddler.cli.simulate import simulate
 
@@ -20,8 +20,9 @@ application = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, inspect, simulate, replay, trace, calibrate):
+for _command in (generate, chat, inspect, simulate, replay, record, calibrate):
     application.command()(flattened(_command))
+application.command("trace", hidden=True)(flattened(record))  # what it was called before
 
 
 def _version(asked: bool) -> None:

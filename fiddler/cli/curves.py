@@ -28,7 +28,7 @@ _WIDEST = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One trace under every policy and with every size of the cache."""
+    """One routing under every policy and with every size of the cache."""
 
     name: str
     trace: RoutingTrace
@@ -101,7 +101,7 @@ class Replayed:
 
 
 def print_tables(results: Sequence[Replayed]) -> None:
-    """Print a table for each trace, as wide as it is."""
+    """Print a table for each routing, as wide as it is."""
     tables = [result.table() for result in results]
     measured = Console(width=_WIDEST)
     console = Console(highlight=False)
@@ -151,7 +151,7 @@ def write(results: Sequence[Replayed], file: Path) -> None:
 
 
 def draw(results: Sequence[Replayed]) -> "Figure":
-    """Return a picture with a panel for each trace."""
+    """Return a picture with a panel for each routing."""
     from matplotlib.figure import Figure
 
     n_columns = min(_N_COLUMNS, len(results))

@@ -1,4 +1,4 @@
-"""`fiddler trace`: record which experts every token visits.
+"""`fiddler record`: record which experts every token visits.
 
 What recorded routing is like: how often experts recur, and how well a look-ahead saw them coming.
 """
@@ -42,23 +42,23 @@ class Share:
         return {"share": self.share, "chance": self.chance, "by_layer": list(self.by_layer)}
 
 
-def recurrence(trace: RoutingTrace) -> Share | None:
+def recurrence(routing: RoutingTrace) -> Share | None:
     """Return how many of a token's experts its predecessor visited too; `None` where no token has one."""
-    return _share(trace, [(r.experts[1:], r.experts[:-1]) for r in trace.recordings])
+    return _share(routing, [(r.experts[1:], r.experts[:-1]) for r in routing.recordings])
 
 
-def foreseen(trace: RoutingTrace) -> Share | None:
+def foreseen(routing: RoutingTrace) -> Share | None:
     """Return how many visits the look-ahead expected, where there was one; `None` without any."""
-    return _share(trace, [(r.experts, r.ahead) for r in trace.recordings if r.ahead is not None])
+    return _share(routing, [(r.experts, r.ahead) for r in routing.recordings if r.ahead is not None])
 
 
-def _share(trace: RoutingTrace, pairs: Iterable[tuple[Ids, Ids]]) -> Share | None:
+def _share(routing: RoutingTrace, pairs: Iterable[tuple[Ids, Ids]]) -> Share | None:
     """Return how many visits `[T, L, K]` are among the `others` `[T, L, K]` of their token, where it has others."""
-    counted = np.zeros((3, len(trace.n_experts)))
+    counted = np.zeros((3, len(routing.n_experts)))
     for visits, others in pairs:
         asked = (others >= 0).any(-1, keepdims=True) & (visits >= 0)
         found = (visits[..., :, None] == others[..., None, :]).any(-1) & asked
-        by_chance = asked.sum(-1) * (others >= 0).sum(-1) / np.array(trace.n_experts)
+        by_chance = asked.sum(-1) * (others >= 0).sum(-1) / np.array(routing.n_experts)
         counted += [found.sum((0, 2)), asked.sum((0, 2)), by_chance.sum(0)]
     n_found, n_asked, n_by_chance = counted
     if not n_asked.any():
@@ -68,7 +68,7 @@ def _share(trace: RoutingTrace, pairs: Iterable[tuple[Ids, Ids]]) -> Share | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions:
+class RecordOptions:
     """What is run, and where the routing goes."""
 
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; may be given several times.")] = (
@@ -88,8 +88,8 @@ class TraceOptions:
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 
 
-def trace(
-    checkpoint: CheckpointOptions, request: TraceOptions, sampling: SamplingOptions, engine: EngineOptions
+def record(
+    checkpoint: CheckpointOptions, request: RecordOptions, sampling: SamplingOptions, engine: EngineOptions
 ) -> None:
     """Record which experts every token of some prompts and their completions visits.
 
@@ -105,9 +105,9 @@ def trace(
             checkpoint.find()
             import anyio
 
-            from fiddler.cli.session import record
+            from fiddler.cli import session
 
-            run = partial(record, opened=loaded)
+            run = partial(session.record, opened=loaded)
             routing, interrupted = anyio.run(run, checkpoint.source, config, prompts, sampling.overrides())
         if routing.recordings:
             from fiddler.lab.traces import save
@@ -128,7 +128,7 @@ def _check_output(file: Path) -> None:
         raise ConfigError(f"{file} cannot be written: it is not a regular file; give another file")
 
 
-def _show(routing: "RoutingTrace", request: TraceOptions, *, interrupted: bool) -> None:
+def _show(routing: "RoutingTrace", request: RecordOptions, *, interrupted: bool) -> None:
     if request.as_json:
         print(json.dumps({**_as_json(routing), **_file(request.output), "interrupted": interrupted}))
     else:

@@ -42,8 +42,8 @@ class RoutingOptions:
     traces: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TRACE.safetensors",
-            help="Routing that `fiddler trace` recorded; each file is replayed by itself. Made up if left out.",
+            metavar="ROUTING.safetensors",
+            help="Routing that `fiddler record` wrote; each file is replayed by itself. Made up if left out.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -93,7 +93,7 @@ class ReplayOptions:
 def replay(routing: RoutingOptions, cache: CacheOptions, output: ReplayOptions) -> None:
     """Compare cache policies on one routing, and with the best policy possible.
 
-    The sequences of a trace run one after the other through one cache, which
+    The sequences of a file run one after the other through one cache, which
     carries over as in a server. "belady" knows all that comes, and no policy
     reads less; "foresight N" knows the next N tokens.
     """
@@ -137,7 +137,7 @@ def _recorded(options: RoutingOptions) -> "list[tuple[str, RoutingTrace]]":
 
     given = (options.shape, options.tokens, options.seed, options.routing)
     if any(value is not None for value in given):
-        raise ConfigError("--shape, --tokens, --seed and --routing make routing up: leave them or the traces out")
+        raise ConfigError("--shape, --tokens, --seed and --routing make routing up: leave them or the files out")
     return [(file.name, _named(load(file), file, options.names)) for file in options.traces]
 
 
@@ -153,7 +153,7 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
     from fiddler.recording import Recording, RoutingTrace
 
     if options.names is not None:
-        raise ConfigError("--names chooses from what a trace recorded: name a trace")
+        raise ConfigError("--names chooses from recorded routing: give a file")
     n_tokens = 256 if options.tokens is None else options.tokens
     check_length("--tokens", n_tokens)
     with giving("--shape"):
@@ -166,7 +166,7 @@ def _made_up(options: RoutingOptions) -> "tuple[str, RoutingTrace]":
 
 
 def replays(traces: "Sequence[tuple[str, RoutingTrace]]", options: CacheOptions, notes: Notes) -> "list[Replayed]":
-    """Replay each trace, whose name stands before it, with every policy and size of the options."""
+    """Replay each routing, whose name stands before it, with every policy and size of the options."""
     from fiddler.cli.curves import Replayed
     from fiddler.lab.replay import BOUNDS, compare
     from fiddler.recording import visits

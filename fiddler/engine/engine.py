@@ -184,11 +184,11 @@ class Engine:
         return statistics
 
     def trace(self) -> Trace:
-        """Return the record of the run so far. Raises `ConfigError` unless `EngineConfig.trace` is on."""
+        """Return the timeline of the run so far. Raises `ConfigError` unless `EngineConfig.trace` is on."""
         thread = self._here()
         recorded = thread.trace if thread is not None else None
         if recorded is None:
-            raise ConfigError("nothing is recorded; set trace=True in EngineConfig")
+            raise ConfigError("no timeline is traced; set trace=True in EngineConfig")
         return recorded
 
     def routing(self) -> RoutingTrace:

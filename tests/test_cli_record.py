@@ -1,4 +1,4 @@
-"""`fiddler trace`: prompts from flags and files, the file it writes, and what it says of it."""
+"""`fiddler record`: prompts from flags and files, the file it writes, and what it says of it."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(app, ["trace", *(str(arg) for arg in args)])
+    return CliRunner().invoke(app, ["record", *(str(arg) for arg in args)])
 
 
 def run_json(*args: object) -> dict[str, Any]:
@@ -56,6 +56,17 @@ def test_it_prints_one_object_about_the_file_it_wrote(tiny: Path, tmp_path: Path
     assert printed["recurrence"]["chance"] == printed["look_ahead"]["chance"] == TOP_K / N_EXPERTS
     assert printed["look_ahead"]["by_layer"][0] is None
     assert printed["interrupted"] is False
+
+
+def test_its_former_name_still_works_and_is_not_in_the_help(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "routing.safetensors"
+    options = ["-m", str(tiny), "-p", "Hello", "-o", str(file), "--max-new-tokens", "4", "--greedy", "--json"]
+    now, before = (CliRunner().invoke(app, [name, *options]) for name in ("record", "trace"))
+    assert now.exit_code == before.exit_code == 0
+    assert json.loads(now.stdout) == json.loads(before.stdout)
+    shown = CliRunner().invoke(app, ["--help"]).stdout.split()
+    assert "record" in shown
+    assert "trace" not in shown
 
 
 def test_it_prints_a_table(tiny: Path, tmp_path: Path) -> None:
