@@ -65,22 +65,22 @@ class EngineConfig:
     """
 
     device: str = "auto"
-    """What experts run on beside the host's CPU: `"cpu"` is nothing else; `"cuda"` an Nvidia GPU, which also holds
-    the dense part; `"sim"` a simulated accelerator in wall time, a second arena in RAM behind a slow link;
-    `"sim:MACHINE"` one of the machines of `fiddler simulate`, in virtual time. `"auto"` is `"cuda"` where there is
-    a GPU and `"cpu"` otherwise."""
+    """The device that runs experts beside the host's CPU: `"cpu"` is none; `"cuda"` is an NVIDIA GPU, which also
+    holds the dense part; `"sim"` is a simulated accelerator in wall time, a second arena in RAM behind a slow link;
+    `"sim:MACHINE"` is one of the machines of `fiddler simulate`, in virtual time. `"auto"` is `"cuda"` where there
+    is a GPU and `"cpu"` otherwise."""
     dtype: DtypeName = "auto"
-    """Compute type; `"auto"` is the checkpoint's own. Another type than the checkpoint's converts each expert
-    once, when first used, and keeps it in memory."""
+    """Compute type; `"auto"` is the checkpoint's own. With another type each expert is converted when first used,
+    and the copy is kept in memory."""
     max_running: int = 16
-    """Requests that share a wave; further ones wait their turn."""
+    """Most requests that run side by side; further ones wait their turn."""
     chunk_tokens: int = 512
     """Prompt tokens that may join one step, over all requests; a longer prompt is cut into chunks."""
     max_context: int | None = None
     """Longest prompt plus completion, in tokens; `None` is the model's own limit."""
     threads: int | None = None
-    """CPU threads of the engine, at most `most_threads()`; `None` is what torch has in the caller's thread, or one
-    where experts are too small to be shared."""
+    """CPU threads of the engine, at most `most_threads()`; `None` is the number that torch has in the caller's
+    thread, or one if experts are too small to be shared."""
     kernels: KernelMode = "auto"
     """`"auto"` picks the fastest matmul per shape and row count from a calibration stored on disk, measured once;
     `"linear"` always takes torch's `linear`, so results do not depend on the machine's calibration."""
@@ -88,9 +88,9 @@ class EngineConfig:
     """`"mapped"` uses experts where they lie in the checkpoint's files, `"packed"` copies each into an aligned
     block of its own. `"auto"` is mapped on the CPU and packed beside an accelerator, which copies whole blocks."""
     slots: int | None = None
-    """Experts the accelerator holds; `None` is a quarter of all, and on a GPU as many as fit."""
+    """Number of experts that the accelerator holds; `None` is a quarter of all, and on a GPU as many as fit."""
     vram_budget: int | None = None
-    """Bytes of GPU memory the engine may take in all; `None` is what is free when it opens, less the reserve of
+    """Bytes of GPU memory the engine may take in all; `None` is all that is free when it opens, less the reserve of
     `fiddler.gpu.budget.LEFT_FREE_BYTES`. The dense part, keys and values and the workspace come first, slots get
     the rest."""
     kv_tokens: int | None = None
@@ -118,7 +118,7 @@ class EngineConfig:
     """Whether decoding steps on a GPU are recorded once and replayed, where the model allows it; the log says where
     it does not."""
     defer: int = 0
-    """Of each token, experts of least weight whose results join one layer late. Lossy: changes the output. For
+    """Number of experts of least weight per token whose results join one layer late. Lossy: changes the output. For
     models with at least 6 experts a token; without an accelerator it gains nothing."""
     warm_start: Path | None = None
     """File the cache's scores are read from at the start and written to at the end, beside an accelerator. Here and
@@ -174,7 +174,7 @@ class EngineConfig:
 
     @property
     def asks_routers(self) -> bool:
-        """Whether the way experts are guessed wants a router asked early."""
+        """Whether the prefetch mode asks routers early."""
         return self.prefetch == "auto"
 
     @classmethod
@@ -204,11 +204,11 @@ def _path(name: str, value: Any) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """An `EngineConfig` in which nothing is left to be chosen."""
+    """An `EngineConfig` with every choice made."""
 
     device: DeviceKind
     machine: str | None
-    """Of a simulated device in virtual time, the machine's name."""
+    """Name of the machine, for a device in virtual time."""
     dtype: Literal["float32", "bfloat16", "float16"]
     max_context: int
     store: Literal["mapped", "packed"]
@@ -225,15 +225,15 @@ class Resolved:
 def most_threads() -> int:
     """Return the most CPU threads an engine may have: OpenMP ends the process where it cannot start as many.
 
-    Counted once: every product of our kernels goes by it, and to count is to read files of the system.
+    Counted once: every product of our kernels uses it, and counting reads files of the system.
     """
     return max(64, 4 * (os.cpu_count() or 1))
 
 
 def cache_folder() -> Path:
-    """Return where what is measured or compiled for this machine is kept unless told.
+    """Return the folder of measurements and compiled kernels for this machine, unless another is given.
 
-    A user without a home folder has one for as long as the process runs.
+    A user without a home folder gets a temporary one for the life of the process.
     """
     given = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -255,7 +255,7 @@ def _passing_folder() -> Path:
 
 
 def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, has_cuda: bool = False) -> Resolved:
-    """Resolve every `"auto"` against what the checkpoint says of itself and whether there is a GPU.
+    """Resolve every `"auto"` by the checkpoint's own statements and by whether there is a GPU.
 
     `model_context` is the longest context the model was made for, in tokens; `has_cuda` is whether torch sees a
     CUDA device. Raises `ConfigError` where `max_context` asks for more, or `device` for a GPU that is not there.
@@ -283,7 +283,7 @@ def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, 
 def default_kv_tokens(device: DeviceKind, max_context: int) -> int | None:
     """Return the tokens of keys and values that requests may hold together unless told; `None` is no limit.
 
-    Only a GPU has one: its memory is divided when the engine opens, where host memory grows with what is used.
+    Only a GPU has one: its memory is divided when the engine opens, where host memory grows with use.
     """
     return min(max_context, KV_TOKENS) if device == "cuda" else None
 

@@ -12,9 +12,9 @@
         ├── EngineClosedError              not opened yet, closed with the request in flight, or a parent process's
         └── EngineFailedError              a step failed, or the engine; `__cause__` holds the original error
 
-Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`,
-model construction in `models.skeleton`, a caller's prompt in `models.prompts`, its reading in `models.text` and
-`models.reading`, a request's options in `models.generation`, a step in `engine.loop`.
+Foreign errors (of safetensors, transformers, torch) are mapped where they enter: files in `store.checkpoint`, model
+construction in `models.skeleton`, a caller's prompt in `text.prompts`, its reading in `text.tokenizer` and
+`text.reading`, a request's options in `models.generation`, a step in `engine.loop`.
 """
 
 
@@ -57,9 +57,9 @@ class EngineError(FiddlerError):
 class EngineClosedError(EngineError):
     """The engine was not opened yet, or it or the stream was closed while the request was in flight.
 
-    Also what a forked child gets that uses its parent's engine.
+    Also raised in a forked child that uses its parent's engine.
     """
 
 
 class EngineFailedError(EngineError):
-    """A step failed, or the engine has ended before its time; `__cause__` holds the original error."""
+    """A step failed, or the engine ended early; `__cause__` holds the original error."""

@@ -1,6 +1,7 @@
-"""Values as callers give them: read as plain numbers, and shown in messages, whatever their own methods do.
+"""Reads values and JSON files that come from outside.
 
-JSON files that others have written: read whole, whatever lies there.
+Numbers and flags of callers become Python's own, and messages show values safely, whatever the values' own methods
+do. JSON files are read whole, with a limit, only from regular files.
 """
 
 import json
@@ -56,7 +57,7 @@ def shown(value: Any) -> str:
 
 
 MOST_BYTES = 1 << 28
-"""The index of a checkpoint of a million tensors takes half of it."""
+"""Limit for a JSON file. The index of a checkpoint of a million tensors takes half of it."""
 
 
 def read_json(file: Path) -> Any:

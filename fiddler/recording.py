@@ -1,4 +1,4 @@
-"""Routing as it happened: which experts the tokens of some sequences visited, and how heavily."""
+"""Recorded routing as a value: which experts the tokens of some sequences visited, and with which weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ class Recording:
     """One sequence. The first `n_prompt` of its `T` tokens are the prompt, the others were made."""
 
     name: str
-    """What it was of: a domain, a request."""
+    """Name of the text: a domain, a request."""
     n_prompt: int
     experts: NDArray[np.int16]
-    """`[T, L, K]`; -1 visits nobody."""
+    """`[T, L, K]`; -1 stands for no expert."""
     weights: NDArray[np.float16] | None = None
     """`[T, L, K]`: the router's weight of each visit."""
     ahead: NDArray[np.int16] | None = None
-    """`[T, L, K]`: what a look-ahead from the layer before had expected; all -1 in the first layer."""
+    """`[T, L, K]`: experts that a look-ahead from the layer before expected; all -1 in the first layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class RoutingTrace:
 
     model: str
     n_experts: tuple[int, ...]
-    """By layer."""
+    """Number of experts by layer."""
     recordings: tuple[Recording, ...]
 
 
@@ -49,7 +49,7 @@ def visits(recordings: Sequence[Recording], chunk_tokens: int = 512) -> Iterator
 RECALL = 0.75
 """Share of a look-ahead's guesses that come true, over the layers of the demo model (bench/lookahead.py)."""
 SPREAD = 0.15
-"""How much more often the first comes true, and less often the last: 0.91 and 0.60 there; less near 0 and 1."""
+"""How much more often the first guess comes true, and less often the last: 0.91 and 0.60 there."""
 
 
 def guesses(experts: NDArray[np.int16], recall: float = RECALL, seed: int = 0) -> NDArray[np.int16]:
@@ -72,6 +72,6 @@ def guesses(experts: NDArray[np.int16], recall: float = RECALL, seed: int = 0) -
 
 
 def count_rows(visited: NDArray[np.int16]) -> Rows:
-    """Return (expert, n_rows) of a layer's visits, `[T, K]`; those that visit nobody are left out."""
+    """Return (expert, n_rows) of a layer's visits, `[T, K]`; -1 is left out."""
     experts, counts = np.unique(visited[visited >= 0], return_counts=True)
     return tuple(zip(experts.tolist(), counts.tolist(), strict=True))

@@ -1,6 +1,6 @@
-"""The timeline of a run: what each lane did when, and every decision with its predicted and measured time.
+"""The timeline of a run: spans of the lanes, and every decision with its predicted and measured time.
 
-A `Trace` is given to what writes into it; without one nothing is traced and nothing is paid.
+Parts that record are given a `Trace`; without one they record nothing and pay nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["dense", "slots", "cpu", "copy", "ahead", "promote"]
-"""What a job does: the dense part, experts from slots, experts on the CPU, and three copies: one that a layer waits
+"""Kinds of jobs: the dense part, experts from slots, experts on the CPU, and three copies: one that a layer waits
 for, one that a next layer may want, and one of an expert that is visited often."""
 _NOT_DEMANDED: tuple[Kind, ...] = ("ahead", "promote")
 
@@ -24,11 +24,11 @@ class Span:
     start_s: float
     end_s: float
     predicted_s: float
-    """What it takes with the machine to itself."""
+    """Predicted seconds, with the machine to itself."""
 
     @property
     def kind(self) -> Kind:
-        """What the job does, by its lane and by the first word of its name."""
+        """Kind of the job, by its lane and by the first word of its name."""
         if self.lane == "cpu":
             return "cpu"
         if self.lane == "gpu":
@@ -38,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where one layer's loads of one wave ran, as planned."""
+    """A layer's plan for one wave, with predicted and measured time."""
 
     at_s: float
     wave: int

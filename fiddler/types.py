@@ -1,4 +1,4 @@
-"""The values that travel between the parts and to the user. Plain data, nothing but the standard library."""
+"""The values that travel between parts and to the user. Plain data from the standard library."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Timing:
 
     first_token_s: float
     total_s: float
-    """Until the last."""
+    """Seconds until the last token."""
     n_tokens: int
 
     @classmethod
@@ -87,7 +87,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class LaneStatistics:
-    """What a lane has done: loads with their rows and the bytes of weights they read, or copies."""
+    """Counts of a lane's work: loads with their rows and the bytes of weights they read, or copies."""
 
     n_rows: int
     n_loads: int
@@ -98,25 +98,25 @@ class LaneStatistics:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchStatistics:
-    """What copying ahead came to."""
+    """Counts of copies made ahead."""
 
     n_issued: int = 0
     """Experts copied for a next layer that may want them."""
     n_landed: int = 0
-    """Of these, there in time: when their layer began."""
+    """Of these, copies that had landed when their layer began."""
     n_used: int = 0
-    """Of these, visited by that layer, in time or late."""
+    """Of these, experts that the layer visited, in time or late."""
     delay_s: float = 0.0
     """Seconds of the link's work that demand copies waited for them."""
     precision: float = 0.0
-    """Of everything that was guessed, copied or not, the share that came true."""
+    """Share of all guesses, copied or not, that came true."""
     resting: bool = False
     """Whether it is switched off at present, because it lost more than it gained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What an engine has done since it was opened, and what it holds now."""
+    """Counts of an engine's work since it was opened, and its present state."""
 
     n_requests: int
     """Requests admitted."""
@@ -155,7 +155,7 @@ class Statistics:
     n_promotions: int
     """Copies of experts that are visited often, made while the link was idle."""
     prefetch: PrefetchStatistics
-    """Copies of what a next layer may want, made while the link was idle."""
+    """Copies of experts that a next layer may visit, made while the link was idle."""
     n_fallbacks: int
     """Copies and loads that failed on the accelerator and went to the CPU."""
     dead_lanes: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Which experts hold the GPU's slots: routing history, policies, slots and their replay. No tensor is touched."""
+"""Decides which experts hold a slot: history, policies, slots. Plain numbers; no tensor is touched."""

@@ -1,6 +1,8 @@
-"""The expert cache: which experts hold a slot, who is let in, and who gives way.
+"""The expert cache: reserves slots for experts, evicts the one worth least, and keeps the policy's scores between
+runs.
 
-What a policy and its history have learnt, to be kept between runs.
+It combines three owners: `Slots` (a slot's state), `Room` (which layer may take a slot) and `Victims` (who gives
+way). `state` and `restore` save and load what the policy and its history have learned.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,14 +18,14 @@ class ExpertCache:
     """Slots, and the policy that says which experts deserve them.
 
     An expert is absent, LOADING (reserved) or READY. Neither LOADING nor leased experts are ever victims, so lease
-    a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the
-    newcomer, a promotion only one that is worth less. `floor` is a quarter of an even share unless given.
+    a step's hits before asking for room. A demand evicts a victim worth up to `admission` times the newcomer, a
+    promotion only one that is worth less. `floor` is a quarter of an even share unless given.
 
     The worst expert is the one of lowest worth; ties go to the one touched longest ago, then to the higher expert
     number, then to the higher layer (so unknown experts fill the layers evenly).
 
-    `n_staging` of the slots are for those that are refused: they pass through. One that is worth more than a victim
-    when it was used stays, without another copy, and the victim goes.
+    `n_staging` slots hold experts that were refused a permanent slot. If one turns out to be worth more than a
+    resident after use, they swap places without copying.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class ExpertCache:
         self._begin(n_slots, n_staging)
 
     def shrink(self, n_slots: int) -> None:
-        """Go on with fewer slots, all free; what was learned stays. ValueError while one is LOADING or leased."""
+        """Have fewer slots, all of them free; scores stay. Raises `ValueError` while one is LOADING or leased."""
         if any(not self._slots.idle(key) for key in self._slots.held()):
             raise ValueError("experts are loading, or leased")
         self._begin(n_slots, min(self._staging.n_slots, n_slots))
@@ -89,7 +91,7 @@ class ExpertCache:
         self._victims.stale.add(layer)
 
     def slot(self, key: Key) -> int | None:
-        """The READY slot of an expert."""
+        """Return the READY slot of an expert."""
         return self.ready.get(key)
 
     def holds(self, key: Key) -> bool:
@@ -101,13 +103,14 @@ class ExpertCache:
         return self._room.held[layer], self._staging.held
 
     def loading(self, key: Key) -> Reservation | None:
-        """The copy under way for an expert."""
+        """Return the copy under way for an expert."""
         return self._slots.loading(key)
 
     def reserve(self, key: Key, *, promotion: bool = False) -> Reservation | None:
-        """A slot for an absent expert: a free one, the worst expert's, or one in passing; None where it is refused.
+        """Return a slot for an absent expert: a free one, the worst expert's, or a staging slot; `None` if it is
+        refused.
 
-        ValueError where the expert is not absent.
+        Raises `ValueError` where the expert is not absent.
         """
         admitted, victim = self._admitted(key, promotion=promotion)
         if admitted:
@@ -116,7 +119,7 @@ class ExpertCache:
         return None if promotion else self.stage(key)
 
     def stage(self, key: Key) -> Reservation | None:
-        """A slot in passing for an absent expert; None where all of those are in use."""
+        """Return a staging slot for an absent expert; `None` where all are in use."""
         victim = None
         if not self._staging.vacant:
             victim = self._staging.oldest(self._slots.idle)
@@ -153,7 +156,7 @@ class ExpertCache:
         self._place(key)
 
     def lease_ready(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Pin those of a layer's experts that are READY, while they are used; returns them."""
+        """Lease those of a layer's experts that are READY, and return them."""
         leased = self._slots.lease_ready(layer, experts)
         if leased:
             self._victims.put(layer, leased, may_go=False)
@@ -173,10 +176,10 @@ class ExpertCache:
         self._victims.put(layer, self._slots.release_all(layer, kept), may_go=True)
 
     def promotion(self, keys: Sequence[Key]) -> tuple[Key, float] | None:
-        """Of these experts the absent one most worth copying in, which `reserve(key, promotion=True)` takes.
+        """Return a reservation for the one of these absent experts that is most worth copying in, and its gain.
 
-        With it, how many more visits a token it may expect than its victim. None where even that one does not beat
-        its victim, or is worth nothing.
+        `reserve(key, promotion=True)` takes the expert. The gain is how many more visits a token it expects than
+        its victim. `None` where even the best is worth nothing or does not beat its victim.
         """
         absent = []
         for key in keys:
@@ -194,7 +197,7 @@ class ExpertCache:
         return None if victim is None else (best, rate - self.policy.rate(victim))
 
     def fill(self, keys: Sequence[Key]) -> list[Reservation]:
-        """Reserve for a warm start, in order, whatever is absent and finds a free slot."""
+        """Reserve free slots for absent experts, in this order, before the first request."""
         reservations = []
         for key in keys:
             if not self.holds(key) and self.policy.admits(key, self._n_kept) and self._room.vacant(key[0]):
@@ -203,7 +206,7 @@ class ExpertCache:
         return reservations
 
     def best(self, n: int) -> list[Key]:
-        """The `n` experts of highest worth that may be resident together, best first."""
+        """Return the `n` experts of highest worth that may be resident together, best first."""
         chosen: list[Key] = []
         left = [self._room.quota(layer) for layer in range(len(self._keys))]
         for key in sorted((key for keys in self._keys for key in keys), key=self._highest):
@@ -213,17 +216,17 @@ class ExpertCache:
         return chosen
 
     def state(self) -> dict[str, object]:
-        """What was learned, JSON-able; not which experts are resident."""
+        """Return the learned scores, JSON-able; not which experts are resident."""
         return state(self.policy)
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from what another run learned; ValueError for another policy's or another model's state."""
+        """Load the scores of another run. Raises `ValueError` for another policy's or another model's state."""
         restore(self.policy, state)
         for layer in range(len(self._keys)):
             self._victims.stale.add(layer)
 
     def check(self) -> None:
-        """AssertionError where the books do not agree, or the worst expert is not what a full search finds."""
+        """Raise `AssertionError` where the books do not agree, or the worst expert differs from a full search's."""
         self._slots.check()
         held = self._slots.held()
         self._staging.check(held)
@@ -231,7 +234,7 @@ class ExpertCache:
         self._victims.check({key for key in held if key not in self._staging.held and self._slots.idle(key)})
 
     def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
-        """Whether an absent expert may stay, and who gives way to it if nothing is free."""
+        """Return whether an absent expert may stay, and the victim if no slot is free."""
         if self.holds(key):
             raise ValueError(f"expert {key} has a slot already")
         if not self.policy.admits(key, self._n_kept):
@@ -242,7 +245,7 @@ class ExpertCache:
         return victim is not None, victim
 
     def _pass_on(self, key: Key) -> None:
-        """Let a staged expert that was used take the place of one that is worth less; whoever loses is let go."""
+        """Swap a staged expert after use with a resident that is worth less; the loser is evicted."""
         leaving: Key | None = key
         if self.policy.admits(key, self._n_kept):
             victim = None if self._room.vacant(key[0]) else self._victim(key)
@@ -263,7 +266,7 @@ class ExpertCache:
             self._room.enter(entering)
 
     def _place(self, key: Key) -> None:
-        """Let it be known whether an expert may give way."""
+        """Tell the victims' list whether an expert may be evicted."""
         layer, slots = key[0], self._slots
         may_go = key in slots.ready and key not in slots.leases and key in self._room.held[layer]
         self._victims.put(layer, (key[1],), may_go=may_go)
@@ -293,7 +296,7 @@ class ExpertCache:
 
 
 def state(policy: Policy) -> dict[str, object]:
-    """Return it, JSON-able."""
+    """Return what the policy and the history have learned, JSON-able."""
     return {
         "policy": policy.name,
         "n_experts": [list(policy.history.n_experts)],
@@ -303,7 +306,7 @@ def state(policy: Policy) -> dict[str, object]:
 
 
 def restore(policy: Policy, saved: Mapping[str, object]) -> None:
-    """Go on from it; ValueError, and nothing changed, for another policy's or another model's."""
+    """Load what `state` returned; raises `ValueError`, with nothing changed, for another policy or model."""
     saved = part({"state": saved}, "state")
     shape = policy.history.n_experts
     found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])

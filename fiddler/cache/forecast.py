@@ -1,6 +1,7 @@
-"""The expert that is expected to be needed last goes; what to expect is learnt as the routing goes by.
+"""The policy `forecast`: evicts the expert whose next visit is expected last.
 
-Least squares that forget: a linear fit to the latest examples.
+An expert's chance of a visit is a weighted sum of its recent visit counts over several half-lives. `Regression`
+learns the weights from the routing as it comes: least squares in which old examples fade.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,16 @@ from fiddler.cache.saved import counts, part, table
 Array = NDArray[np.float64]
 
 HALF_LIVES = (1.0, 4.0, 16.0, 64.0, 1024.0)
-"""Tokens. Finer steps gain 0.2 %, three of these lose 0.7 % (expert reads on made-up routing)."""
+"""Half-lives in tokens. Finer steps gain 0.2 %, three of these lose 0.7 % (expert reads on made-up routing)."""
 
 _PRIOR = (0.0, 0.1, 0.1, 0.25, 0.25, 0.2)
-"""Weights of a constant and of the shares by half-life, until there is evidence: near those of most routing."""
+"""Starting weights of a constant and of the shares by half-life: near those of most routing."""
 
 _RAREST = 1e-4
-"""The least chance that anyone is given: an expert never seen is rare, not impossible."""
+"""The least chance of any expert: one that was never seen is rare, not impossible."""
 
 _SHARES, _TARGET = slice(1, -1), -1
-"""Of the rows of a layer's examples; the first is a constant."""
+"""Positions in the rows of a layer's examples; the first row is a constant."""
 
 
 class Forecast(Policy):
@@ -53,7 +54,7 @@ class Forecast(Policy):
         self._by_chunk: dict[int, tuple[Array, Array]] = {}
 
     def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
-        """Compare the layer's estimates with what came, and estimate anew."""
+        """Compare the layer's estimates with the visit, and estimate anew."""
         examples = self._examples[layer]
         came = examples[_TARGET]
         came[:] = 0.0
@@ -73,7 +74,7 @@ class Forecast(Policy):
         self._visits[layer] = self.history.n_visits
 
     def _novelty(self, layer: int, n_tokens: int) -> Array:
-        """By half-life: what part of the aged tokens the visit's make up. One that is the first is all."""
+        """Return, by half-life, the visit's share of the aged tokens; 1 for the first visit."""
         if n_tokens not in self._by_chunk:
             rates = -np.log(2) / np.array(HALF_LIVES)
             self._by_chunk[n_tokens] = np.exp(rates * n_tokens), np.expm1(rates * n_tokens) / np.expm1(rates)
@@ -103,11 +104,11 @@ class Forecast(Policy):
         return -self._round / overdue if overdue < -1.0 else self._round * (2.0 + overdue)
 
     def rate(self, key: Key) -> float:
-        """Its chance with the next token."""
+        """The expert's chance of a visit by the next token."""
         return -self._round / self._ranks[key[0]][key[1]]
 
     def state(self) -> dict[str, object]:
-        """Aged shares, the ranks drawn from them, and what the fit rests on."""
+        """Return the aged shares, the ranks drawn from them, and the fit's evidence."""
         return {
             "half_lives": [list(HALF_LIVES)],
             "shares": [row for examples in self._examples for row in examples[_SHARES].tolist()],
@@ -172,7 +173,7 @@ class Regression:
         self._n_learnt = 0
 
     def learn(self, examples: Array) -> None:
-        """One visit's, `[I + 1, E]`: the inputs of each, and under them what they should have given."""
+        """Learn from one visit, `[I + 1, E]`: the inputs of each expert, and in the last row its target."""
         self._products *= self._keep
         self._products += examples @ examples.T
         self._n_learnt += 1

@@ -1,10 +1,6 @@
-"""Counts that forget: every row weighs half as much after each half-life of tokens.
+"""Policies that count visits: `aged-lfu` (counts that halve with age), `lfu`, `lru` and `layer-lru`.
 
-The expert with the fewest rows goes: of all time, or weighed by age.
-
-The expert touched longest ago goes.
-
-The policies that an engine may have, by name, and its cache; the lab has more, for `fiddler simulate` and `replay`.
+`AgedCounts` holds the counts: every row weighs half as much after each half-life of tokens.
 """
 
 import math
@@ -44,7 +40,7 @@ class AgedCounts:
             logs[expert] = high + math.log2(1.0 + math.exp2(low - high))
 
     def _mean_decay(self, n_tokens: int) -> float:
-        """What a row of a chunk weighs: (1/T)·Σ_{i<T} 2^(-i/H), since its place in the chunk is not known."""
+        """Return the mean weight of a row in a chunk, (1/T)·Σ_{i<T} 2^(-i/H): its place there is not known."""
         if n_tokens not in self._decays:
             ratio = -math.expm1(-n_tokens * math.log(2) / self.half_life)
             self._decays[n_tokens] = ratio / -math.expm1(-math.log(2) / self.half_life) / n_tokens
@@ -55,7 +51,7 @@ class AgedCounts:
         return self._logs[key[0]][key[1]]
 
     def inflation(self, layer: int) -> float:
-        """What to subtract from the layer's `inflated` to get the logarithm of the aged count now."""
+        """Return the number to subtract from the layer's `inflated` to get the logarithm of the aged count now."""
         return self._history.layer_tokens(layer) / self.half_life
 
     def count(self, key: Key) -> float:
@@ -95,7 +91,7 @@ class Lfu(Policy):
         self.history = history
 
     def rank(self, key: Key) -> float:
-        """The same as the score."""
+        """Return the score."""
         return self.history.n_rows(key)
 
 

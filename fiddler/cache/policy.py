@@ -1,8 +1,7 @@
-"""What routing did so far. One object records it; the policies read it.
+"""The interface of a cache policy, the routing history that policies read, and the names that the cache shares.
 
-The words all of the cache shares.
-
-What a policy is: it says what an expert is worth, and nothing about slots.
+A policy says how much an expert is worth; it knows nothing about slots. `History` records visits; policies share
+one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +81,7 @@ class History:
         return self._last_token[key[0]][key[1]]
 
     def state(self) -> dict[str, object]:
-        """All of it, JSON-able."""
+        """Return all counts, JSON-able."""
         return {
             "n_visits": [[self.n_visits]],
             "layers": [list(self._layer_tokens), list(self._layer_visits)],
@@ -105,11 +104,11 @@ class History:
 
 
 class Policy(Protocol):
-    """Numbers for an expert, valid whether it is resident or absent; higher stays.
+    """Numbers for an expert, resident or absent; the higher stays.
 
     `rank` orders the experts of one layer, `rank - level` those of all layers, and `score` is their worth: never
-    negative, in the same order, with ratios that mean something. `level` and ranks change through visits to their
-    own layer only.
+    negative, in the same order, with ratios that mean something. Ranks and levels change only when their layer is
+    visited.
     """
 
     name: ClassVar[str]
@@ -118,7 +117,7 @@ class Policy(Protocol):
     bypasses: ClassVar[bool] = False
     """True: an expert that was fetched and is worth less than its victim is not kept. False: the latest is kept."""
     by_recency: ClassVar[bool] = False
-    """True: a visit touches all its experts alike, so what they are worth is asked before it is observed."""
+    """True: a visit touches all its experts alike, so their worth is asked for before the visit is observed."""
     history: History
 
     def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
@@ -130,7 +129,7 @@ class Policy(Protocol):
         ...
 
     def level(self, layer: int) -> float:
-        """How much higher the layer's ranks are than their worth beside other layers."""
+        """How far the layer's ranks lie above a scale that all layers share."""
         return 0.0
 
     def worths(self, layer: int) -> NDArray[np.float64]:
@@ -139,11 +138,11 @@ class Policy(Protocol):
         return np.array(ranks) - self.level(layer)
 
     def score(self, key: Key) -> float:
-        """What the expert is worth now; 0 for one that there is no reason to copy in."""
+        """The expert's worth now; 0 where there is no reason to copy it in."""
         return self.rank(key)
 
     def rate(self, key: Key) -> float:
-        """Visits that the expert may expect per token, as far as the policy can say; 0 where it cannot."""
+        """Expected visits of the expert per token; 0 where the policy cannot say."""
         return 0.0
 
     def admits(self, key: Key, n_slots: int) -> bool:
@@ -151,9 +150,9 @@ class Policy(Protocol):
         return True
 
     def state(self) -> dict[str, object]:
-        """What the policy knows beyond the history, JSON-able."""
+        """Return the policy's knowledge beyond the history, JSON-able."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a saved state, after the history did; ValueError where it does not fit."""
+        """Load a saved state, after the history was loaded; raises `ValueError` where it does not fit."""
         return

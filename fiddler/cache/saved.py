@@ -1,4 +1,4 @@
-"""Reading saved state back. A file from another run is never trusted: whatever does not fit is a ValueError."""
+"""Reads saved state from JSON, and raises `ValueError` for anything that does not fit: it may be another run's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,9 +31,9 @@ def number(state: Mapping[str, object], field: str) -> float:
 def table(
     state: Mapping[str, object], field: str, shape: Sequence[int], *, blank: float | None = None
 ) -> list[list[float]]:
-    """Rows of finite numbers, row `i` of `shape[i]` entries; null becomes `blank`, if one is given.
+    """Return rows of finite numbers, row `i` with `shape[i]` entries; null becomes `blank`, if one is given.
 
-    ValueError where that is not what is there.
+    Raises `ValueError` for anything else.
     """
     rows = state.get(field)
     if not isinstance(rows, list) or [len(row) if isinstance(row, list) else -1 for row in rows] != list(shape):

@@ -1,8 +1,8 @@
-"""The slots of the GPU's expert memory: FREE → LOADING → READY, a generation each, and leases that pin.
+"""Slots of the accelerator's expert memory: their states, quotas by layer, and staging slots.
 
-Who may take a slot from whom: a quota per layer, or one pool in which every layer keeps a floor.
-
-Slots for experts in passing: used, and let go for the next unless they turn out to be worth keeping.
+`Slots` takes each slot through FREE → LOADING → READY and counts leases, which pin it. `Room` says which layer may
+take a slot from which: a quota per layer, or one pool in which every layer keeps a floor. `Staging` lists experts
+that hold a slot only until the next one needs it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -168,21 +168,21 @@ class Room:
         return self._n_held < self._n_slots and len(self.held[layer]) < self._quotas[layer]
 
     def spares(self, layer: int) -> bool:
-        """Whether the layer may lose a slot to another."""
+        """Whether the layer may lose a slot to another layer."""
         return len(self.held[layer]) > self.floor
 
     def enter(self, key: Key) -> None:
-        """The expert holds a slot from now on."""
+        """Count an expert that now holds a slot."""
         self.held[key[0]].add(key)
         self._n_held += 1
 
     def leave(self, key: Key) -> None:
-        """The expert holds none any more."""
+        """Remove an expert that holds no slot any more."""
         self.held[key[0]].remove(key)
         self._n_held -= 1
 
     def check(self, held: set[Key]) -> None:
-        """AssertionError where this is not what the slots say, or a layer is over its quota."""
+        """Raise `AssertionError` where this disagrees with the slots, or a layer is over its quota."""
         assert set().union(*self.held) == held
         assert self._n_held == len(held) <= self._n_slots
         for layer, keys in enumerate(self.held):
@@ -191,7 +191,7 @@ class Room:
 
 
 class Staging:
-    """The experts in these slots, in the order in which they came."""
+    """Experts in staging slots, in the order in which they came."""
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
@@ -199,7 +199,7 @@ class Staging:
         """Those that hold one."""
 
     def oldest(self, idle: Callable[[Key], bool]) -> Key | None:
-        """Who is let go next, where all slots are taken; None where nobody may."""
+        """Return the next expert to leave once all staging slots are taken; `None` where all are leased."""
         return next((key for key in self.held if idle(key)), None)
 
     @property
@@ -208,14 +208,14 @@ class Staging:
         return len(self.held) < self.n_slots
 
     def enter(self, key: Key) -> None:
-        """The expert holds one of the slots from now on."""
+        """Add an expert that now holds a staging slot."""
         self.held[key] = None
 
     def leave(self, key: Key) -> None:
-        """The expert holds none any more."""
+        """Remove an expert that holds no staging slot any more."""
         del self.held[key]
 
     def check(self, held: set[Key]) -> None:
-        """AssertionError where more are held than there are slots, or somebody who holds none."""
+        """Raise `AssertionError` if there are more experts than staging slots, or an expert holds no slot."""
         assert len(self.held) <= self.n_slots
         assert self.held.keys() <= held

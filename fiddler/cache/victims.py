@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from fiddler.cache.policy import Key, Policy
 
 Place = tuple[float, int, int, int]
-"""Worth, recency, and the id to tell ties apart: the smallest goes first, no two are equal."""
+"""(worth, recency, id): the smallest is evicted first; the id keeps all places distinct."""
 
 
 class Victims:
-    """Owner of the list of experts that may give way: they hold a slot for good, and nobody loads or leases them.
+    """Owner of the list of experts that may give way: those in permanent slots that are neither loading nor leased.
 
     Ranks change with every visit, and few of them are ever asked for. So a visit only marks its layer as stale, and
     a question computes the least worth of the stale layers anew. `spares` says whether a layer may lose a slot to
@@ -26,7 +26,7 @@ class Victims:
         self._spares = spares
         self._may_go = [np.zeros(n, dtype=np.bool_) for n in n_experts]
         self._worth: list[NDArray[np.float64]] = [np.full(n, inf) for n in n_experts]
-        """By layer, `[E]`: worth of those that may give way, infinite for the others."""
+        """By layer, `[E]`: worth of the experts that may be evicted, infinite for the others."""
         self._least = np.full(len(n_experts), inf)
         self.stale: set[int] = set()
         """Layers whose ranks, or whose experts that may give way, are others than when they were looked at last."""

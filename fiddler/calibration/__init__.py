@@ -1,1 +1,1 @@
-"""Measures what kernels, experts, dense parts and copies take on this machine."""
+"""Measures kernels, experts, dense parts and copies on this machine."""

@@ -1,4 +1,4 @@
-"""A model's cost model by this machine's clock, measured once and kept in a file."""
+"""Makes a model's cost model, from a described machine's figures or from measurements on this machine."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ from fiddler.given import read_json
 from fiddler.models.loaded import LoadedModel
 
 N_LAYERS = 4
-"""Layers whose experts a sample is made of."""
+"""Number of layers whose experts make a sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Seconds measured at a row count that no curve goes through, and what the curve says."""
+    """Seconds measured at a row count that no curve was fitted to, and the curve's prediction."""
 
     shape: int
-    """Which of the model's expert shapes, by their first layers."""
+    """The expert shape, by the first layer that has it."""
     lane: Literal["cpu", "gpu"]
     n_rows: int
     measured_s: float
@@ -36,19 +36,19 @@ class HeldOut:
 
     @property
     def error(self) -> float:
-        """How far the curve is off: `|predicted / measured - 1|`."""
+        """Relative error of the curve, `|predicted / measured - 1|`."""
         return abs(self.predicted_s / self.measured_s - 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A cost model measured here, with how far it is off at row counts it was not fitted to."""
+    """A cost model measured here, with its errors at row counts it was not fitted to."""
 
     costs: CostModel
     held_out: tuple[HeldOut, ...]
     file: Path
     fresh: bool
-    """Whether it was measured now; else it was read from the file."""
+    """Whether it was measured now; otherwise it was read from the file."""
 
 
 def calibrate(bench: Measures, loaded: LoadedModel, config: EngineConfig, *, anew: bool = False) -> Calibration:

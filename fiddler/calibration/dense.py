@@ -1,11 +1,10 @@
-"""What a model's dense part takes on a GPU, and the host per layer: real steps whose experts give zero at once.
+"""Measures a model's dense part on a GPU, and the host's work per layer, in real steps whose experts give zero at
+once.
 
-A step is run as the engine runs it, by the same runner and a scheduler that plans as the engine's does, and
-recorded where the engine would record it. Only its lanes are others: what is to be done with experts they report as
-done, and the dense part when the GPU has passed it. So every layer waits for its routing, launches are part of what
-is measured where nothing hides them, and what is left of the wall's time is the host's own.
-
-Lanes that leave the experts out, so that what is left of a step is its dense part and the host's own work.
+A step is run by the engine's own runner, with a scheduler that plans as the engine's does, and recorded where the
+engine would record it. It uses special lanes (`DenseLanes`) that finish expert jobs at once and report the dense
+part when the GPU has done it. GPU time is the dense part including unhidden launches; the rest of the wall time is
+the host's.
 """
 
 from collections import deque
@@ -38,7 +37,7 @@ from fiddler.steps.wave import Experts
 
 
 class DenseLanes:
-    """Lanes of a GPU that run no expert: their rows stay zero."""
+    """Lanes of a GPU that run no expert; results stay zero."""
 
     timed_dense = True
 
@@ -47,7 +46,7 @@ class DenseLanes:
         self._reports: deque[Report] = deque()
         self._began: Event | None = None
         self.taken: list[float] = []
-        """By dense part of the step under way, its seconds on the GPU."""
+        """GPU seconds of each dense part of the step under way."""
 
     def begin(self, began: Event) -> None:
         """Begin a step: its first dense part has no mark of its own."""
@@ -57,14 +56,14 @@ class DenseLanes:
     now_s = staticmethod(perf_counter)
 
     def start(self, job: Job) -> None:
-        """Be through with a job, unless it is the dense part: that is reported when the GPU has passed it."""
+        """Finish a job at once, unless it is the dense part, which is reported when the GPU has done it."""
         if isinstance(job, RunDense):
             self._await_dense(job)
         else:
             self._reports.append(JobDone(job.job, None))
 
     def report(self) -> Report:
-        """Ask until there is a report: no wait is as exact."""
+        """Poll until there is a report: no wait is as exact."""
         while not self._reports:
             self._reports += self._watch.collect()
         return self._reports.popleft()
@@ -76,7 +75,7 @@ class DenseLanes:
         return drained
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there is no thread to end."""
 
     def _await_dense(self, job: RunDense) -> None:
         due = cast("Due", job.due)
@@ -91,17 +90,17 @@ class DenseLanes:
 
 
 ROWS = (1, 4, 16, 64, 256)
-"""Of a wave: up to `max_running` of them are sequences that decode, more are a chunk of one prompt."""
+"""Rows of a wave: up to `max_running` of them are decoding sequences, more are a chunk of one prompt."""
 SHORT = LEAST_TOKENS
 """Tokens of each decoding sequence: no recorded step attends to fewer."""
 LONG = 8192
 """Tokens of all decoding sequences together, where that is at least twice as much for each. With 4 KB of keys and
-values for a layer's token, as in Mixtral, a layer reads 32 MiB of them: much beside what does not grow."""
+values for a layer's token, as in Mixtral, a layer reads 32 MiB of them: much beside its constant costs."""
 SHARE = 0.25
-"""Of all experts that the scheduler is told there are slots for, unless there are none: what the host does for a
-layer should not hang on the GPU's memory, nor on who measures."""
+"""Share of experts the scheduler pretends are resident while we time the host, so that the result does not depend
+on this GPU's memory. 0 where there are no slots."""
 STEPS_S = 0.15
-"""For one row count and one context, beside its first steps."""
+"""Seconds of measuring per row count and context, after the first steps."""
 LEAST_STEPS = 3
 MOST_STEPS = 50
 WARM = 2
@@ -113,12 +112,12 @@ _FIRST = 2
 
 @dataclass(slots=True)
 class _Sequence:
-    """What a step has to know of a request."""
+    """The parts of a request that a step reads."""
 
     past: Any
     record: None = None
     n_prompt: int = 0
-    """It is as long as its rows say."""
+    """Tokens of its prompt: as many as its rows."""
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Return numbers that are in every vocabulary."""
@@ -127,7 +126,7 @@ class _Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds of one: of a layer's dense part, of the output head, and of the host for a layer."""
+    """Seconds of one step: of a layer's dense part, of the output head, and of the host per layer."""
 
     layer_s: float
     head_s: float
@@ -136,16 +135,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What of a model's dense part is measured: what an engine of some configuration can come to run."""
+    """The range to measure: the steps that an engine of some configuration can run."""
 
     decoding: tuple[int, ...]
-    """Row counts of steps that decode, a sequence each."""
+    """Row counts of decoding steps, a sequence each."""
     chunks: tuple[int, ...]
-    """Row counts of a prompt's chunk."""
+    """Row counts of prompt chunks."""
     tokens: int
-    """Of all sequences together, at most."""
+    """Most tokens of all sequences together."""
     longest: int
-    """Tokens of one sequence, at most."""
+    """Most tokens of one sequence."""
     recorded: bool
     """Whether decoding steps may be recorded."""
     ahead: bool
@@ -153,7 +152,7 @@ class Extent:
 
     @classmethod
     def of(cls, loaded: ServableModel, config: EngineConfig) -> "Extent":
-        """Return what a configuration allows."""
+        """Return the range of a configuration."""
         resolved = loaded.resolved
         room = resolved.kv_tokens or resolved.longest
         # Without packed steps a context has to be run as one prompt, which takes the memory of one.
@@ -176,14 +175,14 @@ class Extent:
 
     @property
     def most(self) -> int:
-        """Tokens of keys and values that are held at once, at most."""
+        """Most tokens of keys and values held at once."""
         return max((*self.chunks, *(n * max(self.contexts(n)) for n in self.decoding)), default=0)
 
 
 class DenseBench:
     """Measures a model whose dense part is on the GPU, in the thread that `Gpu.enter` was called in.
 
-    `costs` are its experts'; `arena` has room for `Extent.most` tokens. No other step may be on its way.
+    `costs` are those of its experts; `arena` has room for `Extent.most` tokens. No other step may be running.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class DenseBench:
         *,
         slots: bool,
     ) -> None:
-        """`slots` is whether there are any."""
+        """`slots` says whether there are any slots."""
         self._gpu = gpu
         self._arena = arena
         self._packed = loaded.packed
@@ -222,10 +221,10 @@ class DenseBench:
         )
 
     def measure(self) -> tuple[Dense, float]:
-        """Return what the dense part takes, and what the host takes for a layer of a decoding step.
+        """Return the costs of the dense part, and the host's seconds per layer of a decoding step.
 
-        A layer's is a whole step's without the head, divided by the layers that have experts. The head's rows are
-        those of steps that decode; a chunk makes one row of logits. Raises what a step raises.
+        A layer's cost is a whole step's without the head, divided by the layers that have experts. The head's rows
+        are those of decoding steps; a chunk makes one row of logits. Raises the errors of a step.
         """
         extent, decoded, slopes = self._extent, dict[int, Step](), list[float]()
         if not extent.decoding:
@@ -287,7 +286,7 @@ class DenseBench:
             self._release([run])
 
     def _typical(self, spans: Callable[[int], list[Span[Any]]]) -> Step:
-        """Run steps of one kind; `spans` is told how many were before."""
+        """Run steps of one kind and return typical times; `spans` is given the number of steps before."""
         for n_before in range(WARM):
             self._step(spans(n_before))
         began_s, steps = perf_counter(), list[Step]()

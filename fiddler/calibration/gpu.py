@@ -1,10 +1,8 @@
-"""What a model's experts take on a GPU and its link: the engine's own jobs, measured while no lane works.
+"""Measures a model's experts, copies and row moves on a GPU, with the engine's own jobs while no lane works.
 
-Seconds are those between two events of the GPU, which rests when the first one comes: as in a decoding step, where
-the host has just been told who visits whom, launches are part of what is measured. The host asks for events and
-never waits for the GPU.
-
-A calibration on a GPU: experts, the link, rows on their way, the dense part and the host's own work.
+Seconds are those between two events of the GPU, which is idle when the first one comes: as in a decoding step,
+where the host has just read the routing, launches are included. The host polls events and never waits for the GPU.
+`calibrate_gpu` adds the dense part and the host's own work.
 """
 
 import hashlib
@@ -39,24 +37,24 @@ from fiddler.scheduler.messages import CopyExpert, RunExperts
 from fiddler.scheduler.routing import route
 
 SLOTS_BYTES = 512 << 20
-"""Slots that experts are run from hold so much together, if there are as many: four times the largest L2 cache, or
-weights would come from there. Source: 126.5 MB on a B200, as CUDA reports it (pytorch/ao, pull request 4002)."""
+"""Bytes of the slots that experts are run from, if there are as many: four times the largest L2 cache, or weights
+would come from there. Source: 126.5 MB on a B200, as CUDA reports it (pytorch/ao, pull request 4002)."""
 TOGETHER = 4
 """Experts of a run that is measured, if there are as many slots: half of the eight that a token of many models
 visits. Each bears its share of the run's launches, since a cost model knows experts and not runs."""
 MOST_ROWS = 512
-"""Rows of a run, over all its experts: with more rows each there are fewer of them, and no run takes more memory
-than a step does."""
+"""Most rows of a run, over all its experts: with more rows each there are fewer experts, and no run takes more
+memory than a step."""
 AHEAD = 4
-"""Copies that are queued at once, so that the link does not rest while the host sleeps."""
+"""Copies that are queued at once, so that the link is busy while the host sleeps."""
 PAUSE_S = 5e-5
-"""Between two looks at a copy: the host's experts may need the core."""
+"""Seconds between two polls of a copy: the host's experts may need the core."""
 
 _WAVE = 0
 
 
 def until(event: Event, pause_s: float = 0.0) -> None:
-    """Wait for an event by asking for it, with pauses unless there are to be none."""
+    """Poll an event until it is done, with pauses unless `pause_s` is 0."""
     while not event.done():
         if pause_s:
             time.sleep(pause_s)
@@ -68,7 +66,7 @@ class GpuExperts:
 
     jobs: GpuJobs
     n_experts: tuple[int, ...]
-    """By layer."""
+    """Number of experts by layer."""
 
     @property
     def n_slots(self) -> int:
@@ -98,7 +96,7 @@ class GpuExperts:
             return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
 
     def moves(self, layer: int) -> Moves:
-        """Measure rows on their way to the host and results on theirs back: a line through few and many."""
+        """Measure how long rows take to the host and results back: a line through few and many."""
         with torch.inference_mode():
             few_s, many_s = (self._there_and_back(layer, n_rows) for n_rows in (1, MOST_ROWS))
         row_s = max((many_s - few_s) / (MOST_ROWS - 1), 0.0)
@@ -156,7 +154,7 @@ class GpuExperts:
         return self.jobs.copy(CopyExpert(0, *key, slot, "demand", 0.0))
 
     def _there_and_back(self, layer: int, n_rows: int) -> float:
-        """Return what rows take to the host, and as many results to the GPU."""
+        """Return the seconds of rows to the host, and of as many results to the GPU."""
         deadline, taken = perf_counter() + measure.BESIDE_S, list[float]()
         while len(taken) < measure.LEAST or perf_counter() < deadline:
             with self._asked(layer, n_rows, 1) as asked:
@@ -171,7 +169,7 @@ class GpuExperts:
 
     @contextmanager
     def _asked(self, index: int, n_rows: int, n_experts: int) -> Generator[Layer]:
-        """Have rows wait at a layer, each for as many experts, and nothing on its way any more."""
+        """Have rows wait at a layer, each for this many experts, with nothing else running."""
         gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing(), self.jobs.host.weights(index, 0).up[0]
 
         def ask() -> Ask:
@@ -198,10 +196,10 @@ def _took(began: Event, ended: Event, pause_s: float = 0.0) -> float:
 
 
 def calibrate_gpu(loaded: ServableModel, jobs: GpuJobs, config: EngineConfig, *, anew: bool = False) -> Calibration:
-    """Return what a model takes on a GPU: from the stored file, or measured and stored; see `calibrate`.
+    """Return a model's costs on a GPU: from the stored file, or measured and stored; see `calibrate`.
 
-    The model's dense part is there, and no lane works. `jobs` are the engine's: slots are overwritten, but what
-    they have counted and queued is left alone. Raises what a step raises, such as `torch.OutOfMemoryError`.
+    The model's dense part is there, and no lane works. `jobs` are the engine's: slots are overwritten, but their
+    counters and queues are left alone. Raises the errors of a step, such as `torch.OutOfMemoryError`.
     """
     try:
         return calibrate(GpuBench.of(loaded, jobs, config), loaded, config, anew=anew)
@@ -226,18 +224,18 @@ class GpuBench:
 
     @property
     def host(self) -> CpuDevice:
-        """The CPU, and the experts on it."""
+        """The CPU device of the jobs."""
         return self.experts.jobs.host
 
     @property
     def device_name(self) -> str:
-        """What the costs belong to: the GPU, the dense part, and how far an engine can go with it."""
+        """Key of the costs: the GPU, the dense part, and the engine's limits."""
         model = f"{_outline(self.loaded.model)}, transformers {transformers.__version__}"
         how = f"packed {self.loaded.packed}, {Extent.of(self.loaded, self.config)}"
         return f"cuda {self.experts.jobs.gpu.name}, {self.experts.n_slots} slots, {model}, {how}"
 
     def way(self, layer: int) -> str:
-        """Say how a layer's experts come to their slots."""
+        """Return how a layer's experts come to their slots: pinned or not."""
         n, n_experts = self.experts.n_pinned(layer), self.loaded.n_experts[layer]
         return f", {n} of {n_experts} pinned" if self.experts.n_slots else ""
 
@@ -246,7 +244,7 @@ class GpuBench:
         return self.experts.measure(layers)
 
     def completed(self, costs: CostModel) -> CostModel:
-        """Measure rows on their way, the dense part, and the host's work for a layer."""
+        """Add the measured costs of row moves, the dense part, and the host's work per layer."""
         costs = replace(costs, moves=self.experts.moves(0))
         gpu = self.experts.jobs.gpu
         arena = KvArena(Extent.of(self.loaded, self.config).most)
@@ -258,6 +256,6 @@ class GpuBench:
 
 
 def _outline(model: torch.nn.Module) -> str:
-    """Return what tells a dense part from others: the names, shapes and dtypes of its weights."""
+    """Return a key of a dense part: the names, shapes and dtypes of its weights."""
     weights = "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters())
     return hashlib.sha256(weights.encode()).hexdigest()[:12]

@@ -1,15 +1,13 @@
-"""Which kernel is fastest on this machine, measured once per weight shape and row count, and stored.
+"""Finds the fastest matmul kernel per weight shape and row count, measured once and stored; sets torch's threads.
 
 Weights of a decoding step come from memory, not from a cache, so measurements walk over copies of the matrix that
-together exceed the caches. Results are stored per instruction set, thread count, torch version and make of our own
-kernels: the choice is then a pure function of what is stored, and stays the same from run to run.
+together exceed the caches. Results are stored per instruction set, thread count, torch version and version of our
+own kernels: the choice is then a pure function of the stored file, and stays the same from run to run.
 
-Sets the number of torch threads of one thread, and of no other.
+torch keeps a number of threads for each thread, and a common one for threads without a number of their own.
+`torch.set_num_threads` sets both. `set_own_threads` puts the common number back, by a short-lived thread.
 
-torch keeps a number for each thread, and a common one for threads without a number of their own.
-`torch.set_num_threads` sets both. Here the common number is put back, by a short-lived thread.
-
-What a loaded model runs with: its calibrated kernels, the threads, a lane for a forward that nobody drives.
+`choose_kernels`, `choose_threads` and `compute_lane` prepare a loaded model for its engine.
 """
 
 import json
@@ -38,11 +36,11 @@ from fiddler.models.loaded import LoadedModel
 T = TypeVar("T")
 
 _one = Lock()
-"""Two threads that put the common number back at once could each restore the number of the other."""
+"""A lock: two threads that put the common number back at once could each restore the other's."""
 
 
 def set_own_threads(n: int) -> None:
-    """Let torch use `n` threads for what the calling thread computes."""
+    """Set torch's number of threads for the calling thread to `n`, and for no other."""
     if torch.get_num_threads() == n:  # having asked, the thread takes no common number later on
         return
     with _one:
@@ -61,8 +59,8 @@ def _in_new_thread(ask: Callable[[], T]) -> T:
 
 
 MIN_BYTES = 1 << 20
-"""Matrices below this stay in a cache, and are measured there. Dispatch decides, and of torch's kernels `linear`
-has the least."""
+"""Matrices below this stay in a cache, and are measured there. Dispatch then decides, and of torch's kernels
+`linear` has the least."""
 SET_BYTES = 768 << 20
 """Copies of a larger matrix together hold at least this much: more than the 300 MB caches of large servers."""
 REPEATS = 7
@@ -73,7 +71,7 @@ MARGIN = 0.97
 
 
 def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kernels:
-    """Return the kernel choice for weights shaped like `matrices` `[out, in]`, measuring what is not stored yet."""
+    """Return the kernel choice for weights shaped like `matrices` `[out, in]`; missing ones are measured."""
     if config.kernels == "linear":
         return Kernels()
     ours = native()
@@ -94,7 +92,7 @@ def _ours(config: EngineConfig) -> Native | None:
 
 
 def _worth(matrix: Tensor, ours: Native | None) -> bool:
-    """Whether there is anything to choose between."""
+    """Whether there is a choice between kernels."""
     return matrix.nbytes >= MIN_BYTES or ours is not None
 
 
@@ -104,7 +102,7 @@ def amx() -> bool:
 
 
 def calibration_file(config: EngineConfig) -> Path:
-    """Return where this machine's calibration is stored: another one for other kernels of ours, or none."""
+    """Return the file of this machine's calibration; its name holds the version of our own kernels."""
     folder, ours = config.calibration_dir or cache_folder(), _ours(config)
     isa = "amx" if amx() else torch.backends.cpu.get_cpu_capability().lower()
     version = torch.__version__.partition("+")[0]
@@ -133,7 +131,7 @@ def candidates(nbytes: int, n_rows: int, ours: Native | None) -> tuple[KernelNam
 def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
     """Return the least seconds of each kernel by row count, interleaved so that drift hits all alike.
 
-    The least, for noise only ever adds.
+    The least counts, since noise only adds.
     """
     out, columns, dtype, side_by_side = key
     nbytes = out * columns * dtype.itemsize
@@ -165,7 +163,7 @@ def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dic
 
 
 def _read(file: Path, ours: Native | None) -> dict[tuple[ShapeKey, int], KernelName]:
-    """Return what is stored, as far as it is one of what would be measured: `vector` is wrong for other rows."""
+    """Return the stored choices that this version would measure too; `vector` is wrong for other row counts."""
     try:
         entries: list[dict[str, Any]] = read_json(file)["kernels"]
         return {
@@ -232,7 +230,7 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
 
 
 def compute_lane(loaded: LoadedModel, kernels: Kernels) -> ComputeLane:
-    """Return what runs a model's experts for a forward that nobody drives."""
+    """Return the lane that runs a model's experts for a forward without a driver."""
     return ComputeLane(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)
 
 

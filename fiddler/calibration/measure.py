@@ -1,8 +1,8 @@
-"""What an expert and a copy take on this machine, alone and side by side: the numbers a cost model is made of.
+"""Measures an expert and a copy on this machine, alone and side by side: the numbers of a cost model.
 
 Experts of a decoding step come from memory, not from a cache: measurements walk over a sample of experts that
 together exceed the caches. Row counts are measured in rounds, so that a busy moment of the machine does not hit one
-of them alone, and of all runs the fastest tenth counts, for noise only ever adds.
+of them alone, and the fastest tenth of all runs counts, since noise only adds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,33 +25,33 @@ from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
 FITTED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Row counts the curves go through."""
+"""Row counts that the curves go through."""
 HELD_OUT = (3, 12, 48, 192)
-"""Row counts that say how far the curves are off between them."""
+"""Row counts that tell the curves' error between them."""
 SAMPLE_BYTES = 768 << 20
-"""A sample's experts together hold this much, if there are enough: more than the caches of large servers."""
+"""Bytes of a sample's experts together, if there are enough: more than the caches of large servers."""
 CURVE_S = 0.3
-"""Rounds over the row counts go on for so long; each is run at least `LEAST` times."""
+"""Seconds of rounds over the row counts; each count is run at least `LEAST` times."""
 LEAST = 10
 LONG_S = 0.05
-"""A run that takes longer is made twice only."""
+"""A run that takes longer than this is made only twice."""
 TOO_LONG_S = 6.0
-"""A curve whose first round has taken so long ends there; beyond, time grows as it did last."""
+"""A curve whose first round takes longer than this ends there; beyond, time grows as it did last."""
 BESIDE_S = 0.15
-"""For the CPU alone, the link alone, and both side by side, each."""
+"""Seconds of measuring for the CPU alone, the link alone, and both side by side, each."""
 
 _MOST = 1000
-"""Rounds."""
+"""Most rounds."""
 
 Points = tuple[tuple[float, float], ...]
 """(rows, seconds)."""
 Copies = Callable[[float | None], Iterator[float]]
-"""Copies experts into slots for so many seconds, or for ever; yields the seconds of each copy, at least two."""
+"""Copies experts into slots for some seconds, or for ever; yields the seconds of each copy, at least two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One expert shape's costs, and what was measured at row counts that its curves do not go through."""
+    """One expert shape's costs, and the times measured at row counts that its curves do not go through."""
 
     costs: ExpertCosts
     contention: Contention
@@ -61,20 +61,20 @@ class Measured:
 
 
 class Measures(Protocol):
-    """What measures a model with the engine's own devices."""
+    """The interface of measuring a model with the engine's own devices."""
 
     @property
     def host(self) -> CpuDevice:
-        """The CPU, and the experts on it."""
+        """The CPU device."""
         ...
 
     @property
     def device_name(self) -> str:
-        """What the costs belong to, beside the CPU and the experts."""
+        """Key of the costs, beside the CPU and the experts."""
         ...
 
     def way(self, layer: int) -> str:
-        """Say what tells a layer's experts from others of the same shape; empty where nothing does."""
+        """Return a key for how a layer's experts reach the device; empty where there is only one way."""
         ...
 
     def measure(self, layers: Sequence[int]) -> Measured:
@@ -82,7 +82,7 @@ class Measures(Protocol):
         ...
 
     def completed(self, costs: CostModel) -> CostModel:
-        """Return the costs of a model's experts with what else is measured on the device."""
+        """Return the costs of a model's experts completed by the device's other costs."""
         ...
 
 
@@ -96,7 +96,7 @@ class Bench:
 
     @property
     def device_name(self) -> str:
-        """What the costs belong to."""
+        """Key of the costs."""
         return "cpu" if self.accelerator is None else f"sim {self.accelerator.link_bytes_per_s}"
 
     def way(self, layer: int) -> str:
@@ -123,7 +123,7 @@ class Bench:
             return Measured(ExpertCosts(cpu, gpu, copy_s, nbytes), contention, cpu_held_out, gpu_held_out)
 
     def sample(self, layers: Sequence[int]) -> list[tuple[int, int]]:
-        """Choose experts, the first of every layer first, and have them in memory."""
+        """Choose experts, starting with the first of every layer, and bring them into memory."""
         keys = [(layer, expert) for expert in range(self.n_experts[layers[0]]) for layer in layers]
         n = max(2, SAMPLE_BYTES // self.host.weights(*keys[0]).nbytes + 1)
         rows = self._rows(layers[0], 1)
@@ -132,14 +132,14 @@ class Bench:
         return keys[:n]
 
     def curve(self, layer: int, sample: Sequence[ExpertWeights]) -> tuple[Curve, Points]:
-        """Return the seconds of the CPU by rows of an expert: a curve, and what it was not fitted to."""
+        """Return the CPU's seconds by rows of an expert: a curve, and the times it was not fitted to."""
         experts, rows = cycle(sample), self._rows(layer, max(FITTED))
         return curve_of(lambda n: self._run(layer, n, next(experts), rows))
 
     def contention(self, layer: int, sample: Sequence[ExpertWeights], copies: Copies, copy_s: float) -> Contention:
-        """Run one-row experts here, alone and beside copies in a second thread; returns what both lose.
+        """Run one-row experts here, alone and beside copies in a second thread; returns how much both are slowed.
 
-        `copy_s` is what a copy takes alone.
+        `copy_s` is the time of a copy alone.
         """
         rows = self._rows(layer, 1)
 
@@ -161,7 +161,7 @@ class Bench:
     def _run(self, layer: int, n_rows: int, weights: ExpertWeights, rows: Tensor) -> float:
         """Run an expert on the first of `rows`; returns its seconds.
 
-        By itself: several at once, as a lane runs them, take less than their sum where our own kernels run them.
+        One expert at a time: our own kernels run several at once in less than their sum.
         """
         out = empty_results(rows[:n_rows])
         started = perf_counter()
@@ -175,7 +175,7 @@ class Bench:
 
 
 def curve_of(run: Callable[[int], float]) -> tuple[Curve, Points]:
-    """Return a curve through the fitted row counts, and what the others took; `run` gives the seconds of one."""
+    """Return a curve through the fitted row counts, and the times of the others; `run` gives the seconds of one."""
     began = perf_counter()
     taken: dict[int, list[float]] = {}
     for n in sorted((*FITTED, *HELD_OUT)):
@@ -241,12 +241,13 @@ def _copies(accelerator: SimDevice, sample: Sequence[tuple[int, int]], budget_s:
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """Return the slowest of the fastest tenth: what it takes when nothing disturbs it; the fastest of few."""
+    """Return the slowest of the fastest tenth: the time when nothing disturbs; the fastest if runs are few."""
     return sorted(seconds)[len(seconds) // 10]
 
 
 def rising(points: Sequence[tuple[float, float]]) -> Points:
-    """Return the nearest points, in squares, whose seconds never fall: more rows take no less, a dip is noise.
+    """Return the nearest points, by least squares, whose seconds never fall: more rows take no less, a dip is
+    noise.
 
     Neighbours that fall are replaced by their mean until none do (pool adjacent violators: Ayer et al., 1955).
     """

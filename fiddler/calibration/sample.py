@@ -1,4 +1,4 @@
-"""A checkpoint opened to measure its experts: few of them are read, and no dense weight, but for a GPU."""
+"""Opens a checkpoint for calibration: reads a sample of experts; dense weights only for a GPU."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ from fiddler.types import ExpertWeights
 
 
 def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
-    """Open a checkpoint for its experts alone: its dense part has shapes and no weights, experts are mapped.
+    """Open a checkpoint for its experts only: the dense part has shapes but no weights, experts are mapped.
 
     For a GPU the dense part is loaded, since it is measured too. Raises `ModelError`, and `ConfigError` for options
     that the model or the machine cannot meet.
@@ -73,14 +73,14 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
 
 
 def _with_dense(folder: Path, config: EngineConfig, resolved: Resolved) -> ServableModel:
-    """Open it whole, with experts where they lie in the file."""
+    """Open a checkpoint whole, with its experts mapped."""
     here = replace(config, device="cpu", store="mapped", vram_budget=None)
     return replace(load(folder, here), resolved=resolved)
 
 
 @contextmanager
 def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]:
-    """Yield what measures a model that `open_experts` has opened, as the engine would run it.
+    """Yield the bench of a model that `open_experts` has opened.
 
     Sets this thread's torch threads as the engine sets its own. Raises `ConfigError` where there is no GPU that is
     asked for.
@@ -108,9 +108,9 @@ def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]
 
 
 def bench_of(loaded: LoadedModel, config: EngineConfig) -> Bench:
-    """Return what measures a model that is opened for its experts alone, as the engine would run them.
+    """Return the bench of a model that is opened for its experts only.
 
-    Sets this thread's torch threads as the engine sets its own. Not for a GPU, which `open_bench` knows.
+    Sets this thread's torch threads as the engine sets its own. For a GPU, use `open_bench`.
     """
     kernels = _prepared(loaded, config)
     if config.device != "sim":
@@ -129,7 +129,7 @@ def _prepared(loaded: LoadedModel, config: EngineConfig) -> Kernels:
 
 
 def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.device | None = None) -> Arena:
-    """Return slots for blocks of so many bytes together, if there are as many."""
+    """Return slots for this many bytes of blocks together, if there are as many."""
     largest = max(blocks.layout(layer).nbytes for layer in range(len(loaded.n_experts)))
     return Arena(min(sum(loaded.n_experts), max(2, nbytes // largest + 1)), largest, device)
 
@@ -139,9 +139,9 @@ def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
 
 
 class _Blocks:
-    """Experts packed when first asked for: a sample of what `PackedStore` holds whole.
+    """Packs experts when they are first asked for: a sample of the blocks that `PackedStore` holds whole.
 
-    Each is offered to `pin` if that is given, until one is refused.
+    Each block is offered to `pin`, if that is given, until one is refused.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class _Blocks:
         return (layer, expert) in self._pinned or ((layer, expert) not in self._blocks and self._pin is not None)
 
     def unpin(self, unpin: Callable[[Tensor], None]) -> None:
-        """Unlock what is locked."""
+        """Unlock the locked blocks."""
         for key in self._pinned:
             unpin(self._blocks[key])
         self._pinned.clear()

@@ -9,10 +9,10 @@ from typing import Any
 
 
 class CommandLine:
-    """The program. Called, it is a whole process; else it stands for the typer application."""
+    """The program. A call runs a whole process; attributes are those of the typer application."""
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
-        """Run what the arguments say, and exit."""
+        """Run the command in the arguments, and exit."""
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # there is nothing to end yet
         from fiddler.cli.terminal import as_process
 

@@ -1,4 +1,4 @@
-"""`fiddler calibrate`: what a model's experts take on this machine, measured in seconds and stored."""
+"""`fiddler calibrate`: measures a model's experts on this machine, in seconds, and stores the result."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _DEVICES = ("cpu", "sim", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
-    """What is measured, and how the result is printed."""
+    """What to measure, and how to print the result."""
 
     device: Annotated[
         str,
@@ -149,7 +149,7 @@ def _lines(found: "Calibration", took_s: float) -> Iterator[tuple[str, str]]:
 
 
 def _beside_experts(costs: "CostModel") -> Iterator[tuple[str, str]]:
-    """Yield what is measured on a GPU only."""
+    """Yield the costs that are measured on a GPU only."""
     moves, dense = costs.moves, costs.dense
     if moves.fixed_s > 0.0:
         yield "moves", f"{moves.fixed_s * 1e6:,.0f} μs a layer, {moves.row_s * 1e9:,.0f} ns a row, there and back"

@@ -24,7 +24,7 @@ HINT = "/reset forgets the conversation, /exit or ctrl-D leaves, ctrl-C stops an
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How the conversation starts and is printed."""
+    """The conversation's start, and how it is printed."""
 
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None
     as_json: Annotated[

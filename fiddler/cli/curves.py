@@ -1,7 +1,4 @@
-"""Replays as a picture: how much more each policy reads than Belady, by the size of the cache.
-
-What replays came to, for reading and as JSON.
-"""
+"""Shows replays as a table, as JSON, and as a picture: reads over Belady's by the size of the cache."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ class Replayed:
     name: str
     trace: RoutingTrace
     shares: Mapping[int, float]
-    """The share of experts that was asked for, by the number of slots it is."""
+    """The shares of experts that were asked for, by the number of slots."""
     scores: tuple[Score, ...]
 
     @property
@@ -49,7 +46,7 @@ class Replayed:
         return sorted(rows.items(), key=lambda row: mean(score.ratio for score in row[1]))
 
     def title(self) -> str:
-        """Say in a line what was replayed."""
+        """Return a line that names the replay."""
         n = len(self.trace.recordings)
         sequences = "sequence" if n == 1 else "sequences"
         return (
@@ -129,7 +126,7 @@ _TICKS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 2
 _N_COLUMNS = 3
 """Traces side by side."""
 _LINE_HEIGHT = 0.042
-"""Of a label, as a share of the picture's height."""
+"""Height of a label, as a share of the picture's height."""
 
 
 def check(file: Path) -> None:

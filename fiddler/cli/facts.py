@@ -1,8 +1,6 @@
-"""What a checkpoint is, from its configuration and its files' headers. No weight is read.
+"""A checkpoint's facts for `fiddler inspect`: its sizes, from configuration and headers, and this machine's memory.
 
-How much memory this machine has left.
-
-How large the parts of a checkpoint are, from its headers and the shapes of the model's dense part.
+No weight is read. The sizes of the dense part come from the shapes of a skeleton without weights.
 """
 
 import os
@@ -45,7 +43,7 @@ def _meminfo() -> int:
 
 
 def _cgroup_room() -> int | None:
-    """Return what a cgroup (v2) limit leaves, its page cache counted as free; `None` without a limit."""
+    """Return the bytes left by a cgroup (v2) limit, its page cache counted as free; `None` without a limit."""
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
@@ -74,15 +72,15 @@ NOTHING = Amount(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The weights of a model, in all and as a token reads them."""
+    """The weights of a model: in all, and as read by a token."""
 
     dense: Amount
     experts: Amount
     total: Amount
     experts_per_layer: int
-    """Of the layer that has the most."""
+    """Number of experts in the layer that has the most."""
     top_k: int
-    """Experts a token visits in a layer, of the layer where they are the most."""
+    """Experts that a token visits in a layer, in the layer where they are the most."""
     bytes_per_expert: int
     expert_bytes_per_token: int
     dense_bytes_per_token: int
@@ -151,14 +149,14 @@ class Machine:
 
     ram_available_bytes: int
     fits: Literal["ram", "disk", "no"]
-    """In RAM whole; its dense part in RAM and its experts mapped from disk; not at all."""
+    """Whether all of it fits in RAM, or the dense part with the experts mapped from disk, or nothing."""
     cacheable_expert_bytes: int
     """Bytes of experts that RAM holds beside the dense part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What there is to know of a checkpoint before it is run."""
+    """Everything known of a checkpoint before it is run."""
 
     folder: str
     architecture: str
@@ -170,7 +168,7 @@ class Facts:
     packed: bool
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
     file_bytes: int
-    """Of every tensor stored, those that are not used (such as multi-token prediction) included."""
+    """Bytes of every stored tensor, unused ones (such as multi-token prediction) included."""
     sizes: Sizes
     machine: Machine
 

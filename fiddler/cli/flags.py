@@ -1,9 +1,8 @@
-"""The library's errors name options as Python does, `name=value`. In a shell they are `--name value`.
+"""Groups of options as dataclasses, and errors in the words of a shell.
 
-Lets commands share groups of options: typer reads a function's parameters, a group is a dataclass.
-
-A command is written as `def inspect(checkpoint: CheckpointOptions, output: InspectOptions) -> None`; typer sees one
-option for each field of both.
+A command is written as `def inspect(checkpoint: CheckpointOptions, output: InspectOptions) -> None`; `flattened`
+shows typer one option for each field of both. The library's errors name options as Python does, `name=value`;
+`spoken` turns that into `--name value`.
 """
 
 import inspect
@@ -21,16 +20,16 @@ from fiddler.errors import ConfigError
 
 _VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|[^\s,;:()]+"""
 _ELSEWHERE = ("fiddler.attach(", "model.generate(")
-"""Advice for programs."""
+"""Pattern of advice that is meant for programs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """How an option is given in a shell."""
+    """The spelling of an option in a shell."""
 
     on: str
     off: str | None = None
-    """Of a switch that can be set either way."""
+    """Flag that turns a switch off, where it can be set either way."""
 
     def given(self, text: str) -> str:
         """Return the flag with a value, which is written as Python writes it."""
@@ -48,7 +47,7 @@ _flags: ContextVar[Mapping[str, Flag]] = ContextVar("flags", default={})  # noqa
 
 @contextmanager
 def speaking(kinds: Iterable[Any]) -> Generator[None]:
-    """Let errors speak of the flags that the dataclasses of a command's options make."""
+    """Let errors name options by the flags that these dataclasses make."""
     token = _flags.set(_read(kinds))
     try:
         yield
@@ -77,7 +76,7 @@ def _read(kinds: Iterable[Any]) -> dict[str, Flag]:
 
 @contextmanager
 def giving(flag: str) -> Generator[None]:
-    """Let an error begin with the flag whose value is read inside."""
+    """Let errors raised inside begin with this flag."""
     try:
         yield
     except ConfigError as error:

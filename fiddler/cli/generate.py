@@ -79,7 +79,7 @@ def _prompt(given: str | None, notes: Notes, *, demo: bool) -> str:
 
 
 def _piped(notes: Notes) -> str | None:
-    """Return what a pipe or a file on stdin holds, but for a final newline; `None` where nothing was piped in."""
+    """Return the text of a pipe or a file on stdin, but for a final newline; `None` without one."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
@@ -100,4 +100,4 @@ def _write(text: str) -> None:
 
 
 def _ignore(text: str) -> None:
-    """Leave the text to the JSON object."""
+    """Print nothing: the text will be in the JSON object."""

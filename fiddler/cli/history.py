@@ -1,4 +1,4 @@
-"""A conversation that always fits in the model's context."""
+"""A conversation that is kept within the model's context."""
 
 from fiddler.cli.session import DEFAULT_NEW_TOKENS
 from fiddler.engine.engine import Engine
@@ -20,7 +20,7 @@ class History:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the model is given."""
+        """The messages for the model."""
         return [*self._system, *self._turns]
 
     @property

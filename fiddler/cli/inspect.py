@@ -1,4 +1,4 @@
-"""`fiddler inspect`: what a checkpoint is and whether it fits, without reading its weights."""
+"""`fiddler inspect`: shows a checkpoint's sizes and whether it fits this machine, without reading its weights."""
 
 import json
 from dataclasses import dataclass

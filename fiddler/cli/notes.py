@@ -1,4 +1,4 @@
-"""What a command says about its work, on stderr: stdout is for the result alone."""
+"""Writes a command's progress and summary to stderr; stdout is for the result alone."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class Notes:
 
     @contextmanager
     def working(self, line: str, *, spin: bool = True) -> Generator[Callable[[], None]]:
-        """Show what is being done, until what the context gives is called or the context ends.
+        """Show the work under way, until the yielded function is called or the context ends.
 
         A spinner on a terminal, unless `spin` is off because something else draws there; one plain line elsewhere.
         """
@@ -37,7 +37,7 @@ class Notes:
 
     @contextmanager
     def counting(self, line: str, n: int) -> Generator[Callable[[], None]]:
-        """Show how much of `n` parts is done, until the context ends; what it gives is called after each.
+        """Show how many of `n` parts are done, until the context ends; call the yielded function after each part.
 
         A bar on a terminal; one plain line elsewhere.
         """
@@ -50,7 +50,7 @@ class Notes:
             yield lambda: progress.advance(task)
 
     def summary(self, usage: Usage, timing: Timing, statistics: Statistics, machine: str | None = None) -> None:
-        """Write what a completion took as a table; `machine` is what was simulated in virtual time, if anything."""
+        """Write a completion's usage and speed as a table; `machine` is the simulated one, if any."""
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
         table.add_row("tokens", f"{usage.prompt_tokens:,} prompt, {usage.completion_tokens:,} new")
@@ -90,7 +90,7 @@ def slots_used(statistics: Statistics) -> str:
 
 
 def copied_ahead(prefetch: PrefetchStatistics) -> str:
-    """Say what was copied ahead, and what came of it."""
+    """Say how many experts were copied ahead, and how many of them were used."""
     resting = ", now switched off: it did not pay" if prefetch.resting else ""
     return f"{prefetch.n_issued:,} ahead ({prefetch.n_used:,} used, {prefetch.n_landed:,} in time{resting})"
 

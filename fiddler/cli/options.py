@@ -85,7 +85,7 @@ TRUST = "Let Python code inside the checkpoint's folder run."
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Which checkpoint."""
+    """Options that name the checkpoint."""
 
     model: Annotated[
         str | None,
@@ -97,11 +97,11 @@ class CheckpointOptions:
 
     @property
     def source(self) -> str | Path:
-        """What to open: the model that was named, or the demo."""
+        """The model that was named, or the demo."""
         return DEMO if self.model is None else self.model
 
     def find(self, *, download: bool = True) -> None:
-        """Refuse what holds no checkpoint before torch and transformers are imported. Raises `ModelError`."""
+        """Raise `ModelError` if there is no checkpoint, before torch and transformers are imported."""
         find_checkpoint(self.source, download=download)
 
     @property
@@ -111,7 +111,7 @@ class CheckpointOptions:
 
     @property
     def name(self) -> str:
-        """What to call the model in messages."""
+        """The model's name in messages."""
         return "the built-in demo model" if self.model is None else self.model
 
 
@@ -188,7 +188,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are picked; what is left out is as the checkpoint's `generation_config.json` says."""
+    """How tokens are picked; options left out are as the checkpoint's `generation_config.json` says."""
 
     max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most; 256 if left out.", min=1)] = None
     greedy: Annotated[

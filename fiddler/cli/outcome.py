@@ -1,4 +1,4 @@
-"""What a simulation came to, for reading and as JSON."""
+"""Prints a simulation, as a table or as JSON."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ LANES: Mapping[LaneName, str] = {"gpu": "GPU", "cpu": "CPU", "link": "link"}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A simulation: what was run, and the report of it."""
+    """A simulation: its input, and its report."""
 
     setting: Setting
     work: Mapping[str, Any]

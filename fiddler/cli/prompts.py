@@ -1,4 +1,4 @@
-"""Prompts of a command that runs several, by name."""
+"""Reads the prompts of a command that runs several, each with a name."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ DEMO_PROMPTS: tuple[Named, ...] = (
 def read_prompts(given: Sequence[str], file: Path | None, *, demo: bool) -> list[Named]:
     """Return the prompts that were given, then the file's; the demonstration's where there are none.
 
-    One without a name has its number, from 0. Raises `ConfigError` for a file that cannot be used or where nothing
-    was given, and `PromptError` for undecodable text.
+    One without a name has its number, from 0. Raises `ConfigError` for a file that cannot be used or if there is no
+    prompt, and `PromptError` for undecodable text.
     """
     prompts: list[tuple[str | None, Any]] = [(None, prompt) for prompt in given]
     if file is not None:

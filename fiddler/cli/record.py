@@ -1,6 +1,6 @@
-"""`fiddler record`: record which experts every token visits.
+"""`fiddler record` (once `trace`): records which experts every token visits, and how predictable that was.
 
-What recorded routing is like: how often experts recur, and how well a look-ahead saw them coming.
+It also prints how often experts recur from token to token, and how many visits a look-ahead foresaw.
 """
 
 import json
@@ -29,7 +29,7 @@ Ids = NDArray[np.int16]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of some visits, how many were to experts of a set."""
+    """A share of visits that were to experts of a given set."""
 
     share: float
     chance: float
@@ -121,7 +121,7 @@ def record(
 
 
 def _check_output(file: Path) -> None:
-    """Raise `ConfigError` before anything runs in vain."""
+    """Raise `ConfigError` for a file that cannot be written, before anything is run."""
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ConfigError(f"{file} cannot be written: there is {'a' if file.is_dir() else 'no'} folder")
     if file.exists() and not file.is_file():  # the new file would take the place of a device or a pipe

@@ -1,4 +1,4 @@
-"""`fiddler replay`: cache policies on recorded or made-up routing, beside the best that can be. No torch."""
+"""`fiddler replay`: compares cache policies on a routing with the best that is possible. Uses no torch."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fiddler.recording import RoutingTrace
 
 RESIDENT = (0.125, 0.25, 0.5)
-"""Shares of the experts that have a slot, unless given."""
+"""Shares of experts with a slot, unless given."""
 
 
 def _routing(text: str, *names: str, **limits: Any) -> Any:
@@ -63,7 +63,7 @@ class RoutingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """What it is replayed on."""
+    """The caches it is replayed through."""
 
     policy: Annotated[
         list[str], choice(POLICIES, "Which expert gives way; may be given several times. All.", "Cache")

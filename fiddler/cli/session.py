@@ -1,4 +1,4 @@
-"""Asking an engine from a terminal. Importing this imports torch and transformers."""
+"""Runs requests of a command in an engine. Importing this imports torch and transformers."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ from fiddler.text.prompts import Prompt
 from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
 
 DEFAULT_NEW_TOKENS = 256
-"""Tokens of an answer whose length nobody gave; fewer where the context holds no more."""
+"""Tokens of an answer if no length was given; fewer where the context holds no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion, or what there was of it at a ctrl-C."""
+    """A completion, or the part before a ctrl-C."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -55,7 +55,7 @@ class Answer:
 
 
 def experts_json(statistics: Statistics) -> dict[str, Any]:
-    """Return where the experts ran, what was read for them, and how they came to the accelerator."""
+    """Return where the experts ran, the bytes read for them, and how they came to the accelerator."""
     return {
         "visits": statistics.n_expert_rows,
         "cpu_visits": statistics.cpu.n_rows,
@@ -92,7 +92,7 @@ def virtual_json(machine: str | None, n_tokens: int, step_s: float) -> dict[str,
 async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: Callable[[str], None]) -> Answer:
     """Return the engine's answer, each piece of text given to `emit` as it comes; ctrl-C ends the answer.
 
-    Raises what `Engine.generate_stream` and its stream raise.
+    Raises the errors of `Engine.generate_stream` and its stream.
     """
     n_prompt = engine.count_tokens(prompt)
     options = _options(engine, n_prompt, overrides)
@@ -113,7 +113,7 @@ async def ask(engine: Engine, prompt: Prompt, overrides: dict[str, Any], emit: C
 
 
 def _options(engine: Engine, n_prompt: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return a request's options, with a length that the context has room for where nobody gave one."""
+    """Return a request's options; if no length was given, one that fits into the context is set."""
     room = max(engine.max_context - n_prompt, 1)
     return {"max_new_tokens": min(DEFAULT_NEW_TOKENS, room), **overrides}
 
@@ -145,8 +145,8 @@ async def record(
 ) -> tuple[RoutingTrace, bool]:
     """Open an engine, run prompts side by side, close it; `opened` is called when it is ready.
 
-    Returns their routing under their names, and whether ctrl-C ended them before their time. Raises what
-    `Engine.generate_stream` and its streams raise; a `PromptError` says of which prompt.
+    Returns their routing under their names, and whether ctrl-C ended them before their time. Raises the errors of
+    `Engine.generate_stream` and its streams; a `PromptError` says of which prompt.
     """
     engine = Engine(model, config)
     interrupted = True

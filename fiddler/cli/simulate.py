@@ -1,4 +1,4 @@
-"""`fiddler simulate`: what a model would do on a machine, in virtual time. Imports no torch."""
+"""`fiddler simulate`: predicts a model's speed on a described machine, in virtual time. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from fiddler.lab.systems import System
 
 SHAPE = "qwen3-30b-a3b"
-"""What is simulated if nothing was named."""
+"""The shape that is simulated if none was named."""
 PLACEMENT = "Placement"
 MOST_TOKENS = 1 << 20
-"""Whose routing is made up: it is held in memory, a kilobyte or two for each."""
+"""Most tokens of made-up routing: it is held in memory, a kilobyte or two for each."""
 
 
 def _machine(text: str, *names: str, **limits: Any) -> Any:
@@ -78,7 +78,7 @@ class PlacementOptions:
     promote: Annotated[bool | None, _placement("Copy hot experts in while the link is idle.")] = None
 
     def chosen(self) -> "System":
-        """Return the system, with the parts that were asked for."""
+        """Return the system, with the parts that the options change."""
         from fiddler.lab.systems import system
 
         asked = {name: value for name, value in asdict(self).items() if name != "system" and value is not None}
@@ -89,7 +89,7 @@ class PlacementOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions:
-    """What is run."""
+    """The sequences to run."""
 
     sequences: Annotated[int, _work("Sequences side by side.", min=1)] = 1
     prompt_tokens: Annotated[int, _work("Tokens of each prompt.", min=1)] = 128
@@ -224,13 +224,13 @@ def _popular(work: WorkOptions, shape: "ModelShape") -> "Sequence[Key]":
 
 
 def check_length(flags: str, n_tokens: int) -> None:
-    """Raise `ConfigError` where more routing would be made up than is held in memory."""
+    """Raise `ConfigError` if there is more routing to make up than fits in memory."""
     if n_tokens > MOST_TOKENS:
         raise ConfigError(f"{flags}: {n_tokens:,} tokens are more than the {MOST_TOKENS:,} that are made up")
 
 
 def make_up(routing: str, shape: "ModelShape", seed: int) -> "SyntheticRouting":
-    """Return what draws a shape's routing: "synthetic", "fitted", or as often as the counts in a file say.
+    """Return the maker of a shape's routing: "synthetic", "fitted", or drawn from the counts in a file.
 
     Raises `ConfigError` for a file that has no counts of this shape.
     """

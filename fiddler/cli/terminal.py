@@ -1,7 +1,4 @@
-"""How the program ends: errors as one line, ctrl-C, an output that cannot be written.
-
-The three standard streams of a process, which may be closed, full, or read by nobody.
-"""
+"""Ends the process well: errors as one line, ctrl-C, and standard streams that are closed or full."""
 
 import io
 import os
@@ -16,7 +13,7 @@ from fiddler.cli.flags import spoken
 from fiddler.errors import FiddlerError
 
 BROKEN_PIPE = 141
-"""As a shell reports a program that SIGPIPE ended."""
+"""Exit code that a shell reports for a program that SIGPIPE ended."""
 
 
 class OutputError(Exception):
@@ -30,7 +27,7 @@ class OutputError(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output. Having failed once it takes everything, or the interpreter would complain as it ends."""
+    """Standard output. After a failure it swallows everything, or the interpreter would complain as it ends."""
 
     failed = False
 
@@ -45,7 +42,7 @@ class _Output(io.FileIO):
 
 
 class _Notes(io.FileIO):
-    """Standard error: no reason to end, whatever becomes of it."""
+    """Standard error; its failures never end the program."""
 
     def write(self, data: Any) -> int:
         try:
@@ -83,7 +80,7 @@ def _closed(descriptor: int) -> bool:
 
 
 def _text(raw: io.FileIO, like: Any) -> io.TextIOWrapper:
-    """Return a text stream that encodes as the one in its place does, and passes on as often."""
+    """Return a text stream with the encoding and buffering of the one it replaces."""
     lines = raw.isatty() or isinstance(raw, _Notes)
     encoding, errors = getattr(like, "encoding", None) or "utf-8", getattr(like, "errors", None) or "replace"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=lines)
@@ -91,7 +88,7 @@ def _text(raw: io.FileIO, like: Any) -> io.TextIOWrapper:
 
 FAILED = 1
 INTERRUPTED = 130
-"""As a shell reports a program that SIGINT ended."""
+"""Exit code that a shell reports for a program that SIGINT ended."""
 
 
 @contextmanager
@@ -117,11 +114,10 @@ def as_process() -> Generator[None]:
 
 @contextmanager
 def guarded() -> Generator[None]:
-    """Turn what goes wrong inside into an exit code and at most one line on stderr.
+    """Turn errors inside into an exit code and at most one line on stderr.
 
-    Errors that are none of ours are bugs and keep their traceback. A ctrl-C that nothing inside handles ends the
-    process at once: while a model is loaded there is nothing to keep, and a thread inside torch cannot be asked
-    to stop.
+    Errors outside of our tree are bugs and keep their traceback. A ctrl-C that nothing inside handles ends the
+    process at once: while a model is loaded there is nothing to keep, and a thread inside torch cannot be stopped.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, whatever the terminal knows

@@ -1,4 +1,4 @@
-"""A run as a file to look at: a Chrome trace of all of it, or a picture of a few layers."""
+"""Writes a run to a file: all of it as a Chrome trace, or a few layers as a picture."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg", ".pdf")
 N_LAYERS = 5
-"""Layers in a picture whose length nobody gave."""
+"""Layers in a picture of default length."""
 _N_TRIED = 64
-"""Windows that are compared."""
+"""Number of windows that are compared."""
 _CHARACTERS = 108
-"""Of a label, across the whole picture."""
+"""Characters of a label that fit across the whole picture."""
 _FAINT = 0.45
-"""How much of its colour a second wave keeps."""
+"""Share of its colour that a second wave keeps."""
 _MARGIN = 1.0
-"""Of a label in its bar, in characters."""
+"""Margin of a label in its bar, in characters."""
 _SIZE = (8.4, 4.4)
-"""In inches: about as wide as a page shows a picture, so that its letters are not shrunk."""
+"""Size in inches: about as wide as a page shows a picture, so that its letters are not shrunk."""
 _N_COLUMNS = 4
-"""Of the legend."""
+"""Columns of the legend."""
 
 _LANES = {"gpu": "GPU", "link": "link", "cpu": "CPU"}
 # Okabe and Ito's palette: its colours stay apart under the common colour blindnesses. A hatch tells two yellows.
@@ -156,7 +156,7 @@ def _second(waves: Mapping[int, Sequence[Decision]]) -> Iterator[int]:
 
 
 def _bar(axes: "Axes", span: Span, window: Window, *, faint: bool) -> None:
-    """Draw a job, with what it is where there is room for that."""
+    """Draw a job, with a label if there is room for one."""
     _, colour, hatch = _LOOKS[span.kind]
     edge = "#333333"
     if faint:
@@ -179,7 +179,7 @@ def _paler(colour: str) -> str:
 
 
 def _labels(span: Span) -> tuple[str, ...]:
-    """Return what may stand in a bar, the best first: experts in numbers, or the one that is copied."""
+    """Return possible labels of a bar, the best first: numbers of experts, or the one that is copied."""
     if span.kind == "dense":
         return ()
     words = span.name.split()  # "L3 2 experts", "copy L3 E7", "ahead L4 E2"

@@ -1,1 +1,1 @@
-"""What things take: seconds of expert compute, of copies and of the dense part, and lanes that share bandwidth."""
+"""Predicts seconds: of experts, copies and the dense part, and of lanes that share bandwidth."""

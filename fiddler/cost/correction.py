@@ -1,4 +1,4 @@
-"""Keeps the cost model true while it is used: what lanes report against what was predicted."""
+"""Corrects the cost model while it is used, by comparing the lanes' reports with predictions."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ from fiddler.cost.lanes import LaneName
 from fiddler.cost.model import CostModel, ExpertCosts
 
 WEIGHT = 0.05
-"""Of one report: some twenty reports decide, so one interrupted job changes little."""
+"""Weight of one report: about twenty reports decide, so one interrupted job changes little."""
 TOLERANCE = 0.05
-"""The model is made anew where a factor has moved by more: a plan sees no difference below."""
+"""The model is rebuilt only where a factor moved by more; a plan sees no difference below."""
 LIMITS = 0.2, 5.0
-"""Beyond these a report is a machine that slept, not a cost."""
+"""A report outside these limits comes from a machine that slept, and is ignored."""
 
 
 class Correction:
@@ -27,13 +27,13 @@ class Correction:
 
     @property
     def factors(self) -> dict[LaneName, float]:
-        """How much longer than calibrated each lane takes of late."""
+        """Recent times as multiples of the calibrated ones, by lane."""
         return dict(self._factors)
 
     def report(self, lane: LaneName, predicted_s: float, took_s: float) -> None:
-        """Take note of an expert job or a copy, its prediction made by `costs` and including what it shared.
+        """Take in the time of an expert job or a copy; `costs` made its prediction, including contention.
 
-        Nothing is learnt of a lane that is not calibrated: it predicts nothing.
+        Reports of a lane without calibration are ignored, since nothing is predicted for it.
         """
         if not (predicted_s > 0.0 and took_s >= 0.0):
             return

@@ -1,6 +1,7 @@
-"""Three lanes as queues of work in seconds: how long what is queued will take, bandwidth shared.
+"""Three lanes as queues of work in seconds, with bandwidth shared between CPU and link.
 
-The simulated machine runs on this, and the scheduler keeps one beside the real lanes to know their backlogs.
+The simulated machine runs on these queues. The scheduler keeps a second set beside the real lanes, to know their
+backlogs.
 """
 
 from collections import deque
@@ -30,10 +31,10 @@ class Queued:
     work_s: float
     left_s: float
     urgent: bool = True
-    """Demand, which goes before what is not; a started job is never overtaken."""
+    """Whether a layer waits for the job: it then goes before other jobs that have not started."""
     started: bool = False
     ran_s: float = 0.0
-    """Time in which `work_s - left_s` of it was done."""
+    """Time in which `work_s - left_s` seconds of its work were done."""
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Lanes:
 
     contention: Contention = NO_CONTENTION
     overlap: bool = True
-    """False: the CPU works only while nothing is copied and the GPU rests, as one thread driving both in turn."""
+    """False: the CPU works only while link and GPU rest, as if one thread drove all in turn."""
     cpu: deque[Queued] = field(default_factory=deque)
     gpu: deque[Queued] = field(default_factory=deque)
     link: deque[Queued] = field(default_factory=deque)
@@ -114,8 +115,8 @@ class Lanes:
     def pass_by(self, seconds: float) -> None:
         """Let time pass beside real lanes: a job whose time is up stays, with nothing left, until it is removed.
 
-        Only the first job of each lane runs, so there are two spans: CPU and link slow each other, then nobody
-        does. Real lanes overlap, so `overlap` is taken as true.
+        Only the first job of each lane runs, so there are two spans: CPU and link slow each other, then one of them
+        runs alone. Real lanes overlap, so `overlap` is taken as true.
         """
         if seconds <= 0.0:
             return

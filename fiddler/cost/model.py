@@ -1,6 +1,6 @@
-"""The calibrated cost model: what one expert takes on the CPU, on the GPU, and to be copied in.
+"""The calibrated cost model: seconds of an expert on the CPU, on the GPU and on the link, and of the dense part.
 
-Seconds as a function of rows.
+`Curve` gives seconds as a function of rows.
 """
 
 from bisect import bisect_left
@@ -79,7 +79,7 @@ class Curve:
 
 
 NO_TIME = Curve(((1.0, 0.0),))
-"""Of what takes none."""
+"""The curve of work that takes no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ class ExpertCosts:
     cpu: Curve
     gpu: Curve
     copy_s: float
-    """One block over the link."""
+    """Seconds to copy one block over the link."""
     nbytes: int
     """Bytes of the block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contention:
-    """What the CPU lane and the link take from each other: they read the same host memory.
+    """How much the CPU lane and the link slow each other, since both read the same host memory.
 
     Factors of at least 1 on the seconds either takes alone, for as long as both are busy.
     """
@@ -144,7 +144,7 @@ class CostModel:
     moves: Moves = _NO_MOVES
     dense: Dense = _NO_DENSE
     host_s: float = 0.0
-    """The host's own work per layer of a wave: launches and the scheduler."""
+    """Seconds of the host's own work per layer of a wave: launches and the scheduler."""
 
     def cpu_s(self, layer: int, rows: Sequence[int]) -> float:
         """Return the CPU lane's seconds for experts with `rows` rows each, activation moves included."""
@@ -184,7 +184,7 @@ class CostModel:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read what `as_json` gave. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        """Read the value of `as_json`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         shapes = [
             ExpertCosts(_curve(s["cpu"]), _curve(s["gpu"]), _number(s["copy_s"]), int(_number(s["nbytes"])))
             for s in value["shapes"]

@@ -1,1 +1,1 @@
-"""Where experts run: the formula of an expert, its kernels, and one file a device."""
+"""Computes experts: the formula, the kernels, and one file per device."""

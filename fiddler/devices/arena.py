@@ -13,7 +13,7 @@ ALIGNMENT = 64
 
 
 class Views(Protocol):
-    """How the weights lie in a block; compared by identity."""
+    """Finds the weights in a block; compared by identity."""
 
     def views(self, block: Tensor) -> ExpertWeights:
         """Return the weights in a block, without copying."""
@@ -22,8 +22,8 @@ class Views(Protocol):
 class Arena:
     """`n_slots` slots of `slot_bytes` each, uint8, in the memory of `device`.
 
-    It knows neither what a slot holds nor who reads it: whoever writes a slot has made sure that nobody does.
-    Raises `ValueError` for slots that would not be aligned, and torch's `RuntimeError` where there is no memory.
+    It knows neither the contents of a slot nor its readers: a writer must make sure that there are none. Raises
+    `ValueError` for slots that would not be aligned, and torch's `RuntimeError` where there is no memory.
     """
 
     def __init__(self, n_slots: int, slot_bytes: int, device: torch.device | None = None) -> None:
@@ -33,7 +33,10 @@ class Arena:
         self._allocate(n_slots, slot_bytes)
 
     def shrink(self, n_slots: int, reclaim: Callable[[], None]) -> None:
-        """Have fewer slots, which hold nothing: the memory is given back, by `reclaim`, before less is taken."""
+        """Reduce the number of slots, which must hold nothing.
+
+        `reclaim` gives the old memory back before the new is taken.
+        """
         slot_bytes = self.slot_bytes
         self._views.clear()
         del self._slots
@@ -76,8 +79,7 @@ class Arena:
     def views(self, slot: int, layout: Views) -> ExpertWeights:
         """Return the weights in a slot, kept as long as it is asked for with the same layout.
 
-        They are views: what is written to the slot later shows in them. Raises `IndexError` for a slot that does
-        not exist.
+        They are views: later writes to the slot show in them. Raises `IndexError` for a slot that does not exist.
         """
         found = self._views[slot] if 0 <= slot < len(self._views) else None
         if found is None or found[0] is not layout:

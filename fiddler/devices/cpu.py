@@ -1,4 +1,4 @@
-"""The CPU: experts run where their weights lie on the host."""
+"""The CPU: runs experts on the host, in place."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
 MOST_OUTLINES = 1 << 16
-"""Experts of which it is remembered how they lie; all are forgotten when there are more."""
+"""Number of experts whose memory layout is remembered; all are forgotten when there are more."""
 
 
 class _Way(NamedTuple):
-    """How a layer's experts run at some row count."""
+    """The way in which a layer's experts run at some row count."""
 
     up: Matmul
     down: Matmul
@@ -30,13 +30,13 @@ class _Way(NamedTuple):
 class CpuDevice:
     """Runs experts of any layer on rows; the threads share each expert, or all of them at once.
 
-    What an expert's rows come to depends on the expert and their number, not on what runs beside it.
+    Results of an expert depend on the expert and its number of rows, not on the loads that run beside it.
     """
 
     weights: Callable[[int, int], ExpertWeights]
     """(layer, expert) to its weights."""
     formulas: tuple[ExpertFormula, ...]
-    """By layer."""
+    """Formulas by layer."""
     kernels: Kernels
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
     _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class CpuDevice:
             out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
 
     def _look(self, weights: ExpertWeights) -> tuple[ExpertWeights, Outline]:
-        """Look at an expert once; it is kept alive, so that its id stays its own."""
+        """Return an expert's memory layout; the expert is kept alive, so that no other takes its id."""
         if len(self._outlines) >= MOST_OUTLINES:
             self._outlines.clear()
         found = self._outlines[id(weights)] = weights, Outline.of(weights)

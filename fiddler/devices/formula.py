@@ -1,7 +1,4 @@
-"""What a device is asked for, and the values it works on.
-
-The formula of one expert on some rows: up, gate, down.
-"""
+"""The formula of an expert: up, gate, down, as matmuls and an activation on rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +12,10 @@ from fiddler.types import ExpertWeights
 
 @dataclass(frozen=True, slots=True)
 class ExpertFormula:
-    """What varies between experts classes beside their weights.
+    """The parts of an experts class that differ between architectures, beside the weights.
 
-    Exactly one of `activation` and `gate` decides: `gate` maps the joined up output `[n, 2I]` (or `[n, I]`) to
-    `[n, I]`; where it is `None` the standard `activation(gate) * up` (or `activation(up)` if not `gated`) applies.
+    Exactly one of `activation` and `gate` decides: `gate` maps the joined up output `[n, 2I]` (or `[n, I]`) to `[n,
+    I]`; where it is `None` the standard `activation(gate) * up` (or `activation(up)` if not `gated`) applies.
     """
 
     gated: bool

@@ -1,15 +1,14 @@
-"""Which matmul multiplies a weight: a pure function of (shape, dtype, memory order, rows, stored calibration).
+"""Chooses the matmul for a weight, and pads rows to few different counts.
 
-`linear` is torch's own `F.linear(x, W)`. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the weights at up to twice
-the bandwidth for few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. `native`
-is ours (native.c), where it could be compiled. Only a measurement on this machine picks one of the last three.
-
-Products of few different row counts, for each one that torch multiplies takes memory for good.
+The choice is a pure function of shape, dtype, memory order, rows and the stored calibration. `linear` is torch's
+own `F.linear(x, W)`. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the weights at up to twice the bandwidth for
+few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. `native` is ours (native.c),
+where it could be compiled. Only a measurement on this machine picks one of the last three.
 
 oneDNN, which multiplies torch's 16-bit matrices on a CPU, compiles a kernel for every row count of every weight
-shape, two thirds of a megabyte each, and keeps the latest 1024 of them for the life of the process. Rows are
-therefore multiplied in rooms: `ROOMS` are the only counts there are, and zeros fill up the last room. float32 goes
-to MKL, which keeps nothing, and its rows travel as they are.
+shape, two thirds of a megabyte each, and keeps the latest 1024 of them for the life of the process. So rows are
+multiplied only in the counts of `ROOMS`, and zeros fill up the last one. float32 goes to MKL, which keeps nothing,
+and its rows are not padded.
 """
 
 from bisect import bisect_left
@@ -28,9 +27,9 @@ from fiddler.devices.native import MOST_ROWS, Native
 ROOMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that are multiplied."""
 FEW = 32
-"""Up to here a product takes as long as reading its weight takes, and zeros cost nothing."""
+"""Up to this many rows a product takes as long as reading its weight, and zeros cost nothing."""
 MOST_ZEROS = 0.25
-"""Of more rows: beyond this share of zeros they go into two rooms, though the weight is then read twice."""
+"""With more rows: beyond this share of zeros they take two rooms, though the weight is then read twice."""
 
 
 @lru_cache(1 << 12)
@@ -77,7 +76,7 @@ def bucket(n_rows: int) -> int:
 
 
 def shape_key(weight: Tensor) -> ShapeKey:
-    """Return what a calibration knows of a weight matrix `[out, in]`."""
+    """Return the calibration's key of a weight matrix `[out, in]`."""
     return weight.shape[0], weight.shape[1], weight.dtype, weight.stride(1) == 1
 
 
@@ -118,7 +117,7 @@ def _without_gaps(weight: Tensor) -> Tensor:
 TORCH: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
 """The kernels that are always there."""
 _WHOLE: Mapping[KernelName, Matmul] = {"linear": F.linear, "rows_last": _rows_last, "vector": vector}
-"""The same for rows that fill a room, and weights without gaps."""
+"""Kernels for rows that fill a room, and weights without gaps."""
 
 ProductKey = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
 """(shape, strides, dtype) of a weight matrix, and the rows that it multiplies."""
@@ -130,9 +129,9 @@ class Kernels:
 
     choice: Mapping[tuple[ShapeKey, int], KernelName] = field(default_factory=dict)
     native: Native | None = None
-    """Ours, where they could be compiled."""
+    """Our own kernels, where they could be compiled."""
     products: dict[ProductKey, Matmul] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What `product` has returned for fewer than `TIE` rows."""
+    """Cache of `product`, for fewer than `TIE` rows."""
 
     def name(self, weight: Tensor, n_rows: int) -> KernelName:
         """Return the kernel's name for `n_rows` rows of this weight."""
@@ -146,7 +145,8 @@ class Kernels:
         return self.kernel(self.name(weight, n_rows))
 
     def product(self, weight: Tensor, n_rows: int) -> Matmul:
-        """Return what computes as that kernel does for `n_rows` rows and no others: straight, if they fill a room.
+        """Return a function that computes as that kernel does for exactly `n_rows` rows, without padding if they
+        fill a room.
 
         Callers look into `products` first. Its keys hold all that the choice depends on: a weight may be replaced.
         """

@@ -1,10 +1,10 @@
-"""A compiled library kept on disk. Only what we wrote ourselves, whole, is ever loaded.
+"""Compiles a library, keeps it on disk, and loads it only if we wrote it ourselves.
 
-Others may own the cache folder or one above it, and change what a path leads to between a look and a load. So
-folder and file are looked at once they are open, what was read is compared with the digest at its end, and these
-bytes are loaded, not the path.
+Other users may own the cache folder or one above it, and change the target of a path between a check and a load. So
+folder and file are checked once they are open, the bytes are compared with the digest at their end, and these bytes
+are loaded, not the path.
 
-Runs a C compiler, which may be missing, fail, hang, or print anything. Nothing of it is left running.
+A compiler may be missing, fail, hang, or print anything; its whole process group is ended after a time limit.
 """
 
 import atexit
@@ -24,13 +24,13 @@ from tempfile import TemporaryDirectory, gettempdir
 from time import monotonic
 
 MOST_BYTES = 1 << 26
-"""A larger file is none of ours."""
+"""Files larger than this are not ours."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def kept(file: Path) -> bytes:
-    """Return a library as `keep` wrote it. Raises `OSError` for one that is absent, damaged or perhaps others'."""
+    """Return a library that `keep` wrote. Raises `OSError` for one that is absent, damaged or open to others."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name is not waited for
     with _folder(file.parent, mend=False) as folder, _opened(file.name, flags, folder) as descriptor:
         found = os.fstat(descriptor)
@@ -63,7 +63,7 @@ def keep(file: Path, made: bytes) -> None:
 
 
 def loaded(made: bytes) -> ctypes.CDLL:
-    """Load a library from its bytes. Raises `OSError` for what is none.
+    """Load a library from its bytes. Raises `OSError` if they are no library.
 
     From memory, where the system allows that: no path leads there that others could change. The descriptor stays
     open, for the loader knows a library by its path, and this one must not come to mean another.
@@ -85,7 +85,7 @@ def loaded(made: bytes) -> ctypes.CDLL:
 
 @contextmanager
 def private_room() -> Generator[Path]:
-    """Give a folder for a while that others can neither write nor replace. Raises `OSError` where there is none."""
+    """Give a temporary folder that others can neither write nor replace. Raises `OSError` where there is none."""
     for parent in (Path(place).resolve() for place in (gettempdir(), "/tmp", "/var/tmp")):
         if parent.is_dir() and _stays(parent):
             with TemporaryDirectory(prefix="fiddler-", dir=parent, ignore_cleanup_errors=True) as room:
@@ -95,9 +95,9 @@ def private_room() -> Generator[Path]:
 
 
 def _stays(folder: Path) -> bool:
-    """Whether nobody but the system can put another folder in the place of ours inside this one.
+    """Whether only the system could replace our folder inside this one.
 
-    Whoever owns the root folder is the system: in a container that may be nobody we know.
+    The owner of the root folder counts as the system; in a container that may be an unknown user.
     """
     system = {0, os.geteuid(), Path("/").stat().st_uid}
     every = [place.lstat() for place in (folder, *folder.parents)]
@@ -108,7 +108,7 @@ def _stays(folder: Path) -> bool:
 def _folder(folder: Path, *, mend: bool) -> Generator[int]:
     """Open a folder that only we can write; `mend` makes one that is ours so. Raises `OSError` for any other.
 
-    A link is followed but what it leads to is not mended: others may have placed it.
+    A link is followed, but its target is not mended: others may have placed the link.
     """
     linked = folder.is_symlink()
     with _opened(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if linked else os.O_NOFOLLOW)) as descriptor:
@@ -137,9 +137,9 @@ def _ours_alone(found: os.stat_result) -> bool:
 VERSION_S = 8.0
 """Seconds that a compiler has to answer `--version`."""
 COMPILE_S = 20.0
-"""The same for compiling, which takes one second on a machine that has nothing else to do."""
+"""Seconds for compiling, which takes one second on an idle machine."""
 PATIENCE_S = 5.0
-"""Seconds after which the log names the compiler that we wait for."""
+"""Seconds after which the log names the compiler that is awaited."""
 MOST_SAID_BYTES = 1 << 16
 """Bytes of its output that are kept, the last ones."""
 MOST_QUOTED = 200
@@ -162,7 +162,7 @@ def compiled(compiler: Sequence[str], source: Path, flags: Sequence[str]) -> byt
 
 
 def run(command: Sequence[str], limit_s: float, **environment: str) -> bytes:
-    """Return what a compiler prints, in English. After `limit_s` seconds it is ended, with all that it started.
+    """Return a compiler's output, in English. After `limit_s` seconds it is ended, with all that it started.
 
     Raises `OSError` where it cannot be started, `subprocess.SubprocessError` where it fails or takes too long.
     """
@@ -198,9 +198,9 @@ def run(command: Sequence[str], limit_s: float, **environment: str) -> bytes:
 
 
 def _read(process: "subprocess.Popen[bytes]", deadline: float, waiting: str) -> bytes:
-    """Return what a process prints, at most `MOST_SAID_BYTES`, until it closes its output or time is up.
+    """Return a process's output, at most `MOST_SAID_BYTES`, until it closes it or time is up.
 
-    Not `communicate`, which waits for everybody who holds that output, even one that cannot be ended.
+    Not `communicate`, which waits for every process that holds the output, even one that cannot be ended.
     """
     assert process.stdout is not None
     source, said, told = process.stdout.fileno(), b"", False

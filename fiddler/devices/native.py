@@ -1,6 +1,6 @@
-"""The kernels in native.c: compiled once for this machine with its C compiler, kept in the user's cache folder.
+"""Our own kernels in native.c: compiled once for this machine, and kept in the user's cache folder.
 
-They need nothing but gcc as `cc` (or what `$CC` names). Where there is none, torch's kernels do the work.
+They need only gcc as `cc`, or the compiler that `$CC` names. Without it, torch's kernels do the work.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class Native:
 
     def __init__(self, made: bytes, library: Path) -> None:
         self.library = library
-        """Where they are kept, if they are."""
+        """File of the compiled kernels, if they are kept."""
         functions = loaded(made)
         pointer, integer, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._matmul = functions.fiddler_matmul
@@ -56,9 +56,9 @@ class Native:
         self._matmul.restype = self._experts.restype = None
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; what does not fit is left to torch.
+        """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; torch does what the kernels do not take.
 
-        In one piece, for it runs several times a layer and token: what the kernels take is what `fits` says.
+        One long function, since it runs several times a layer and token; `fits` says what the kernels take.
         """
         (out, columns), (stride, step), (n_rows, width) = weight.shape, weight.stride(), x.shape
         if (
@@ -108,10 +108,10 @@ class Native:
 
 
 class Outline(NamedTuple):
-    """Where an expert's matrices lie and how large they are."""
+    """Addresses and sizes of an expert's matrices."""
 
     pointers: tuple[int, int, int]
-    """Of gate, up and down."""
+    """Addresses of gate, up and down."""
     strides: tuple[int, int, int]
     hidden: int
     inner: int
@@ -133,7 +133,7 @@ class Outline(NamedTuple):
 
 
 def learns(*tensors: Tensor) -> bool:
-    """Whether somebody wants gradients where they are enabled; the kernels know nothing of them."""
+    """Whether gradients are wanted; our kernels compute none."""
     return any(tensor.requires_grad for tensor in tensors)
 
 
@@ -176,7 +176,7 @@ def _native(folder: Path, command: str) -> Native | None:
 
 
 def _made(library: Path, compiler: Sequence[str]) -> Native:
-    """Return the kernels as they are kept, or else compiled, and kept where nobody else can write."""
+    """Return the kernels: the kept ones, or else compiled anew, and kept where only we can write."""
     with suppress(OSError):
         return Native(kept(library), library)
     made = compiled(compiler, SOURCE, FLAGS)
@@ -188,7 +188,7 @@ def _made(library: Path, compiler: Sequence[str]) -> Native:
 
 
 def _make(version: bytes) -> str:
-    """Return what the compiled file depends on: source, flags, compiler and the machine's instructions."""
+    """Return all that the compiled file depends on: source, flags, compiler and the machine's instructions."""
     with suppress(OSError):
         version += b"".join(
             line

@@ -1,7 +1,7 @@
 """A simulated accelerator: a second arena in RAM behind a link, with the CPU's own numbers.
 
 In wall time the link is throttled, so copies, experts and evictions race as they do on a GPU. In virtual time the
-copy is a plain one, and the clock of `lanes.virtual` says what it took.
+copy is a plain one, and `lanes.virtual` accounts for its time.
 """
 
 import time
@@ -25,11 +25,11 @@ class SimDevice:
     block: Callable[[int, int], Tensor]
     """(layer, expert) to its block on the host, `[n]` bytes."""
     layout: Callable[[int], Views]
-    """By layer, how a block is cut into an expert's matrices."""
+    """By layer, the layout of a block."""
     link_bytes_per_s: float | None = LINK_BYTES_PER_S
 
     def copy(self, layer: int, expert: int, slot: int) -> None:
-        """Copy an expert's block into a slot; takes what the link takes."""
+        """Copy an expert's block into a slot, at the speed of the link."""
         started = time.perf_counter()
         block = self.block(layer, expert)
         self.arena.write(slot, block)
@@ -38,7 +38,7 @@ class SimDevice:
             time.sleep(max(left_s, 0.0))
 
     def weights(self, layer: int, slots: Sequence[int]) -> list[ExpertWeights]:
-        """Return what lies in slots as experts of `layer`."""
+        """Return the weights in slots as experts of `layer`."""
         layout, found = self.layout(layer), []
         for slot in slots:
             found.append(self.arena.views(slot, layout))

@@ -1,1 +1,1 @@
-"""Requests in, tokens out: the engine thread, its steps, and the public face."""
+"""Requests in, tokens out: the engine's thread, its loop, its assembly, and the public face."""

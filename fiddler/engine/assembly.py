@@ -1,7 +1,4 @@
-"""Puts the parts together: what a model's experts run on, who decides, and how its steps are driven.
-
-What a cache has learnt, kept between runs in a file.
-"""
+"""Puts an engine's parts together: cache, scheduler, lanes, runner, steps; saves and restores scores."""
 
 import json
 import logging
@@ -66,12 +63,12 @@ def restore(cache: ExpertCache, file: Path | None) -> None:
 
 
 DEFER_FROM = 6
-"""Experts a token from which on deferring one is sound. Source: KTransformers, SOSP 2025."""
+"""Least experts a token for which deferring one is sound. Source: KTransformers, SOSP 2025."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """One engine's machine; it lives as long as the engine."""
+    """All parts of one engine, for as long as it is open."""
 
     scheduler: "Scheduler | CpuOnly"
     lanes: LaneSet
@@ -83,7 +80,7 @@ class Rig:
     config: EngineConfig
 
     def relieve(self) -> bool:
-        """Have fewer slots, so that what a GPU's memory ran out for finds room; whether that was possible."""
+        """Give slots up, so that work that ran out of GPU memory finds room; returns whether that was possible."""
         self.side.work.short = False
         if self.side.shrink is None or not self.scheduler.cache.n_slots:
             return False
@@ -93,7 +90,7 @@ class Rig:
         return True
 
     def close(self) -> None:
-        """Let the lanes finish, end them, and save what the cache has learnt."""
+        """Let the lanes finish, end them, and save the cache's scores."""
         try:
             self.runner.settle()
         finally:
@@ -160,7 +157,7 @@ def _scheduler(
 
 
 def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:
-    """Return what asks routers early, where somebody wants to know: what copies ahead by it, or a recording."""
+    """Return the look-ahead, if prefetch or a recording uses it."""
     asked = 0 < n_slots < sum(loaded.n_experts) and config.asks_routers
     return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
 

@@ -21,7 +21,7 @@ from fiddler.models.loaded import adopt, load
 from fiddler.models.outside import is_outside, keep_outside
 
 _State = tuple[ExpertFormula, list[tuple[int, torch.dtype]]]
-"""How a module computes, where its parameters lie, and their dtypes."""
+"""A module's formula, the addresses of its parameters, and their dtypes."""
 
 
 def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
@@ -31,9 +31,9 @@ def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = No
     the mapped files; or a loaded transformers model, which is changed in place and keeps its weights. Beam search,
     assisted and prompt-lookup decoding and every logits processor are transformers' own.
 
-    A loaded model can all that it could before: it is saved, converted, moved, trained and adapted. One from a
-    folder has only its dense part as parameters: what would need the experts too (saving, another dtype or device,
-    adapters of experts) raises `ModelError`.
+    A loaded model can do all that it could before: be saved, converted, moved, trained and adapted. One from a
+    folder has only its dense part as parameters: operations that would need the experts too (saving, another dtype
+    or device, adapters of experts) raise `ModelError`.
 
     Raises `ModelError`, `UnsupportedModelError` for a model without the experts seam among them.
     """
@@ -61,7 +61,7 @@ def _from_folder(model: str | Path, options: EngineConfig) -> PreTrainedModel:
 
 
 class OwnExperts:
-    """Computes the experts of a module that keeps them as parameters, as these are when it is asked.
+    """Computes the experts of a module that keeps them as parameters, always with their present values.
 
     It is copied and pickled with the module, and belongs to the copy then.
     """
@@ -73,8 +73,8 @@ class OwnExperts:
     def __call__(self, _layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' output `[T, H]`.
 
-        It is transformers' own where somebody learns, where parameters are computed (by an adapter), where they lie
-        on another device, or are of another dtype than the rows.
+        transformers' own code computes it where gradients are wanted, where parameters are computed (by an
+        adapter), lie on another device, or have another dtype than the rows.
         """
         module = self._module
         tensors = seam.own_tensors(module)
@@ -84,7 +84,7 @@ class OwnExperts:
         return self._lane(tensors).run(0, hidden, index, weights)
 
     def _lane(self, tensors: Sequence[Tensor]) -> ComputeLane:
-        """Return what runs the module while it computes as it does and its parameters lie where they do."""
+        """Return the compute lane of the module, made anew when its formula or parameters have changed."""
         state = seam.formula(self._module), [(tensor.data_ptr(), tensor.dtype) for tensor in tensors]
         if self._known is None or self._known[0] != state:
             self._known = state, self._make_lane()

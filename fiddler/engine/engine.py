@@ -33,16 +33,16 @@ class Engine:
     """Runs one Mixture-of-Experts checkpoint for any number of concurrent requests.
 
     `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
-    options resolve to. The engine is an async context manager; it works under asyncio and trio, in a thread and an
-    event loop of its own, so torch never blocks the caller's. Once open, it neither reads nor changes what holds
-    for the whole process: default dtype, random numbers, threads, logging, warnings. Opening raises `ModelError`,
+    options resolve to. The engine is an async context manager under asyncio or trio. It runs in a thread of its
+    own, so torch never blocks the caller's event loop. Once open, it neither reads nor changes what holds for the
+    whole process: default dtype, random numbers, threads, logging, warnings. Opening raises `ModelError`,
     `ConfigError`, `EngineFailedError` where the process lacks a thread or file descriptors, or what a loader
     raises.
 
-    Closing ends what is in flight with `EngineClosedError`. An engine that nobody holds any more, with no stream
-    that has not ended, is closed; so is one that is open when the program ends. One that fails ends what is in
-    flight, and what is asked of it later, with `EngineFailedError`. A forked child cannot use its parent's engine:
-    that raises `EngineClosedError`, and closing it there does nothing.
+    Closing ends requests in flight with `EngineClosedError`. An engine is also closed when nothing refers to it or
+    to a running stream of it, and when the program ends. If it fails, requests in flight and all later calls raise
+    `EngineFailedError`. A forked child cannot use its parent's engine: that raises `EngineClosedError`, and closing
+    it there does nothing.
     """
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig | None = None) -> None:
@@ -75,7 +75,7 @@ class Engine:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close; returns once the engine's thread has let go of everything. Nothing happens if it is closed."""
+        """Close; returns once the engine's thread has released everything. Nothing happens if it is closed."""
         self._open = False
         thread = self._thread
         if thread is not None and not thread.elsewhere:
@@ -90,10 +90,10 @@ class Engine:
         """Submit a request and return its tokens as a stream.
 
         `prompt` is text, token ids (a 1-d array or tensor of whole numbers too), or chat messages. `overrides` are
-        options of `GenerationConfig`, plus `seed` and `logprobs` (`True`: each token with its own);
-        `generation_config.json` of the checkpoint says what is left out. All of it is copied now: changing it later
+        options of `GenerationConfig`, plus `seed` and `logprobs` (`True`: each token with its own); options left
+        out are as the checkpoint's `generation_config.json` says. All arguments are copied now: changing them later
         changes nothing. Raises `GenerationError` for an option, and `EngineClosedError` or `EngineFailedError`, at
-        once. What is wrong with the prompt (`PromptError`), or with an option for it, is raised when the stream is
+        once. Errors of the prompt (`PromptError`), or of an option together with it, are raised when the stream is
         awaited or read.
         """
         thread, loaded = self._opened()
@@ -112,7 +112,7 @@ class Engine:
     async def generate(
         self, prompt: Prompt, generation: GenerationConfig | None = None, **overrides: Any
     ) -> Result:
-        """Run a request to its end and return it whole. Raises what `generate_stream` and its stream raise."""
+        """Run a request to its end and return its result. Raises the errors of `generate_stream` and its stream."""
         submitted_s = perf_counter()
         async with self.generate_stream(prompt, generation, **overrides) as stream:
             tokens = [token async for token in stream]
@@ -136,7 +136,7 @@ class Engine:
     def count_tokens(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt takes; waits for the answer.
 
-        Raises as a stream does, for the prompt, and `EngineClosedError` unopened.
+        Raises the prompt's errors as a stream does, and `EngineClosedError` unopened.
         """
         return len(self._opened()[1].text.encode(copy_prompt(prompt)))
 
@@ -176,7 +176,7 @@ class Engine:
         return loaded.text.tokenizer if loaded is not None else None
 
     def statistics(self) -> Statistics:
-        """Return what the engine has done and holds, as of its latest step. Raises `EngineClosedError` unopened."""
+        """Return counts of the engine's work and state at its latest step. Raises `EngineClosedError` unopened."""
         thread = self._here()
         statistics = thread.statistics if thread is not None else None
         if statistics is None:
@@ -206,7 +206,7 @@ class Engine:
 
 
 def _checked_model(model: Any) -> str | Path | Loader:
-    """Return what a model may be given as. Raises `CheckpointError` for anything else."""
+    """Return a model argument, checked. Raises `CheckpointError` for a value that cannot name a model."""
     if isinstance(model, nn.Module):
         raise CheckpointError(
             "an engine opens a checkpoint: give the folder of the model instead of the loaded model; "

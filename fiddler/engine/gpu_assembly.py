@@ -1,4 +1,4 @@
-"""The experts' side of an engine with an NVIDIA GPU."""
+"""Puts the experts' side of an engine together for an NVIDIA GPU."""
 
 import logging
 from collections.abc import Callable
@@ -38,9 +38,9 @@ logger = logging.getLogger("fiddler")
 
 
 def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace: Trace | None) -> Side:
-    """Move a model's dense part to the GPU and build what runs its experts there and on the host.
+    """Move a model's dense part to the GPU, and build the parts that run its experts there and on the host.
 
-    Raises `ConfigError` where the GPU's memory is too small for what `config` asks.
+    Raises `ConfigError` where the GPU's memory is too small for `config`.
     """
     gpu = cuda.open_gpu()
     gpu.enter()
@@ -77,24 +77,24 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
 
 @dataclass(slots=True)
 class GpuMemory:
-    """Owner of what an engine has taken of a GPU's memory, and of blocks that are locked for it."""
+    """Owner of an engine's GPU memory, and of the blocks that are locked for the GPU."""
 
     loaded: ServableModel
     jobs: GpuJobs
     room: Room
     graphs: Graphs | None
     forget_stacks: Callable[[], None]
-    """Lets go of views of the slots."""
+    """Drops views of the slots."""
 
     def shrink(self) -> int:
-        """Give slots up for a workspace; returns how many are left."""
+        """Give slots up for workspace; returns how many are left."""
         self.room = shrunk(self.room, self.room.slot_bytes)
         logger.warning("GPU memory ran out; it is now:\n%s", self.room.table())
         self._empty(self.room.slots)
         return self.room.slots
 
     def close(self) -> None:
-        """Give everything back now: an engine that is closed may be kept for its statistics."""
+        """Give everything back now: a closed engine may still be held for its statistics."""
         store, gpu = self.loaded.store, self.jobs.gpu
         assert isinstance(store, PackedStore)
         store.unpin(gpu.unpin)
@@ -127,7 +127,7 @@ def _arena(room: Room, gpu: Gpu) -> Arena:
 
 
 class Residency:
-    """Whether every expert of a model is in a slot, and in which: from then on nothing moves."""
+    """Finds out whether every expert of a model is in a slot; from then on no expert moves."""
 
     def __init__(self, cache: ExpertCache, loaded: ServableModel, jobs: GpuJobs) -> None:
         self._cache = cache
@@ -136,7 +136,7 @@ class Residency:
         self._resident = Resident(jobs.experts, self._slots, jobs.counters["gpu"])
 
     def now(self) -> Resident | None:
-        """Return what runs layers without the host, if every expert is there."""
+        """Return the `Resident` that runs layers without the host, if every expert is in a slot; else `None`."""
         if self._cache.n_ready < sum(self._n_experts):
             self._slots.cache_clear()
             return None

@@ -1,6 +1,6 @@
-"""How a GPU's memory is divided for one model: measured where it can be, before anything large is allocated.
+"""Divides a GPU's memory for one model, before anything large is allocated.
 
-What a model takes of a GPU's memory beside its weights: found by running one step that visits no expert.
+The memory of a step, beside weights, is found by running one step that visits no expert.
 """
 
 import logging
@@ -26,7 +26,7 @@ class Needs:
     kv_token: int
     """One token's keys and values, over all layers."""
     workspace: int
-    """A step of as many rows as may join one: activations, and the rows of experts' visits."""
+    """Bytes of the largest step: activations, and the rows of experts' visits."""
 
 
 def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
@@ -47,9 +47,9 @@ def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
 
 
 def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
-    """Return what a later chunk's mask takes, at the longest past: a bool, and what torch adds to scores, 16 bits.
+    """Return the bytes of the largest attention mask: one bool and one 16-bit bias per (row, past token).
 
-    See `_tiled` in models/attention.py: the query heads of a key head have it once each.
+    Query heads that share a key head have it once each: see `_tiled` in models/attention.py.
     """
     groups = max(getattr(module, "num_key_value_groups", 1) for module in loaded.model.modules())
     longest = loaded.resolved.longest
@@ -57,7 +57,7 @@ def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
 
 
 def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
-    """Return what a layer's visits take while its experts run: their results, and what up and down have between."""
+    """Return the bytes of a layer's visits while its experts run: results, and the values between up and down."""
     widest = 0
     for layer in range(len(loaded.n_experts)):
         weights = loaded.weights(layer, 0)
@@ -70,15 +70,15 @@ def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
 logger = logging.getLogger("fiddler")
 
 GRAPHS_BYTES = 256 << 20
-"""Left for what recorded steps work in, and for the libraries' own buffers. Assumed, not measured: a piece of a
-step works in what a layer's dense part does, which is little for the rows of a recorded step, and all kinds of one
-wave share it."""
+"""Bytes left for recorded steps, and for the libraries' own buffers. Assumed, not measured: a piece of a step uses
+as much as a layer's dense part, which is little for the rows of a recorded step, and all kinds of one wave share
+it."""
 
 
 def divided(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Room:
-    """Move the dense part to the GPU, see what a step takes, and give slots the rest.
+    """Move the dense part to the GPU, measure a step, and give the rest of the memory to slots.
 
-    Raises `ConfigError`, with what was wanted and what there is, where it is too little.
+    Raises `ConfigError`, with a table of needs and budget, where it is too little.
     """
     model: torch.nn.Module = loaded.model
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -1,4 +1,4 @@
-"""The requests that do not run yet, in the order they came in. The engine's loop is its only user."""
+"""The waiting requests, in the order in which they came. The engine's loop is its only user."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from fiddler.steps.request import Request, Submission
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A request that does not run yet; its prompt is being read until there is a `request`."""
+    """A waiting request; its prompt is being read until `request` is set."""
 
     submission: Submission
     reading: Reading
@@ -37,7 +37,7 @@ class Line:
         return self._waiting.get(submission)
 
     def leave(self, submission: Submission) -> None:
-        """Take a request out of the line, to run or for good; stop reading its prompt."""
+        """Remove a request from the line, to run or for good; its prompt is not read any further."""
         waiting = self._waiting.pop(submission, None)
         if waiting is not None:
             waiting.reading.asking.give_up()

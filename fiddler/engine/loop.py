@@ -1,4 +1,4 @@
-"""The engine's thread: takes submissions, runs steps, hands out tokens. Owner of every request's state."""
+"""The engine's loop: takes submissions, runs steps, hands out tokens. It owns every request's state."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from fiddler.types import Statistics
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A caller wants a request run; its prompt is on its way to be read."""
+    """A request was submitted; its prompt will be read."""
 
     submission: Submission
     reading: Reading
@@ -54,7 +54,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The engine is to end."""
+    """The engine must end."""
 
 
 Command = Submit | Read | End | Close
@@ -109,9 +109,9 @@ class EngineLoop:
         self._readings.put(reading)
 
     def serve(self, ready: Callable[[], None]) -> None:
-        """Run until a `Close`; `ready` is called once requests may come. Raises what ends it before its time.
+        """Run until a `Close`; `ready` is called once requests may come. Raises the error that ends it early.
 
-        However it ends, everybody is told: requests in flight, those that wait, and those that come too late.
+        However it ends, all requests are answered: running, waiting, and those that come too late.
         """
         cause: BaseException | None = None
         try:
@@ -137,7 +137,7 @@ class EngineLoop:
             self._rig.close()
 
     def _turn(self) -> None:
-        """Take what came in, waiting for it if there is nothing else to do, and run one step."""
+        """Take in what was pushed, waiting for it if there is nothing else to do, and run one step."""
         if not self._running and self._line.first() is None:
             found = self._inbox.receive_within(PATIENCE_S if self._line.held_up else None)
             self._apply(found)  # not in one line: bench puts another `_apply` there while this waits
@@ -164,11 +164,11 @@ class EngineLoop:
                     self._closing = True
 
     def _tell(self, reading: Reading, found: Found) -> None:
-        """Be told by a thread that reads."""
+        """Push a reading's result to the loop; runs in a reading thread."""
         self._inbox.push(Read(reading.submission, found))
 
     def _found(self, submission: Submission, found: Found) -> None:
-        """Open the request whose prompt was read, or end it with what is wrong with it."""
+        """Open the request whose prompt was read, or end it with the prompt's error."""
         waiting = self._line.find(submission)
         if waiting is None:  # its caller left
             return
@@ -224,7 +224,7 @@ class EngineLoop:
         )
 
     def _enter(self, request: Request) -> bool:
-        """Let a request run if there is room for its keys and values."""
+        """Start a request if there is room for its keys and values; returns whether there was."""
         request.room = self._room.reserve(request.n_most)
         if request.room is None:
             return False
@@ -236,7 +236,7 @@ class EngineLoop:
         return True
 
     def _start_over(self) -> None:
-        """Let requests forget their past where `generate` would, and run all their tokens again."""
+        """Let requests forget their past where `generate` does, and run all their tokens again."""
         for request in tuple(self._running):
             try:
                 if self._steps.starts_over(request):
@@ -245,7 +245,7 @@ class EngineLoop:
                 self._fail([request], "a step failed", error)
 
     def _drop(self, request: Request) -> None:
-        """Let a request go, however it ended, and its room with it."""
+        """Remove a running request, and release its room."""
         self._running.remove(request)
         if request.room is not None:
             self._room.release(request.room)
@@ -272,7 +272,7 @@ class EngineLoop:
         self._counters.step_s += now_s() - started_s
 
     def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        """Where a GPU's memory ran out, have fewer slots, and run the spans that failed again, once a step."""
+        """If a GPU's memory ran out, give slots up and run the failed spans again, once a step."""
         short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
         if not short and not self._rig.side.work.short:
             return outcomes
@@ -318,7 +318,7 @@ class EngineLoop:
                 self._outbox.append((request.submission, told))
 
     def _abandon(self, cause: BaseException | None) -> None:
-        """End every request, for good; `cause` is what ended the engine, if it was not closed."""
+        """End every request for good; `cause` is the error that ended the engine, or `None` if it was closed."""
         left = [r.submission for r in self._running] + [w.submission for w in self._line]
         left += [c.submission for c in self._inbox.seal(partial(_refuse, cause)) if isinstance(c, Submit)]
         self._counters.n_cancelled += len(left)
@@ -333,7 +333,7 @@ class EngineLoop:
                 submission.channel.push(ended(cause))
 
     def _publish(self) -> None:
-        """Make a step's outcome visible: the statistics first, so that whoever has a token finds it counted."""
+        """Publish a step's outcome: the statistics first, so that a token that has arrived is counted already."""
         self.statistics = self._snapshot()
         for submission, item in self._outbox:
             submission.channel.push(item)
@@ -372,13 +372,13 @@ class EngineLoop:
 
 
 def _refuse(cause: BaseException | None, command: Command) -> None:
-    """Answer who submits to an engine that has ended, whichever thread he is in."""
+    """Answer a submission that came after the engine's end, in the thread that pushed it."""
     if isinstance(command, Submit):
         command.submission.channel.push(ended(cause))
 
 
 def ended(cause: BaseException | None) -> EngineError:
-    """Return the error of whoever wants something of an engine that was closed, or that `cause` has ended."""
+    """Return the error for requests after the engine's end; `cause` is the error that ended it, if any."""
     if cause is None:
         return EngineClosedError("the engine was closed while the request was in flight")
     return _failure("the engine has ended", cause)

@@ -1,4 +1,4 @@
-"""Prompts between submission and admission: read by a few threads, so that none delays another's tokens."""
+"""Has prompts read between submission and admission, in a few threads, so that none delays another's tokens."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,11 +16,11 @@ from fiddler.text.tokenizer import Text, is_ids
 N_THREADS = 4
 """Prompts read at once; the threads wait for the process that reads."""
 PATIENCE_S = 0.5
-"""How long a prompt's reading may hold up those that were read before it, once it has begun."""
+"""Seconds that a prompt's reading may hold up later requests once it has begun."""
 QUEUE_PATIENCE_S = 2.0
-"""The same where it has not begun: all threads are taken, or the process is not ready."""
+"""Seconds that it may hold them up before it begins: all threads are busy, or the process is not ready."""
 _LEAVE_S = 5.0
-"""Longest wait for the threads at the end: one in a tokenizer's own Python code may never return."""
+"""Longest wait for the threads at the end: a tokenizer's own Python code may never return."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,20 +33,20 @@ class Reading:
 
     @property
     def slow(self) -> bool:
-        """Whether requests that came later need not wait for it."""
+        """Whether later requests may overtake it."""
         now_s = monotonic()
         began_s = self.asking.began_s
         return now_s > self.since_s + QUEUE_PATIENCE_S or (began_s is not None and now_s > began_s + PATIENCE_S)
 
 
 _FEW = 8192
-"""Token ids that are checked in less time than a thread takes to be asked."""
+"""Prompts of this many token ids are checked at once, in less time than a thread takes to start."""
 Found = list[int] | TooMany | FiddlerError
-"""A prompt's token ids, or what is wrong with it."""
+"""A prompt's token ids, or its error."""
 
 
 class Readings:
-    """The threads that read; `tell` hears from them what was found.
+    """The reading threads; each result is passed to `tell`.
 
     Any thread may `put`. Threads are started as they are needed, and end with `close`.
     """
@@ -84,7 +84,7 @@ class Readings:
         self._queue.put(reading)
 
     def close(self) -> None:
-        """End the threads and the reading process; what was not found is not told."""
+        """End the threads and the reading process; prompts that were not read are dropped."""
         with self._lock:
             self._closed = True
         for _ in self._threads:

@@ -1,4 +1,4 @@
-"""Where a model's experts run: what an engine is put together from, whatever the device."""
+"""`Side`: the parts of an engine that differ by device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +20,22 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The experts' side of an engine; the model's own side only knows the crossing."""
+    """The parts that run a model's experts; the model's own side only knows the crossing."""
 
     crossing: Callable[[], Crossing]
-    """Makes a wave's own."""
+    """Makes a wave's own crossing."""
     work: "ExpertWork | GpuJobs"
-    """What the lanes do jobs with."""
+    """Runs the lanes' jobs."""
     costs: CostModel
     n_slots: int
     lanes: Callable[[], LaneSet]
-    """Starts them: their threads live from then on."""
+    """Starts the lanes and their threads."""
     graphs: "Graphs | None" = None
-    """What records decoding steps, and knows where keys and values lie: for packed models on a GPU."""
+    """Records decoding steps, and knows where keys and values lie: for packed models on a GPU."""
     residents: "Callable[[ExpertCache], Callable[[], Resident | None]] | None" = None
-    """What runs layers without the host, and when, by what a cache holds."""
+    """Given the cache, returns a function that yields the `Resident` runner while every expert is in a slot, else
+    `None`."""
     shrink: Callable[[], int] | None = None
-    """Gives slots up where a GPU's memory ran out, while no lane works; returns how many are left, all empty."""
+    """Gives slots up when a GPU's memory has run out, while no lane works; returns how many are left, all empty."""
     close: Callable[[], None] = _nothing
-    """To be called once the lanes have ended."""
+    """Releases everything; call it once the lanes have ended."""

@@ -1,6 +1,6 @@
-"""An engine's thread: loads the model, serves requests, lets go of everything, however it is ended.
+"""An engine's thread: loads the model, serves requests, and releases everything, however it ends.
 
-It knows no `Engine`: one that nobody holds any more is collected, and that closes it.
+It does not refer to the `Engine`: an engine that nothing refers to is collected, and that closes it.
 """
 
 import atexit
@@ -33,31 +33,31 @@ from fiddler.trace import Trace
 from fiddler.types import Statistics
 
 Loader = Callable[[EngineConfig], ServableModel]
-"""Makes a model that is in no checkpoint, for the options of the engine that asks, in that engine's thread."""
+"""Makes a model that is in no checkpoint, in the engine's thread and for the engine's options."""
 
 LEAVE_S = 30.0
 """Seconds that the end of a program waits for its engines. A thread that is in torch by then aborts the process."""
 
 
 class EngineThread:
-    """One engine's life, from loading to letting go. `booted` and `ended` are set however it goes."""
+    """One engine's life, from loading to the end. `booted` and `ended` are always set in the end."""
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig) -> None:
         self.inbox: Mailbox[Command] = Mailbox()
         self.booted = Latch()
-        """Set once requests may come, or none ever will."""
+        """Set once requests may come, or never will."""
         self.ended = Latch()
-        """Set once nothing is left."""
+        """Set once everything is released."""
         self.error: BaseException | None = None
-        """What ended it, if it was not closed."""
+        """The error that ended it, if it was not closed."""
         self.opened = False
-        """Whether it ever was."""
+        """Whether it was ever open."""
         self.loaded: ServableModel | None = None
-        """Its model, as long as it is open."""
+        """Its model, while it is open."""
         self.loop: EngineLoop | None = None
-        """The same."""
+        """Its loop, while it is open."""
         self.defaults = Defaults.of({}, 0)
-        """The options that its checkpoint brings."""
+        """The generation options of its checkpoint."""
         self.name = ""
         self.trace: Trace | None = None
         self.recorder: Recorder | None = None
@@ -70,7 +70,7 @@ class EngineThread:
         self._thread = Thread(target=self._run, name="fiddler-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin. Raises `EngineFailedError` where the machine has no thread left."""
+        """Start the thread. Raises `EngineFailedError` where the machine has no thread left."""
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -95,7 +95,7 @@ class EngineThread:
             self.inbox.push(Close())
 
     def submit(self, submission: Submission) -> None:
-        """Have a request run, from any thread; one that comes too late is told so."""
+        """Submit a request, from any thread; a late one is answered with the engine's error."""
         loop = self.loop
         if loop is not None:
             loop.submit(submission)
@@ -103,7 +103,7 @@ class EngineThread:
             self.inbox.push(Submit(submission, Reading(submission)))  # sealed by now: it is refused
 
     def leave(self, submission: Submission) -> None:
-        """Tell it that nobody wants a request any more, from any thread."""
+        """Tell it that a request was left, from any thread."""
         if not self.elsewhere:
             self.inbox.push(End(submission))
 
@@ -114,7 +114,7 @@ class EngineThread:
 
     @property
     def failure(self) -> Exception:
-        """Return why it could not be opened; what is no `Exception` would end the program of who opens it."""
+        """Return why it could not be opened, as an `Exception`: other errors would end the caller's program."""
         error = self.error
         if error is None:
             return EngineClosedError("the engine was closed while it was opened")
@@ -142,7 +142,7 @@ class EngineThread:
             self.ended.set()
 
     def _check(self) -> None:
-        """Raise where nobody waits any more for what takes long."""
+        """Raise where opening has been cancelled, before work that takes long."""
         if self._closing:
             raise self.failure
 
@@ -174,7 +174,7 @@ class EngineThread:
 
 
 def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
-    """Return what a model is called: its folder's name, its hub id, or what it says of itself."""
+    """Return a model's name: its folder's name, its hub id, or the one in its configuration."""
     if callable(model):
         return loaded.model.name_or_path or str(loaded.model.config.model_type)
     folder = Path(model).expanduser()
@@ -182,7 +182,7 @@ def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
 
 
 def _clear(error: BaseException) -> None:
-    """Let go of what the frames of an error hold, a whole model among it; where it was raised can still be seen."""
+    """Clear the frames of an error, which may hold a whole model; its traceback stays readable."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

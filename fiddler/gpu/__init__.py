@@ -1,1 +1,1 @@
-"""Runs the dense part and experts on a GPU."""
+"""Runs the dense part and experts on an NVIDIA GPU."""

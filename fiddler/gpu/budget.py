@@ -1,4 +1,4 @@
-"""How a GPU's memory is divided: the dense part, keys and values and the workspace first, slots get the rest."""
+"""Divides a GPU's memory budget: the dense part, keys and values and the workspace first, slots get the rest."""
 
 from dataclasses import dataclass, replace
 
@@ -9,13 +9,12 @@ LEFT_FREE_BYTES = 2**29
 the same memory. Assumed, not measured."""
 
 GIVEN_UP = 8
-"""Of so many slots one is given up, at least, where memory runs out. Assumed, not measured: a run that is short by
-a little is not short again at once, and six times in a row leave 4 of 10 slots."""
+"""On out-of-memory, free at least 1/8 of the slots (assumed). Six times in a row leaves about 45 %."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Who has which part of a budget; bytes, but for `slots`."""
+    """Parts of a budget; bytes, but for `slots`."""
 
     budget: int
     dense: int
@@ -23,19 +22,19 @@ class Room:
     kv: int
     """Keys and values of all running requests."""
     workspace: int
-    """What a step needs beside: activations, rows on their way, the libraries' own buffers."""
+    """Bytes that a step needs beside: activations, rows on their way, the libraries' own buffers."""
     slots: int
     """Number of slots."""
     slot_bytes: int
-    """Of each."""
+    """Bytes of each slot."""
 
     @property
     def free(self) -> int:
-        """Bytes nobody has."""
+        """Bytes left over."""
         return self.budget - self.dense - self.kv - self.workspace - self.slots * self.slot_bytes
 
     def table(self) -> str:
-        """Return who has what, a line each."""
+        """Return the parts as a table, a line each."""
         return _table(self, "free", self.free)
 
 
@@ -67,9 +66,9 @@ def divide(
 ) -> Room:
     """Divide a budget; slots are as many as fit, but no more than there are experts or were asked for.
 
-    `kv_token_bytes` is what one token's keys and values take over all layers. Raises `ConfigError`, with a table of
-    what was wanted and what there is, where not even one slot fits, or what comes before slots if none was asked
-    for.
+    `kv_token_bytes` are the bytes of one token's keys and values over all layers. Raises `ConfigError`, with a
+    table of needs and budget, where not even one slot fits or, if none was asked for, where the parts before slots
+    do not fit.
     """
     most = n_experts if asked_slots is None else min(asked_slots, n_experts)
     least = min(most, 1)
@@ -102,7 +101,7 @@ def _too_small(wanted: Room, kv_token_bytes: int) -> str:
 
 
 def _advice(wanted: Room, missing: int, kv_token_bytes: int) -> str:
-    """Say what could be changed, and to what; nothing that would not do."""
+    """Return which options to change, and to what; only changes that would help."""
     ways = [f"vram_budget to at least {wanted.budget + missing}, if the GPU has as much free"]
     slot_bytes = wanted.slots * wanted.slot_bytes
     fewer = "kv_tokens (or max_context, where kv_tokens is left out) to at most"

@@ -1,10 +1,10 @@
-"""A crossing for forwards on a GPU: one round trip a layer, everything else is queued behind it.
+"""The crossing of forwards on a GPU: one round trip a layer, everything else is queued behind it.
 
-A layer's routing comes down in one pinned copy whose event is polled; its rows follow for the experts of the host.
-Every visit has a row of its own in the layer's `visits` `[T·K, H]` on the GPU, zero until an expert has run: the
-sum's order, and with it every bit of the result, depends on the routing alone.
+A layer's routing comes down in one pinned copy whose event is polled; its rows follow for the host's experts. Every
+visit has a row of its own in the layer's `visits` `[T·K, H]` on the GPU, zero until an expert has run: the sum's
+order, and with it every bit of the result, depends on the routing alone.
 
-What is to be told once a GPU has passed a point: asked for, never waited for.
+`Watch` holds the points of the GPU's streams that lanes want to hear of. They are polled.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ from fiddler.scheduler.messages import LayerTook, Report
 from fiddler.scheduler.routing import LayerWork, Load
 
 Tell = Callable[[], Report | None]
-"""Makes the report of a point that was passed, or none where all is said."""
+"""Makes the report of a point that was passed, or `None`."""
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class _Points:
 
     waiting: deque[tuple[Event, Tell]] = field(default_factory=deque)
     n_awaited: int = 0
-    """Of them, the first so many: somebody waits for them already."""
+    """Number of points, from the first, that are awaited already."""
 
     def passed(self) -> list[Tell]:
         found = []
@@ -43,40 +43,40 @@ class _Points:
         return found
 
     def unawaited(self) -> list[Event]:
-        """Return those that nobody waits for yet; the caller does from now on."""
+        """Return the points that are not awaited yet; they are from now on."""
         events = [event for event, _ in islice(self.waiting, self.n_awaited, None)]
         self.n_awaited = len(self.waiting)
         return events
 
 
 class Watch:
-    """Points of a GPU's streams that somebody wants to hear of."""
+    """Points of a GPU's streams to be reported."""
 
     def __init__(self) -> None:
         self._main, self._link, self._down = _Points(), _Points(), _Points()
 
     def main(self, event: Event, tell: Tell) -> None:
-        """Tell once the main stream has passed `event`."""
+        """Report once the main stream has passed `event`."""
         self._main.waiting.append((event, tell))
 
     def link(self, event: Event, tell: Tell) -> None:
-        """Tell once the copies up to `event` have landed."""
+        """Report once the copies up to `event` have landed."""
         self._link.waiting.append((event, tell))
 
     def down(self, event: Event, tell: Tell) -> None:
-        """Tell once what is on its way to the host up to `event` is there."""
+        """Report once data on its way to the host, up to `event`, is there."""
         self._down.waiting.append((event, tell))
 
     def alone(self) -> Event | None:
-        """Return the next point of what comes down to the host; `None` where copies are under way as well."""
+        """Return the next point of the stream to the host; `None` where copies are under way as well."""
         return self._down.waiting[0][0] if self._down.waiting and not self._link.waiting else None
 
     def unawaited(self) -> tuple[list[Event], list[Event]]:
-        """Return the points of the link, and of what comes down, that nobody waits for yet; the caller does now."""
+        """Return the points of the link, and of the way to the host, that are not awaited yet; now they are."""
         return self._link.unawaited(), self._down.unawaited()
 
     def collect(self) -> list[Report]:
-        """Return what is to be told now: of the main stream first, for what comes down from it comes later."""
+        """Return the reports of passed points: the main stream's first, since data on the way down follows it."""
         down = self._down.passed()  # asked first, or it could pass a point that the main stream was not seen to
         told = (tell() for tell in chain(self._main.passed(), self._link.passed(), down))
         return [report for report in told if report is not None]
@@ -84,15 +84,15 @@ class Watch:
 
 @dataclass(slots=True, eq=False)
 class GpuLayer:
-    """A layer on its way."""
+    """A layer in flight."""
 
     ask: Ask
     ready: Event
-    """On the main stream, behind the dense part that asked."""
+    """A point on the main stream, behind the dense part that asked for the layer."""
     note: Tensor
     """The routing; see `noted`."""
     note_there: Tensor
-    """The same on the host, pinned."""
+    """The routing on the host, pinned."""
     note_came: Event
     rows: Tensor
     """`[T, H]` on the host, pinned."""
@@ -101,9 +101,9 @@ class GpuLayer:
     """`[T·K, H]` on the GPU."""
     work: LayerWork | None = None
     up: Event | None = None
-    """Behind the latest results of the host's experts."""
+    """A point behind the latest results of the host's experts."""
     gone: bool = False
-    """Whether nobody waits for it any more."""
+    """Whether the layer was dropped."""
 
     @property
     def top_k(self) -> int:
@@ -121,15 +121,15 @@ class Due:
     """The end of a wave's latest dense part."""
 
     began: Event | None
-    """On the main stream; `None` where nobody marked it: at a wave's beginning."""
+    """A point on the main stream; `None` where none was marked, at a wave's beginning."""
     ended: Event
-    """On the main stream."""
+    """A point on the main stream."""
     there: Event
-    """When the host has what it asked for."""
+    """A point when the host has the data it asked for."""
 
 
 def noted(ask: Ask) -> Tensor:
-    """Return a routing as one float32 `[T, 2K + K']`: index, weights, and what is ahead.
+    """Return a routing as one float32 `[T, 2K + K']`: index, weights, and look-ahead.
 
     Numbers of experts are exact in float32 up to 2**24.
     """
@@ -169,7 +169,7 @@ class GpuCrossing:
         self._end_at(ready, there)
 
     def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Bring down what a wave's forwards have returned; it is there when their dense part is reported."""
+        """Bring down the results of a wave's forwards; they are there when their dense part is reported."""
         ready = self.gpu.main.mark()
         self.gpu.down.follow(ready)
         brought = [self._down(result) for result in results]
@@ -182,7 +182,7 @@ class GpuCrossing:
         self.due, self._began = Due(self._began, ready, there), None
 
     def routing(self) -> Routing:
-        """Return who visits whom, as it came down."""
+        """Return the routing as it came down."""
         found = self.asked
         assert found is not None
         k, own = found.top_k, found.ask.own
@@ -217,12 +217,12 @@ class GpuCrossing:
         return gpu.launch(lambda: summed(found.visits, found.ask.weights * self._device(mask)))
 
     def let_go(self, layer: Layer) -> None:
-        """Let go of a layer. Its memory may go to others: the main stream follows whoever still uses it."""
+        """Release a layer. The main stream follows all users of its memory before that is used again."""
         found, layer.tensors = cast("GpuLayer", layer.tensors), None
         self._gone(found)
 
     def end(self) -> None:
-        """Let go of a layer that was announced and not opened."""
+        """Release a layer that was announced and not opened."""
         found, self.asked = self.asked, None
         if found is not None:
             self._gone(found)
@@ -234,12 +234,12 @@ class GpuCrossing:
                 self.gpu.main.follow(event)
 
     def _pass(self, layer: Layer, found: GpuLayer) -> None:
-        """Mark where the layer's experts end and the next dense part begins, and have the time between told."""
+        """Mark where the layer's experts end and the next dense part begins, and report the time between."""
         ended = self._began = self.gpu.main.mark()
         self.watch.main(ended, lambda: LayerTook(layer, ended.since(found.ready)))
 
     def _down(self, tensor: Tensor) -> tuple[Tensor, Event]:
-        """Queue a tensor's way to the host; returns where it will be, and when."""
+        """Queue a tensor's copy to the host; returns where it will be, and when."""
         host = self.gpu.pinned(*tensor.shape, dtype=tensor.dtype)
         self.gpu.down.run(partial(host.copy_, tensor, non_blocking=True))
         return host, self.gpu.down.mark()

@@ -1,12 +1,12 @@
 """An NVIDIA GPU through torch: the only place that says `torch.cuda`.
 
-What is taken for granted here, with where it is written:
+Facts that this file relies on, with their sources:
 
 - Streams of torch's pool, made with `cudaStreamNonBlocking`, do not wait for the default stream (CUDA C++
   Programming Guide, "Default Stream"): events are the only order there is between them.
 - A copy between pinned memory and the GPU lets the host go on (CUDA Runtime API, "API synchronization behavior");
   memory locked with `cudaHostRegister` counts as pinned, for torch asks `cudaPointerGetAttributes`.
-- Freed GPU memory goes to whoever allocates next on the same stream, in that stream's order (PyTorch, "CUDA
+- Freed GPU memory goes to the next allocation on the same stream, in that stream's order (PyTorch, "CUDA
   semantics", "Memory management"): memory that another stream reads may be freed once the main stream follows it.
 - A capture records what its stream is given and runs nothing; with `thread_local` other threads may go on using the
   GPU meanwhile (PyTorch, `torch.cuda.CUDAGraph`).
@@ -28,7 +28,7 @@ T = TypeVar("T")
 logger = logging.getLogger("fiddler")
 
 _captures = Lock()
-"""Held by who records."""
+"""A lock held by the thread that records a graph."""
 _void: list[object] = []
 """Graphs whose capture failed."""
 _PORTABLE = 1
@@ -67,12 +67,12 @@ class CudaStream:
         self.stream = torch.cuda.Stream(device)
 
     def run(self, work: Callable[[], object]) -> None:
-        """Queue what `work` launches."""
+        """Queue the launches of `work`."""
         with torch.cuda.stream(self.stream):
             work()
 
     def mark(self) -> CudaEvent:
-        """Return the point behind what is queued now."""
+        """Return the point behind everything queued so far."""
         return CudaEvent(self.stream)
 
     def follow(self, event: Event) -> None:
@@ -127,7 +127,7 @@ class CudaGpu:
         return torch.cuda.graph_pool_handle()
 
     def capture(self, pool: object, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """Record what `work` launches on the main stream, which must be current.
+        """Record the launches of `work` on the main stream, which must be current.
 
         Not through `torch.cuda.graph`: it collects garbage and waits for the GPU, once a graph, and a model has one
         for each layer.
@@ -155,13 +155,13 @@ class CudaGpu:
             raise
 
     def memory(self) -> Memory:
-        """Return what is free now, with what torch holds and nothing uses."""
+        """Return the free memory, unused memory that torch holds included."""
         free, total = torch.cuda.mem_get_info(self.device)
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return Memory(free + held, total)
 
     def peak(self, work: Callable[[], object]) -> int:
-        """Return what torch hands out while `work` runs; it counts when it does so, not when the GPU gets there."""
+        """Return the most bytes that torch hands out while `work` runs, counted when it allocates them."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         work()

@@ -1,7 +1,7 @@
-"""What is asked of a GPU: streams that keep their order, events between them, pinned memory, graphs.
+"""The interface of a GPU: streams that keep their order, events between them, pinned memory, graphs.
 
-Everything that the rest of the package knows of CUDA is here; `devices.cuda` is the one that has it, and the tests
-have another, whose streams run late and in any order that the events allow.
+This is everything that the rest of the package knows of CUDA. `gpu.cuda` implements it; the tests have a fake,
+whose streams run late and in any order that the events allow.
 """
 
 from collections.abc import Callable
@@ -34,29 +34,29 @@ class Stream(Protocol):
     """Work that the GPU does in the order in which it was queued; the host waits for none of it."""
 
     def run(self, work: Callable[[], object]) -> None:
-        """Queue what `work` launches."""
+        """Queue the launches of `work`."""
         ...
 
     def mark(self) -> Event:
-        """Return the point behind what is queued now."""
+        """Return the point behind everything queued so far."""
         ...
 
     def follow(self, event: Event) -> None:
-        """Let what is queued from now on wait, on the GPU, until another stream has passed `event`."""
+        """Let later work wait, on the GPU, until another stream has passed `event`."""
         ...
 
 
 class Graph(Protocol):
-    """Launches that were recorded, to be made again at once."""
+    """Recorded launches, to be made again at once."""
 
     def replay(self) -> None:
-        """Queue them on the main stream; they read and write the memory that they were recorded with."""
+        """Queue the launches on the main stream; they read and write the memory that they were recorded with."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of the whole GPU, in bytes: other processes' is taken too."""
+    """Memory of the whole GPU, in bytes; other processes' counts as taken."""
 
     free: int
     total: int
@@ -67,32 +67,32 @@ class Gpu(Protocol):
 
     @property
     def name(self) -> str:
-        """What its maker calls it."""
+        """The GPU's name, as its maker gives it."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """What torch calls it."""
+        """The GPU's device in torch."""
         ...
 
     @property
     def main(self) -> Stream:
-        """The model's dense part and the experts in slots."""
+        """The stream of the model's dense part and of experts in slots."""
         ...
 
     @property
     def link(self) -> Stream:
-        """Experts to their slots."""
+        """The stream of copies of experts to slots."""
         ...
 
     @property
     def down(self) -> Stream:
-        """Routing and rows to the host."""
+        """The stream of routing and rows to the host."""
         ...
 
     @property
     def up(self) -> Stream:
-        """Results of the host's experts."""
+        """The stream of results of the host's experts."""
         ...
 
     def enter(self) -> None:
@@ -100,15 +100,15 @@ class Gpu(Protocol):
         ...
 
     def launch(self, work: Callable[[], T]) -> T:
-        """Run code whose torch operations go to the main stream; returns what it returns, before it is computed."""
+        """Run code whose torch operations go to the main stream; returns its result, before that is computed."""
         ...
 
     def pin(self, memory: Tensor) -> bool:
-        """Lock host memory into RAM, so that no copy from it makes the host wait; whether that was possible."""
+        """Lock host memory, so that no copy from it makes the host wait; returns whether that was possible."""
         ...
 
     def unpin(self, memory: Tensor) -> None:
-        """Unlock what `pin` has locked."""
+        """Unlock memory that `pin` has locked."""
         ...
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -116,22 +116,22 @@ class Gpu(Protocol):
         ...
 
     def pool(self) -> object:
-        """Return a name for memory that graphs which never run at the same time share."""
+        """Return a memory pool for graphs that never run concurrently."""
         ...
 
     def capture(self, pool: object, work: Callable[[], T]) -> tuple[Graph, T]:
-        """Record what `work` launches on the main stream, without running it; returns what it returned.
+        """Record the launches of `work` on the main stream, without running them; returns the result of `work`.
 
-        Raises `RuntimeError` where it does what cannot be recorded, such as waiting for the GPU.
+        Raises `RuntimeError` where it does something that cannot be recorded, such as waiting for the GPU.
         """
         ...
 
     def memory(self) -> Memory:
-        """Return what is free now."""
+        """Return the free memory."""
         ...
 
     def peak(self, work: Callable[[], object]) -> int:
-        """Return how many bytes `work` takes at most, beside what is held now."""
+        """Return the most bytes that `work` takes, beside those held now."""
         ...
 
     def reclaim(self) -> None:

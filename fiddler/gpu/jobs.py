@@ -1,4 +1,4 @@
-"""The jobs of a machine with a GPU: each queued on a stream, or done by a worker of the host and queued then."""
+"""Runs the jobs of a machine with a GPU: queued on a stream, or done by a worker of the host and queued then."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from fiddler.scheduler.routing import Load
 
 @dataclass(frozen=True, slots=True)
 class Copying:
-    """Where blocks are copied from, and into what."""
+    """Source and target of copies."""
 
     arena: Arena
     block: Callable[[int, int], Tensor]
@@ -30,12 +30,12 @@ class Copying:
     pinned: Callable[[int, int], bool]
     """Whether a block is locked into RAM."""
     ring: StagingRing
-    """For those that are not."""
+    """The ring for blocks that are not pinned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a worker has made of a job's loads: rows `[n, H]`, pinned, of `positions`; and what failed."""
+    """Results of a worker's loads: rows `[n, H]`, pinned, of `positions`; and failures."""
 
     layer: GpuLayer
     positions: Sequence[int]
@@ -45,7 +45,7 @@ class Computed:
 
 @dataclass(slots=True)
 class GpuJobs:
-    """Does the work of jobs. The streams keep the order between what reads and what writes a slot."""
+    """Runs jobs. The streams keep the order between readers and writers of a slot."""
 
     gpu: Gpu
     watch: Watch
@@ -54,18 +54,18 @@ class GpuJobs:
     copying: Copying
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
     short: bool = False
-    """Whether the GPU's memory ran out for experts; whoever finds more sets this back."""
+    """Whether the GPU's memory ran out for experts; the engine resets it when it has freed some."""
     _landing: dict[int, Event] = field(default_factory=dict)
-    """By slot, when the copy under way has landed."""
+    """By slot, the point at which the copy under way has landed."""
     _read: dict[int, Event] = field(default_factory=dict)
-    """By slot, when what was last computed from it has ended."""
+    """By slot, the end of the latest computation that read it."""
 
     def crossing(self) -> GpuCrossing:
-        """Return a new wave's way to its experts and back."""
+        """Return a crossing for a new wave."""
         return GpuCrossing(self.gpu, self.watch)
 
     def launch(self, job: RunExperts) -> tuple[Event, Event] | None:
-        """Queue loads behind their copies; returns where they begin and end, `None` if nobody wants them."""
+        """Queue loads behind their copies; returns where they begin and end, `None` if the layer was dropped."""
         layer: GpuLayer | None = job.layer.tensors
         if layer is None:
             return None
@@ -83,7 +83,7 @@ class GpuJobs:
         return began, ended
 
     def compute(self, job: RunExperts) -> Computed | None:
-        """Run loads on the host, in a worker's thread; `None` if nobody wants them."""
+        """Run loads on the host, in a worker's thread; `None` if the layer was dropped."""
         layer: GpuLayer | None = job.layer.tensors
         if layer is None:
             return None
@@ -115,7 +115,7 @@ class GpuJobs:
             return empty_results(rows)
 
     def land(self, computed: Computed) -> None:
-        """Queue the way up of what a worker has computed, if somebody still waits for it."""
+        """Queue the way up of a worker's results, unless the layer was dropped."""
         layer, up = computed.layer, self.gpu.up
         if not layer.gone and computed.positions:
             positions = self.gpu.pinned(len(computed.positions), dtype=torch.int64)
@@ -129,7 +129,7 @@ class GpuJobs:
         return not self.copying.pinned(job.layer, job.expert)
 
     def copy(self, job: CopyExpert) -> tuple[Event, Event]:
-        """Queue a copy behind what reads its slot; returns where it begins and ends.
+        """Queue a copy behind the readers of its slot; returns where it begins and ends.
 
         A pageable block takes as long here as on the link: that is for a worker's thread.
         """
@@ -145,19 +145,19 @@ class GpuJobs:
         return began, link.mark()
 
     def order(self, job: CopyExpert, landed: Event) -> None:
-        """Let what is queued from now on for the copy's slot follow it."""
+        """Queue all further work for the copy's slot behind the copy."""
         self._landing[job.slot] = landed
         counters = self.counters["link"]
         counters.n_loads += 1
         counters.n_bytes += self.host.weights(job.layer, job.expert).nbytes
 
     def landed(self, job: CopyExpert, event: Event) -> None:
-        """Let nothing wait for a copy that has landed."""
+        """Note that a copy has landed: nothing has to wait for it."""
         if self._landing.get(job.slot) is event:
             del self._landing[job.slot]
 
     def shrink(self, n_slots: int) -> None:
-        """Have fewer slots, which hold nothing. No lane may work."""
+        """Reduce the number of slots, which must hold nothing. No lane may work."""
         self.gpu.link.follow(self.gpu.main.mark())  # which may still read the memory that slots will be in
         self.copying.arena.shrink(n_slots, self.gpu.reclaim)
         self._landing.clear()

@@ -1,4 +1,4 @@
-"""From memory that can be paged out to the GPU: through pinned pieces, in turn.
+"""Copies pageable memory to the GPU through pinned pieces, in turn.
 
 While the GPU copies one piece, the host fills the next: the double buffering of pageable transfers (CUDA C++ Best
 Practices Guide, "Pinned Memory" and "Asynchronous and Overlapping Transfers with Computation"). The driver stages
@@ -24,7 +24,7 @@ every piece. The sum is least where a piece is sqrt(block bytes * rate * time): 
 """
 
 POLL_S = 50e-6
-"""Between two looks at an event. Meanwhile the link has the other pieces to copy: 6 MiB, 100 us at 64 GB/s."""
+"""Seconds between two polls of an event. Meanwhile the link copies the other pieces: 6 MiB, 100 us at 64 GB/s."""
 
 
 class StagingRing:
@@ -53,8 +53,8 @@ class StagingRing:
     def copy(self, block: Tensor, to: Tensor) -> None:
         """Queue a copy of a pageable block on the link; both uint8 `[n]`.
 
-        When this returns the block has been read, and `to` is whole once the link has passed what is queued now.
-        Raises `ValueError` for other sizes, and what the GPU raises; part of the block may then be on its way.
+        When this returns the block has been read, and `to` is whole once the link has done the work queued so far.
+        Raises `ValueError` for other sizes, and the GPU's errors; part of the block may then be on its way.
         """
         if block.shape != to.shape:
             raise ValueError(f"a block of {tuple(block.shape)} bytes does not fit {tuple(to.shape)}")
@@ -63,7 +63,7 @@ class StagingRing:
             self._send(run, place)
 
     def _send(self, run: Tensor, to: Tensor) -> None:
-        """Copy what fits a piece."""
+        """Copy bytes that fit into one piece."""
         turn = self._turn
         self._wait(turn)
         piece = self._pieces[turn, : len(run)]
@@ -75,7 +75,7 @@ class StagingRing:
             self._copied[turn] = self._link.mark()
 
     def _wait(self, turn: int) -> None:
-        """Poll: waiting for the stream would also wait for what others queue on it meanwhile."""
+        """Poll: waiting for the stream would also wait for work that others queue meanwhile."""
         copied = self._copied[turn]
         while copied is not None and not copied.done():
             self._sleep(POLL_S)

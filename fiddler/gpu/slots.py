@@ -1,14 +1,14 @@
-"""Experts on the slots of a GPU's arena: no weights are gathered, and the host does not wait for the GPU.
+"""Runs experts where they lie in the slots of a GPU's arena: no weights are gathered, and the host does not wait
+for the GPU.
 
 There are three paths. `triton` runs few rows in kernels of ours (triton_kernels.py). `grouped` runs many in torch's
 grouped matmul, over all slots at once. `loop` runs one expert after the other, and works everywhere.
 
-What is taken for granted of `torch.nn.functional.grouped_mm` is read in torch's `GroupedBlas.cpp`, `GroupMM.cu`,
-`GroupMMCommon.cuh` and `GroupedMMUtils.h`; 2.11, the oldest torch that we admit, has the signature of 2.13 and the
-same headers. In bfloat16, on compute capability 9 and 10, the GPU reads `offs`, and the call may be captured;
-everywhere else the host waits for `offs` and loops (so also pytorch's issue 169970). Groups may be empty and lie
-anywhere; there are fewer than 1024. Rows of either operand take multiples of 16 bytes; weights may be transposed. A
-bias is refused.
+Facts about `torch.nn.functional.grouped_mm` are from torch's `GroupedBlas.cpp`, `GroupMM.cu`, `GroupMMCommon.cuh`
+and `GroupedMMUtils.h`; 2.11, the oldest torch that we admit, has the signature of 2.13 and the same headers. In
+bfloat16, on compute capability 9 and 10, the GPU reads `offs`, and the call may be captured; everywhere else the
+host waits for `offs` and loops (so also pytorch's issue 169970). Groups may be empty and lie anywhere; there are
+fewer than 1024. Rows of either operand take multiples of 16 bytes; weights may be transposed. A bias is refused.
 """
 
 import logging
@@ -29,7 +29,7 @@ from fiddler.types import ExpertWeights
 logger = logging.getLogger("fiddler")
 
 Path = Literal["auto", "triton", "grouped", "loop"]
-"""How experts are run; `auto` picks one of the others for each call."""
+"""The ways to run experts; `auto` picks one of the others for each call."""
 Picked = Literal["triton", "grouped", "loop"]
 
 FEW_ROWS = 16
@@ -40,7 +40,7 @@ MOST_GROUPS = 1023
 ROW_ALIGNMENT = 16
 """Bytes. Source: `check_valid_strides_and_return_transposed` in `GroupedMMUtils.h`."""
 TRITON_CAPABILITY = (8, 0)
-"""Of the oldest GPUs that Triton supports. Source: its README, "Compatibility"."""
+"""CUDA compute capability of the oldest GPUs that Triton supports. Source: its README, "Compatibility"."""
 GROUPED_CAPABILITIES = (9, 10)
 """Major ones, with a grouped kernel. Source: `_grouped_mm_cuda` in `GroupedBlas.cpp`."""
 
@@ -58,10 +58,10 @@ class Visits:
     most_rows: int
     """Rows of the largest group."""
     n_rows: int
-    """R."""
+    """R, the number of rows."""
     top_k: int
     groups: tuple[tuple[int, int, int], ...]
-    """(slot, start, stop) by group: what `slots` and `bounds` say, for the host. `triton` does not read it."""
+    """(slot, start, stop) by group: the same as `slots` and `bounds`, for the host. `triton` does not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Stack:
 
 
 def _stacked(slots: Tensor, part: Tensor) -> Tensor:
-    """Return what lies in every slot where `part` lies in the first one."""
+    """Return the tensors in all slots that lie where `part` lies in the first one."""
     item, offset = part.element_size(), part.data_ptr() - slots.data_ptr()
     extent = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True)) + 1
     if offset < 0 or offset + extent * item > slots.shape[1]:
@@ -139,14 +139,14 @@ def _aligned(matrix: Tensor) -> bool:
 
 
 class Ability(NamedTuple):
-    """What experts can be run with."""
+    """The paths that a device can take."""
 
     device: str
     """torch's name for the type of device, such as "cuda", but "hip" for what only goes by that name."""
     capability: tuple[int, int] = (0, 0)
     """CUDA compute capability."""
     triton: bool = False
-    """Whether it has not failed yet."""
+    """Whether Triton is there and has not failed yet."""
 
 
 def pick(most_rows: int, dtype: torch.dtype, ability: Ability, aligned: bool) -> Picked:
@@ -166,7 +166,7 @@ def pick(most_rows: int, dtype: torch.dtype, ability: Ability, aligned: bool) ->
 
 @lru_cache
 def ability_of(device: torch.device) -> Ability:
-    """Return what a device is able to do; that there is Triton is assumed until it fails."""
+    """Return a device's abilities; Triton counts as there until it fails."""
     if device.type != "cuda":
         return Ability(device.type)
     kind = "cuda" if torch.version.hip is None else "hip"
@@ -194,8 +194,9 @@ class SlotExperts:
 
         `hidden` is `[T, H]`, `out` `[T * K, H]` with its columns side by side; both have the weights' dtype.
 
-        It may be captured if the same was run before. A replay reads weights, `hidden` and the tensors of `visits`
-        anew; the numbers of `visits` stay those of the capture, and so do its `groups` unless the path is `triton`.
+        It may be captured if the same call was run before. A replay reads weights, `hidden` and the tensors of
+        `visits` anew; the numbers of `visits` stay those of the capture, and so do its `groups` unless the path is
+        `triton`.
         """
         if visits.n_rows == 0:
             return

@@ -1,7 +1,9 @@
-"""Lanes of a machine with a GPU: its streams, a worker for the host's experts and one for copies that need it.
+"""Lanes of a machine with a GPU: its streams, a worker for the host's experts, and one for copies of pageable
+blocks.
 
-A job that a stream has been given is done: what comes next is queued behind it. How long it took is told once the
-GPU has passed its end. Only the dense part is done when its end has come: the host has to read what it asked for.
+A job counts as done once it is queued on a stream, because later work queues behind it. Its duration is reported
+when the GPU finishes. Only the dense part counts as done when it has ended, because the host then reads its
+routing.
 """
 
 import logging
@@ -38,11 +40,11 @@ from fiddler.trace import Trace
 logger = logging.getLogger("fiddler")
 
 _Told = Callable[[], None]
-"""What a worker leaves to be done in the engine's thread."""
+"""A task that a worker leaves to the engine's thread."""
 
 
 def _look() -> None:
-    """Do nothing: whoever is told looks at the streams' points next."""
+    """Do nothing: the message only wakes the engine's thread, which then polls the streams' points."""
 
 
 class StreamLanes:
@@ -57,7 +59,7 @@ class StreamLanes:
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
         trace: Trace | None = None,
     ) -> None:
-        """`working` is entered in each worker, for its life."""
+        """Each worker enters `working` for its life."""
         self._jobs = jobs
         self._watch = jobs.watch
         self._trace = trace
@@ -94,7 +96,7 @@ class StreamLanes:
         return self._reports.popleft()
 
     def _wait(self) -> None:
-        """Wait for a worker, or for a point of the GPU; in this thread where there is but one thing to wait for."""
+        """Wait for a worker, or for a point of the GPU; in this thread if there is only one thing to wait for."""
         point = self._watch.alone()
         if point is not None and not self._working:
             point.wait()
@@ -162,7 +164,7 @@ class StreamLanes:
             self._queue(job)()
 
     def _queue(self, job: CopyExpert) -> _Told:
-        """Queue a copy; returns what the engine's thread has to do about it."""
+        """Queue a copy; returns the engine's thread's part of the work."""
         try:
             began, landed = self._jobs.copy(job)
         except BaseException as error:
@@ -186,7 +188,7 @@ class StreamLanes:
         self._told.push(_look)
 
     def _lost(self, error: BaseException) -> None:
-        """Have the engine's thread raise what a wait for the GPU has raised: nothing that is queued will end."""
+        """Raise the error of a wait for the GPU in the engine's thread: nothing queued will end."""
 
         def fail() -> None:
             raise error
@@ -219,7 +221,7 @@ class StreamLanes:
         self._reports.append(JobDone(job.job, took_s, failures))
 
     def _failed(self, job: RunExperts, error: BaseException) -> Failures:
-        """Say once what went wrong with experts on the GPU: the CPU does what it can of it."""
+        """Log once why experts failed on the GPU; the CPU runs those it can."""
         self._jobs.short |= isinstance(error, torch.OutOfMemoryError)
         if type(error) not in self._said:
             self._said.add(type(error))

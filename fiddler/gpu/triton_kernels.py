@@ -1,7 +1,7 @@
 """Experts of few rows on slots, in Triton: each program finds its expert by a slot's number, nothing is gathered.
 
-Importing this imports triton. The kernels run on what Triton compiles for, and in Triton's interpreter. What is
-taken for granted here, with where it is written:
+Importing this imports triton. The kernels run on all devices of Triton, and in Triton's interpreter. Facts that
+this file relies on, with their sources:
 
 - A launch goes to torch's current stream of the current device and lets the host go on (CUDA C++ Programming Guide,
   "Asynchronous Concurrent Execution"), so it may be captured (ibid., "Creating a Graph Using Stream Capture"). The
@@ -58,7 +58,7 @@ class Matrix(NamedTuple):
 def tile_of(most_rows: int, weight: Tensor) -> Tile:
     """Return the tile for a weight `[n_slots, out, in]` and the rows of the largest group.
 
-    Reading weights is what takes the time. A turn reads up to 8 KiB of a matrix, in runs along the dimension that
+    Reading weights takes most of the time. A turn reads up to 8 KiB of a matrix, in runs along the dimension that
     lies side by side: 512 bytes for one row, which are the widest load, 16 bytes, of each lane of a warp; two lines
     for more rows, since `tl.dot` wants more rows of the weight; one line where the weight is transposed.
 
@@ -76,8 +76,8 @@ def tile_of(most_rows: int, weight: Tensor) -> Tile:
 def run(stack: Stack, formula: ExpertFormula, swiglu: bool, visits: Visits, hidden: Tensor, out: Tensor) -> None:
     """Write `out[position] = expert(hidden[position // top_k])`; `hidden` is `[T, H]`, `out` `[T * K, H]`.
 
-    `swiglu` is `formula.is_swiglu`. Which rows go where is read on the device: of `visits` the host reads counts.
-    Raises what triton raises for a kernel that it cannot compile.
+    `swiglu` is `formula.is_swiglu`. Which rows go where is read on the device: the host reads only the counts of
+    `visits`. Raises Triton's error for a kernel that it cannot compile.
     """
     hidden = hidden.contiguous()
     matrix = _gate_and_up(stack) if swiglu else None
@@ -218,13 +218,13 @@ def _multiply(
 # `tl.dot`, loads of transposed ones were not pipelined (seen in the PTX of triton 3.9).
 @triton.jit
 def _by_row(values, tile_rows: tl.constexpr):
-    """Shape what varies by row as a tile of `x`."""
+    """Shape numbers by row as a tile of `x`."""
     return values[None, :] if tile_rows == 1 else values[:, None]
 
 
 @triton.jit
 def _by_column(values, tile_rows: tl.constexpr):
-    """Shape what varies by inner column as a tile of `x`."""
+    """Shape numbers by inner column as a tile of `x`."""
     return values[:, None] if tile_rows == 1 else values[None, :]
 
 

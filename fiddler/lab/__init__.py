@@ -1,1 +1,1 @@
-"""Simulates machines, compares policies and systems, reads recorded routing; the engine does without it."""
+"""Simulates machines, compares policies and systems, and replays recorded routing; the engine does not need it."""

@@ -1,4 +1,4 @@
-"""What a machine can do, figure by figure with its source, and the cost model of a model shape on it."""
+"""A described machine: its figures with their sources, and the costs of a model shape on it."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from fiddler.lab.shape import DENSE_BYTES, ModelShape
 
 FOLDER = Path(__file__).parent.parent / "machines"
 RESERVE_BYTES = 2**30
-"""GPU memory that is nobody's slot: the CUDA context, activations, workspaces. Assumed, not measured."""
+"""GPU memory that no slot gets: the CUDA context, activations, workspaces. Assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A CPU, a GPU and the link between them: what each sustains alone, in SI units.
+    """A CPU, a GPU and the link between them: the rates that each sustains alone, in SI units.
 
     Raises `ConfigError` for a figure that is not finite, a rate or size not above 0, a time below 0, or a factor
     below 1.
@@ -28,33 +28,33 @@ class Machine:
     name: str
     description: str
     cpu_read_bytes_per_s: float
-    """Expert weights that the CPU's kernels read from host memory."""
+    """Bytes of expert weights per second that the CPU's kernels read from host memory."""
     cpu_flop_per_s: float
-    """Operations of the CPU's matrix products, on bf16 or fp16 weights."""
+    """Operations per second of the CPU's matrix products, on bf16 or fp16 weights."""
     link_bytes_per_s: float
-    """Pinned host memory to the GPU; activations take the same link, either way."""
+    """Bytes per second from pinned host memory to the GPU; activations take the same link, either way."""
     cpu_slowdown_beside_link: float
     """Factor on the CPU's seconds while the link is busy too: both read the same host memory."""
     link_slowdown_beside_cpu: float
     """Factor on the link's seconds while the CPU is busy too."""
     gpu_read_bytes_per_s: float
-    """Weights that the GPU's kernels read from its own memory."""
+    """Bytes of weights per second that the GPU's kernels read from its own memory."""
     gpu_flop_per_s: float
-    """Operations of the GPU's matrix products, dense, bf16 or fp16."""
+    """Operations per second of the GPU's matrix products, dense, bf16 or fp16."""
     gpu_bytes: float
     host_bytes: float
     gpu_expert_launch_s: float
-    """What an expert on the GPU takes on top of its bytes or operations: its kernel launches."""
+    """Seconds of an expert on the GPU besides its bytes or operations: its kernel launches."""
     cpu_expert_dispatch_s: float
-    """What an expert on the CPU takes on top: operator dispatch, waking the threads."""
+    """Seconds of an expert on the CPU besides its bytes or operations: operator dispatch, waking the threads."""
     dense_launch_s: float
-    """What a layer's dense part takes on top: its launches, as one CUDA graph or one by one (the source says)."""
+    """Seconds of a layer's dense part besides its bytes: its launches, in a CUDA graph or not (see the source)."""
     host_layer_s: float
-    """The host's own work per layer: routing read back, plan, hand-offs to the lanes."""
+    """Seconds of the host's own work per layer: routing read back, plan, hand-offs to the lanes."""
     move_fixed_s: float
-    """Activations to the CPU and back, per layer, whatever their size."""
+    """Seconds per layer to move activations to the CPU and back, whatever their size."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each figure comes from, by its name."""
+    """The source of each figure, by its name."""
 
     def __post_init__(self) -> None:
         for name in FIGURES:
@@ -91,7 +91,7 @@ class Machine:
 
 
 FIGURES = frozenset(f.name for f in fields(Machine)) - {"name", "description", "sources"}
-"""The names of a machine's figures."""
+"""Names of a machine's figures."""
 
 
 def machines() -> list[str]:
@@ -100,7 +100,7 @@ def machines() -> list[str]:
 
 
 def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
-    """Return what a shape takes on a machine. Nothing is measured: every curve is a roofline of the figures.
+    """Return a shape's costs on a machine. Nothing is measured: every curve is a roofline of the figures.
 
     An expert with n rows takes `fixed + max(bytes / read rate, n · operations / operation rate)` seconds on either
     side, and bytes / link rate to be copied. Not modelled: ramps of small products, dequantisation, the attention's

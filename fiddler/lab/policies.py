@@ -1,10 +1,8 @@
-"""The policies by name.
+"""Cache policies by name, and those that only other systems use.
 
-Frequency over age: the expert with few rows, long ago, goes.
-
-HybriMoE's score (Zhong et al., 2025, "Hybrid CPU-GPU Scheduling and Cache Management"): router probabilities.
-
-A fixed placement, as in the original Fiddler: the first experts of an order are resident, now and for ever.
+`Lfru` weighs frequency by age. `HybriMoe` scores experts by router probabilities (Zhong et al., 2025, "Hybrid
+CPU-GPU Scheduling and Cache Management"). `Static` is a fixed placement, as in the original Fiddler: the first
+experts of an order are resident for ever.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +38,7 @@ class Lfru(Policy):
         self.history = history
 
     def rank(self, key: Key) -> float:
-        """The same as the score."""
+        """Return the score."""
         age = self.history.layer_tokens(key[0]) - self.history.last_token(key)
         return self.history.n_rows(key) / (age + 1)
 
@@ -68,20 +66,20 @@ class HybriMoe(Policy):
         self._scores[layer] = updated
 
     def rank(self, key: Key) -> float:
-        """The same as the score."""
+        """Return the score."""
         return self._scores[key[0]][key[1]]
 
     def state(self) -> dict[str, object]:
-        """S of every expert."""
+        """Return S of every expert."""
         return {"scores": [list(layer) for layer in self._scores]}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """S of every expert."""
+        """Load S of every expert."""
         self._scores = table(state, "scores", self.history.n_experts)
 
 
 class Static(Policy):
-    """Admits the first `n_slots` experts of `order`, so nothing is ever evicted. What routing does is ignored."""
+    """Admits only the first `n_slots` experts of `order`, so nothing is ever evicted, and routing is ignored."""
 
     name: ClassVar[str] = "static"
 
@@ -91,28 +89,28 @@ class Static(Policy):
         self._places = {key: place for place, key in enumerate(order)}
 
     def rank(self, key: Key) -> float:
-        """How many places of the order come after the expert, and itself; 0 for one that is not in it."""
+        """Number of the order's experts from this one to the end; 0 for an expert that is not in the order."""
         return len(self._places) - self._places.get(key, len(self._places))
 
     def admits(self, key: Key, n_slots: int) -> bool:
-        """Only the first `n_slots` of the order."""
+        """Whether the expert is among the first `n_slots` of the order."""
         return self._places.get(key, n_slots) < n_slots
 
 
 def uniform(n_experts: Sequence[int]) -> tuple[Key, ...]:
-    """An order without knowledge: the first expert of every layer, then the second of every layer, and so on."""
+    """Return an order without knowledge: the first expert of every layer, then every second one, and so on."""
     keys = [(layer, expert) for layer, n in enumerate(n_experts) for expert in range(n)]
     return tuple(sorted(keys, key=lambda key: (key[1], key[0])))
 
 
 def by_popularity(table: Sequence[Sequence[float]]) -> tuple[Key, ...]:
-    """The order of a popularity table [L][E], most popular first; ties as in `uniform`."""
+    """Return the order of a popularity table [L][E], most popular first; ties as in `uniform`."""
     keys = uniform([len(row) for row in table])
     return tuple(sorted(keys, key=lambda key: -table[key[0]][key[1]]))
 
 
 def share_of_visits(order: Sequence[Key], n_slots: int, counts: Sequence[Sequence[float]]) -> float:
-    """Of visits counted by layer and expert, [L][E], the share that meets the first `n_slots` of `order`.
+    """Return the share of visits, counted by layer and expert, [L][E], that meets the first `n_slots` of `order`.
 
     That is the hit rate of the placement on a text with these counts. ValueError where nothing was counted.
     """
@@ -127,7 +125,7 @@ __all__ = ["POLICIES", "Options", "Policy", "make_policy"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a policy may be told: `half_life` in tokens, `top_k` of the router, `order` of a static placement."""
+    """Options of policies: `half_life` in tokens, `top_k` of the router, `order` of a static placement."""
 
     half_life: float = 32.0
     top_k: int = 2
@@ -157,7 +155,7 @@ def make_policy(
     top_k: int = 2,
     order: Sequence[Key] | None = None,
 ) -> Policy:
-    """A policy with a history of its own. ConfigError for an unknown name or an impossible option."""
+    """Return a policy with a history of its own. Raises `ConfigError` for an unknown name or a wrong option."""
     if name not in POLICIES:
         raise ConfigError(f"unknown cache policy {name!r}: known are {', '.join(POLICIES)}")
     if not 0 < half_life < float("inf"):

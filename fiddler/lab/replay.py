@@ -1,8 +1,8 @@
-"""Policies on a recorded routing, without a machine, and the best that any of them could have done.
+"""Replays a routing through cache policies without a machine, beside the best that any policy could do.
 
-How much a little knowledge of the future is worth: a policy that knows the routing of the next tokens.
-
-Policies side by side on one trace and several sizes of the cache, between foresight and Belady.
+`belady` gives the fewest misses possible. `Foresight` is a policy that knows the routing of the next tokens, and so
+shows how much a little knowledge of the future is worth. `compare` runs policies side by side on several cache
+sizes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from fiddler.cache.policy import History, Key, Policy, Visit
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a trace cost: an expert that a visit needs is one hit or one miss, however many rows it gets."""
+    """Misses and hits of a replay: an expert that a visit needs is one of either, however many rows it gets."""
 
     n_hits: int
     n_misses: int
@@ -25,13 +25,13 @@ class Replay:
 
     @property
     def hit_rate(self) -> float:
-        """Hits among all; 1 where nothing was needed."""
+        """Share of hits; 1 where nothing was needed."""
         n_visits = self.n_hits + self.n_misses
         return self.n_hits / n_visits if n_visits else 1.0
 
     @property
     def reads_per_token(self) -> float:
-        """Experts copied in or read elsewhere, for every token, be it of a prompt or made."""
+        """Experts copied in or read elsewhere per token, of prompts and completions."""
         return self.n_misses / self.n_tokens if self.n_tokens else 0.0
 
 
@@ -41,9 +41,9 @@ def replay(
     """Run a trace through a cache that is empty at first.
 
     A newcomer is refused where its victim is worth more than `admission` times as much: `inf` keeps every miss,
-    worth it or not; 1 keeps what is worth most. Unless given, the policy says which of the two it means
-    (`Policy.bypasses`). A visit's experts stay until the visit is over; misses that find no slot beside them, or
-    are refused, are fetched and not kept.
+    worth it or not; 1 keeps the experts that are worth most. Unless given, the policy says which of the two it
+    means (`Policy.bypasses`). A visit's experts stay until the visit is over; misses that find no slot beside them,
+    or are refused, are fetched and not kept.
     """
     if admission is None:
         admission = 1.0 if policy.bypasses else inf
@@ -63,7 +63,7 @@ def replay(
 
 
 def _kept(cache: ExpertCache, missing: list[Key]) -> Iterator[Key]:
-    """Copy in and lease whatever of a visit's missing experts may stay, those worth most first."""
+    """Copy in and lease those of a visit's missing experts that may stay, highest worth first; returns them."""
     for key in sorted(missing, key=cache.score, reverse=True):
         reservation = cache.reserve(key)
         if reservation is not None:
@@ -73,7 +73,7 @@ def _kept(cache: ExpertCache, missing: list[Key]) -> Iterator[Key]:
 
 
 def belady(trace: Sequence[Visit], n_slots: int) -> Replay:
-    """The fewest misses that any policy can have with `n_slots`, knowing the future and starting empty.
+    """Return the fewest misses that any policy can have with `n_slots`, knowing the future and starting empty.
 
     After each visit, keep the experts whose next use is nearest, of those that were there and those just fetched
     (Belady's MIN with bypass). Keeping an expert from one use to its next occupies a slot over an interval, at most
@@ -101,7 +101,7 @@ def belady(trace: Sequence[Visit], n_slots: int) -> Replay:
 
 
 def next_uses(trace: Sequence[Visit]) -> list[list[float]]:
-    """For every expert of every visit: the number of the visit that needs it next, or inf."""
+    """Return for every expert of every visit the number of the visit that needs it next, or inf."""
     following: dict[Key, float] = {}
     uses: list[list[float]] = []
     for number in range(len(trace) - 1, -1, -1):
@@ -112,19 +112,19 @@ def next_uses(trace: Sequence[Visit]) -> list[list[float]]:
 
 
 HALF_LIFE = 16.0
-"""Tokens; of those compared in published replays the aged LFU with this one was best."""
+"""Half-life in tokens; the best of those compared in published replays."""
 
 _Use = tuple[Key, float, float, float]
 """An expert as a visit leaves it: (key, visit that needs it next, tokens before that, inflated aged count)."""
 
 
 class Foresight:
-    """A trace prepared for replays that know what comes next.
+    """A trace prepared for replays with knowledge of the next tokens.
 
     At a layer of a step is known which experts the later layers of this step need, and all layers of the steps that
-    begin within the next `n_tokens` tokens. As `belady` it keeps what is needed soonest, and need not keep what was
-    just fetched. Experts that are not known to be needed count less than any that is, and stand by aged LFU, all
-    aged to the same moment; of equals the one touched longest ago goes.
+    begin within the next `n_tokens` tokens. Like `belady` it keeps the experts needed soonest, and need not keep
+    one that was just fetched. Experts that are not known to be needed count less than any that is, and stand by
+    aged LFU, all aged to the same moment; of equals the one touched longest ago goes.
 
     Guaranteed: never fewer misses than `belady`, and as many once `n_tokens` is beyond every gap between two uses
     of an expert. Not guaranteed: that more foresight never has more misses; guesses beyond it may be lucky.
@@ -160,7 +160,7 @@ def _drop(
     guessed: list[tuple[float, int, Key, float, float]],
     horizon: float,
 ) -> None:
-    """Drop one expert; on the way, forget entries of those that were used since, and move those now known."""
+    """Drop one expert; meanwhile, forget entries used since, and move those whose next use is known now."""
     while guessed:
         _, number, key, visit, token = heappop(guessed)
         if kept.get(key) != number:
@@ -177,7 +177,7 @@ def _drop(
 
 
 def _uses(trace: Sequence[Visit], half_life: float) -> Iterator[tuple[int, list[_Use]]]:
-    """Yield for every visit the tokens that have begun by then, and what it used."""
+    """Yield for every visit the number of tokens that have begun by then, and the experts it used."""
     history = History(_n_experts(trace))
     counts = AgedCounts(history, half_life)
     before: dict[float, float] = {inf: inf}
@@ -196,7 +196,7 @@ def _uses(trace: Sequence[Visit], half_life: float) -> Iterator[tuple[int, list[
 
 
 def _n_experts(trace: Sequence[Visit]) -> tuple[int, ...]:
-    """How many there are at least, by layer."""
+    """Return the least number of experts by layer."""
     most: dict[int, int] = {}
     for layer, rows, _ in trace:
         most[layer] = max(most.get(layer, 0), *(expert + 1 for expert, _ in rows), 0)
@@ -204,7 +204,7 @@ def _n_experts(trace: Sequence[Visit]) -> tuple[int, ...]:
 
 
 FORESIGHTS = (1, 4, 16)
-"""Tokens."""
+"""Numbers of tokens."""
 BELADY = "belady"
 
 MakePolicy = Callable[[], Policy]
@@ -212,10 +212,10 @@ MakePolicy = Callable[[], Policy]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How one policy did with one number of slots."""
+    """Result of one policy with one number of slots."""
 
     policy: str
-    """Its name; `"belady"` or `"foresight N"` for those that know what comes."""
+    """Its name; `"belady"` and `"foresight N"` know the future."""
     n_slots: int
     replay: Replay
     ratio: float
@@ -223,12 +223,12 @@ class Score:
 
     @property
     def knows(self) -> bool:
-        """Whether it knows what comes: a bound, and nothing that an engine could do."""
+        """Whether it knows the future: a bound, not a policy that an engine could use."""
         return self.policy in BOUNDS
 
 
 def foresight_name(n_tokens: int) -> str:
-    """Return what foresight of so many tokens is called."""
+    """Return the name of a foresight of this many tokens."""
     return f"foresight {n_tokens}"
 
 

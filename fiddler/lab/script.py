@@ -1,4 +1,4 @@
-"""A forward without a model: waves that visit the experts a routing says, and do nothing else."""
+"""Waves without a model: they visit the experts of a recorded routing, and compute nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ class ScriptWave(DrivenWave):
         return self._layer + 1 == len(self._n_experts)
 
     def launch(self) -> None:
-        """Nothing is computed."""
+        """Do nothing: there is nothing to compute."""
 
     def advance(self) -> Layer | None:
         """Go to the next layer; `None` after the last."""
@@ -80,7 +80,7 @@ class ScriptWave(DrivenWave):
         return Layer(self, work, n_tokens, top_k, ahead=self._expected())
 
     def _expected(self) -> Rows:
-        """Return what a look-ahead expects in the next layer, most rows first, then the likeliest of each token."""
+        """Return the look-ahead's guesses for the next layer, most rows first, then the likeliest of each token."""
         if self._ahead is None or self.at_end:
             return ()
         rows = Counter(self._ahead[:, self._layer + 1].T.ravel().tolist())
@@ -88,13 +88,13 @@ class ScriptWave(DrivenWave):
         return rows.most_common()
 
     def take(self, done: LayerDone) -> None:
-        """Note what failed."""
+        """Record failures."""
         self._passed()
         if done.failures:
             self.failed.append(done)
 
     def end(self, error: BaseException | None) -> None:
-        """Note what ended it early."""
+        """Record the error that ended the wave early."""
         self.error = error
 
 

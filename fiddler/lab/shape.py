@@ -1,6 +1,6 @@
-"""What a model is made of, as far as time and memory go: sizes, and the bytes and operations that follow.
+"""A model's shape: its sizes, and the bytes and operations that follow from them.
 
-Profiles: machines and model shapes as JSON objects in files, shipped in a folder or the user's own.
+Shapes and machines are *profiles*: JSON objects in files, shipped in a folder or the user's own.
 """
 
 from collections.abc import Mapping, Set
@@ -53,7 +53,7 @@ def keyed(value: object, where: str, required: Set[str], optional: Set[str] = fr
 
 
 def text(value: object, where: str) -> str:
-    """Return a text that says something; else `ConfigError`."""
+    """Return a text that is not empty; else raises `ConfigError`."""
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{where}: must be a text that is not empty")
     return value
@@ -109,9 +109,9 @@ class ModelShape:
     top_k: int
     n_shared_experts: int = 0
     shared_intermediate: int = 0
-    """Of each shared expert."""
+    """Intermediate size of each shared expert."""
     dense_intermediate: int = 0
-    """Of the MLP in a layer without experts."""
+    """Intermediate size of the MLP in a layer without experts."""
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -123,7 +123,7 @@ class ModelShape:
     gated: bool = True
     """Whether an MLP has three matrices (gate, up, down) instead of two."""
     bytes_per_weight: float = 2.0
-    """Of the routed experts as they are packed: 2 for bf16, 4.25 / 8 for mxfp4 as stored."""
+    """Bytes of a weight of the packed routed experts: 2 for bf16, 4.25 / 8 for mxfp4 as stored."""
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class ModelShape:
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values (or of latents) that a layer keeps per token.
 
-        A sliding window bounds what is read, not what a token takes: this counts every layer as attending to all.
+        A sliding window bounds reads, not storage: this counts every layer as attending to all tokens.
         """
         if self.latent is not None:
             return (self.latent.kv_rank + self.latent.rope_dim) * DENSE_BYTES
@@ -195,7 +195,7 @@ class ModelShape:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of everything but the routed experts: what always lies on the GPU."""
+        """Bytes of everything but the routed experts, which always lie on the GPU."""
         layers = self.n_layers * self.dense_weights + self.n_dense_layers * self.plain_weights
         return layers * DENSE_BYTES + self.head_bytes * (1 if self.tied else 2)
 

@@ -1,6 +1,6 @@
-"""A run of sequences on a simulated machine in virtual time, from routing alone: no model, no torch.
+"""Runs sequences on a described machine in virtual time, from routing alone: no model, no torch.
 
-What no schedule of the same reads can beat.
+`Bound` and `Chain` give the times that no schedule of the same reads can beat.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from fiddler.types import PrefetchStatistics
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What no schedule of the same bytes can beat: the longest of three reads, each at its full rate.
+    """A time that no schedule of the same bytes can beat: the longest of three reads, each at its full rate.
 
     `max(bytes_cpu / B_H, bytes_link / B_P, bytes_gpu / B_V)`; the dense part and the keys and values read count as
     the GPU's.
@@ -50,13 +50,13 @@ class Bound:
 class Chain:
     """Reads in the order in which layers need them: the dense part, then CPU and GPU side by side, then the next.
 
-    What copies take is left out, for they may be made ahead. Where a step is two waves, one's dense part may hide
-    behind the other's experts, and its longest read alone counts.
+    Copies are left out, since they may be made ahead. Where a step is two waves, one's dense part may hide behind
+    the other's experts, and its longest read alone counts.
     """
 
     def __init__(self, machine: Machine, read_bytes: Mapping[LaneName, int]) -> None:
         self.seconds = 0.0
-        """Of all steps so far: no schedule of the same waves takes less."""
+        """Seconds of all steps so far: no schedule of the same waves takes less."""
         self._machine = machine
         self._read_bytes = read_bytes
         self._layers: list[tuple[float, float]] = []  # seconds of the CPU's reads and of the GPU's
@@ -65,14 +65,14 @@ class Chain:
         self._layers.clear()
 
     def layer(self) -> None:
-        """Take note that a layer's experts have run."""
+        """Add a layer whose experts have run."""
         now, before = (self._read_bytes["cpu"], self._read_bytes["gpu"]), self._before
         rates = self._machine.cpu_read_bytes_per_s, self._machine.gpu_read_bytes_per_s
         self._layers.append(((now[0] - before[0]) / rates[0], (now[1] - before[1]) / rates[1]))
         self._before = now
 
     def step(self, n_waves: int, dense_bytes: int) -> None:
-        """Take note that a step is over, in which the GPU read so much beside experts."""
+        """Add the end of a step in which the GPU read this many bytes besides experts."""
         dense_s = dense_bytes / self._machine.gpu_read_bytes_per_s
         if n_waves == 1:
             self.seconds += dense_s + sum(max(layer) for layer in self._layers)
@@ -84,9 +84,9 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is simulated: a model's shape on a machine, and how its experts are placed.
+    """The input of a simulation: a model's shape on a machine, and how its experts are placed.
 
-    Raises `ConfigError` for a number that is impossible; unknown names are found out when it is run.
+    Raises `ConfigError` for a number that is impossible; unknown names are found when it is run.
     """
 
     shape: ModelShape
@@ -94,8 +94,7 @@ class Setting:
     n_slots: int
     system: System = SYSTEMS["fiddler"]
     popular: Sequence[Key] | None = None
-    """Every expert, those first that other text visited most: what a static placement goes by, and what any other
-    begins with."""
+    """Every expert, most visited in other text first: the order of static placements, and every cache's start."""
     chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -109,26 +108,26 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run took. Seconds are virtual."""
+    """Results of a run. Seconds are virtual."""
 
     preload_s: float
-    """Until the slots were filled, before the sequences came."""
+    """Seconds until the slots were filled, before the sequences came."""
     first_token_s: float
-    """Until every sequence has its first token."""
+    """Seconds until every sequence had its first token."""
     decode_s: float
-    """From then on."""
+    """Seconds from then on."""
     n_decoded: int
-    """Tokens made in that time."""
+    """Tokens made in `decode_s`."""
     utilisation: dict[LaneName, float]
     """Share of the decoding time each lane was busy."""
     read_bytes: dict[LaneName, int]
     """Bytes of experts each lane computed with, or copied, while decoding."""
     bound: Bound
-    """Of the decoding."""
+    """Bound of the decoding."""
     chain_s: float
-    """The same with the layers one after the other; see `Chain`."""
+    """Bound of the decoding with layers one after the other; see `Chain`."""
     n_hits: int
-    """Loads that ran from a slot while decoding, as the next two: on the CPU, and copied in first."""
+    """Loads that ran from a slot while decoding; the next two ran on the CPU, or were copied in first."""
     n_cpu: int
     n_fetches: int
     n_promotions: int
@@ -138,7 +137,7 @@ class Report:
     prediction_error: float
     """Median of `|predicted / measured - 1|` of the makespans of the latest layers, prompts included."""
     n_steps: int
-    """While decoding, as the next."""
+    """Steps while decoding; the next is the same."""
     n_steps_in_two_waves: int
     trace: Trace | None = field(default=None, compare=False)
 
@@ -154,7 +153,7 @@ class Report:
 
     @property
     def of_chain(self) -> float:
-        """The same share of the reads as layers need them, one after the other."""
+        """The share of the time taken that the same reads need in the order of the layers."""
         return self.chain_s / self.decode_s if self.decode_s else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def _check(shape: ModelShape, routing: NDArray[np.int16], n_prompt: int) -> None
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """The state of the machine at one moment."""
+    """State of the machine at one moment."""
 
     at_s: float
     busy_s: dict[LaneName, float]
@@ -272,7 +271,7 @@ class _Simulation:
         return ScriptWave(spans, self._n_experts, self._chain.layer)
 
     def _dense_read(self, n_context: int) -> int:
-        """Return what the GPU reads beside experts for a wave that attends to so much: an embedding is not read."""
+        """Return the bytes that the GPU reads besides experts for a wave with this past, without embeddings."""
         shape = self._setting.shape
         weights = shape.resident_bytes - (0 if shape.tied else shape.head_bytes)
         return weights + n_context * (shape.n_layers + shape.n_dense_layers) * shape.kv_bytes_per_token

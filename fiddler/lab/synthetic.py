@@ -1,4 +1,4 @@
-"""Routing made up: popular experts, experts that recur from token to token, topics that drift.
+"""Makes up routing: popular experts, experts that recur from token to token, topics that drift.
 
 An expert's chance is its popularity in the layer, raised for those the sequence visited a moment ago and for those
 its topic, or the passage of its text, favours; experts are then drawn without replacement (Gumbel top-k: Kool et
@@ -17,7 +17,7 @@ from fiddler.errors import ConfigError
 from fiddler.given import read_json
 
 _OTHER_TEXT, _OTHER_TOKENS = range(1000, 1006), 192
-"""Sequences for a profile, so far from the first that nobody runs them by chance, and their length."""
+"""Numbers and length of the sequences for a profile; the numbers are too high to be used by chance."""
 _RAREST, _OFTENEST = 1e-4, 1.0 - 1e-4
 """Limits of an expert's share of tokens: one that was never seen visited is rare, not impossible."""
 
@@ -35,15 +35,15 @@ class Habits:
     skew: float = 0.5
     """Standard deviation of the log popularity of a layer's experts, the same for all text."""
     topic: float = 0.5
-    """The same, of what a topic adds."""
+    """Standard deviation of the log popularity that a topic adds."""
     recurrence: float = 0.8
     """Added to the log chance of an expert visited by the token before."""
     drift: float = 0.01
     """Chance per token that a sequence takes up another topic."""
     memory: float = 1.0
-    """Tokens after which what recurrence added counts half."""
+    """Tokens after which the effect of recurrence counts half."""
     passage: float = 0.0
-    """As `topic`, of what the passage of the text adds; passages change faster than topics."""
+    """Standard deviation of the log popularity that a passage of the text adds; passages are short topics."""
     passage_drift: float = 0.0
     """Chance per token that a sequence comes to another passage."""
     spread: float = 0.0
@@ -137,7 +137,7 @@ class SyntheticRouting:
         return rows
 
     def profile(self) -> NDArray[np.int64]:
-        """Return how often other text of the model visits each expert, `[L, E]`: what may be known beforehand."""
+        """Return how often other text of the model visits each expert, `[L, E]`: knowledge for a placement."""
         other = np.concatenate([self.sequence(number, _OTHER_TOKENS) for number in _OTHER_TEXT])
         counts = [np.bincount(other[:, layer].ravel(), minlength=self.n_experts) for layer in range(self.n_layers)]
         return np.array(counts)

@@ -1,15 +1,12 @@
-"""Whole systems by name: a plan, a cache and a way of copying ahead, as published, to run beside ours.
+"""Whole systems by name, ours and others': a planner, a cache policy and a rule for copying ahead.
 
-Each is its authors' algorithm inside our scheduler, on the same machine and with the same host costs: what is
-compared is the decisions. Where an original streams experts through buffers of its own, slots for experts in
-passing come on top of those it was given, charged to nobody.
+Each is its authors' algorithm inside our scheduler, on the same machine and with the same host costs, so that only
+decisions are compared. Where an original streams experts through buffers of its own, staging slots come on top of
+its slots, at no charge.
 
-How other systems divide a layer's loads, as published; none of them looks at a lane's backlog.
-
-Sources: Kamahori et al., "Fiddler", ICLR 2025 (`cheapest_each`); Zhong et al., "HybriMoE", 2025 (`two_ended`);
-FreeToken, 2026 (`bandwidth_split`); KTransformers, SOSP 2025 (`cpu_or_stream`).
-
-The planners by name.
+The planners divide a layer's loads as published; none of them looks at a lane's backlog. Sources: Kamahori et al.,
+"Fiddler", ICLR 2025 (`cheapest_each`); Zhong et al., "HybriMoE", 2025 (`two_ended`); FreeToken, 2026
+(`bandwidth_split`); KTransformers, SOSP 2025 (`cpu_or_stream`).
 """
 
 from collections import deque
@@ -32,15 +29,15 @@ from fiddler.scheduler import choice
 from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign
 
 PROMPT_ROWS = 8
-"""Mean rows of a layer's loads from which on FreeToken is held to be in a prompt, which it streams."""
+"""Mean rows of a layer's loads from which on FreeToken's rule takes a step for a prompt, which it streams."""
 STREAM_ROWS = 64
-"""The same of KTransformers, whose prompts must be long for that."""
+"""Mean rows from which on KTransformers' rule does: its prompts must be long."""
 
 
 def cheapest_each(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
-    """Run each load where it alone takes less, its copy included: the least sum, whatever runs side by side."""
+    """Run each load where it alone takes less time, copy included: the least sum, ignoring lanes side by side."""
     expert = costs.experts[layer]
     cpu: list[Candidate] = []
     gpu: list[Candidate] = []
@@ -58,9 +55,10 @@ def cheapest_each(
 def two_ended(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
-    """Let the GPU take loads from the head and the CPU from the tail, whoever would be done first.
+    """Let the GPU take loads from the head and the CPU from the tail; each time the one that would finish first
+    takes one.
 
-    The list holds what is in slots or on its way, then the rest, most rows first in both. A fetch starts when the
+    The list holds loads in slots or on their way, then the rest, most rows first in both. A fetch starts when the
     link is free.
     """
     expert = costs.experts[layer]
@@ -152,15 +150,15 @@ class System:
     promote: bool = True
     waves: WaveMode = "auto"
     staging: Literal["none", "some", "layer"] = "some"
-    """Slots for experts in passing: none, a few of those given, or a layer's beyond those given."""
+    """Staging slots: none, a share of the slots, or as many as a layer's visits on top of them."""
     order: Literal["popularity", "layers", "nobody"] = "popularity"
-    """What a static placement goes by: counts of another text, whole layers with the first in front, or nothing."""
+    """Order of a static placement: by counts of another text, by whole layers with the first in front, or none."""
     overlap: bool = True
     """Whether CPU and GPU work side by side."""
 
 
 _PEER = System(admission=inf, staging="none", prefetch="off", promote=False, waves="one")
-"""What the peers have in common: every newcomer stays, nothing is copied but what a plan asks for."""
+"""Parts that all other systems share: every newcomer stays, and only the plan's copies are made."""
 
 SYSTEMS: Mapping[str, System] = MappingProxyType(
     {

@@ -1,4 +1,5 @@
-"""Recorded routing as a file: safetensors, whose header anyone can read and whose tensors can be mapped.
+"""Saves recorded routing as a file and loads it: safetensors, whose header anyone can read and whose tensors can be
+mapped.
 
 Not parquet: that is one more dependency, for a few arrays of small integers that every reader takes whole.
 
@@ -42,7 +43,7 @@ _DTYPES = {
 }
 _OPTIONAL = ("weights", "ahead")
 _NOBODY = 255
-"""Among bytes."""
+"""The number of no expert, among bytes."""
 _MOST_EXPERTS = 1 << 15
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -70,7 +71,7 @@ def save(path: Path, trace: RoutingTrace) -> None:
 
 
 def load(path: Path) -> RoutingTrace:
-    """Read a trace. Raises `ConfigError`, which names the file and what is wrong with it."""
+    """Read a trace. Raises `ConfigError`, which names the file and its fault."""
     try:
         metadata, tensors = _read(path)
         n_experts, names = _n_experts(metadata), _names(metadata)
@@ -180,7 +181,7 @@ def _listed(metadata: Mapping[str, str], field: str) -> list[Any]:
 
 
 def _check(tensors: Tensors, n_experts: Sequence[int], names: Sequence[str]) -> None:
-    """Raise `ValueError` for what does not fit together."""
+    """Raise `ValueError` where tensors do not fit together."""
     experts, offsets, prompts = tensors["experts"], tensors["offsets"], tensors["prompt_tokens"]
     if not n_experts:
         raise ValueError("the model has no layers")

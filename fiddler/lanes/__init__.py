@@ -1,1 +1,1 @@
-"""What runs a plan: expert compute and the combination of its results."""
+"""Runs jobs: experts on rows, copies, and the sums of results."""

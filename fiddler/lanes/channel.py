@@ -1,10 +1,8 @@
-"""Values from one thread into another's event loop, without either waiting for the other.
+"""Passes values from one thread into another's event loop, without either waiting for the other.
 
-`anyio.from_thread` waits until the consumer's loop has run the call: a slow consumer would hold up the engine. Here
-a push appends and, if somebody waits, asks that loop to wake him: asyncio's `call_soon_threadsafe`, trio's
-`run_sync_soon`.
-
-Something that happens once, in one thread, and that any number of tasks in any event loops wait for.
+`anyio.from_thread` waits until the consumer's loop has run the call, so a slow consumer would hold up the engine.
+Here a push appends an item and, if a task waits, asks its loop to wake it: asyncio's `call_soon_threadsafe`, trio's
+`run_sync_soon`. `Latch` does the same for one event that any number of tasks may wait for.
 """
 
 from collections import deque
@@ -51,7 +49,7 @@ class Channel(Generic[T]):
 
 
 def waker(event: anyio.Event) -> Callable[[], object]:
-    """Return what sets an event of the calling task's loop, from any thread; nothing once that loop has ended."""
+    """Return a function that sets an event of the calling task's loop, from any thread, while that loop runs."""
     token: Any = lowlevel.current_token().native_token
     soon = getattr(token, "run_sync_soon", None) or token.call_soon_threadsafe
 
@@ -65,7 +63,7 @@ def waker(event: anyio.Event) -> Callable[[], object]:
 
 
 class Latch:
-    """Set once, by any thread, and never taken back."""
+    """An event: set once, by any thread, and never reset."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -73,7 +71,7 @@ class Latch:
         self._wakers: list[Callable[[], object]] = []
 
     def set(self) -> None:
-        """Wake everybody who waits; nothing happens the second time."""
+        """Wake all waiting tasks; a second call does nothing."""
         with self._lock:
             self._set = True
             wakers, self._wakers = self._wakers, []

@@ -1,11 +1,9 @@
-"""The numbers behind the jobs: rows out to the experts, the weights a lane runs them on, and their results back.
+"""The work of expert jobs: rows to the experts, their weights, results in rows of their own, and the sums.
 
-Results do not depend on who finished first. One wave's crossing brings its rows from the forward to the experts.
-
-On a GPU the forward may run behind the host: what it asks for is announced before it is computed, read once it is
-there, and answered before the answer has been computed.
-
-A layer's experts at once, on the CPU, for a forward that nobody drives.
+`ExpertWork` runs a job's loads, `combine` sums their results in routing order, and a `Crossing` brings a wave's
+rows to the experts and the sums back. On a GPU the forward may run behind the host, so a crossing announces rows
+before they are computed, reads the routing once it is there, and returns sums before they are computed.
+`ComputeLane` runs all experts of a layer at once, for a forward without a driver (`model.generate()`).
 """
 
 from collections.abc import Callable, Sequence
@@ -64,13 +62,13 @@ class Accelerator(Protocol):
         ...
 
     def weights(self, layer: int, slots: Sequence[int]) -> Sequence[ExpertWeights]:
-        """Return what lies in slots as experts of `layer`."""
+        """Return the weights in slots as experts of `layer`."""
         ...
 
 
 @dataclass(slots=True)
 class LaneCounters:
-    """What one lane has done; its worker is the only writer."""
+    """Counts of one lane's work; its worker is the only writer."""
 
     n_rows: int = 0
     n_loads: int = 0
@@ -93,19 +91,19 @@ class HostRows:
 
 @dataclass(slots=True)
 class ExpertWork:
-    """Does the work of jobs, in whichever thread calls; loads write disjoint rows, so lanes need no lock.
+    """Runs jobs in the calling thread; loads write disjoint rows, so lanes need no lock.
 
-    A job whose layer was let go does nothing.
+    A job whose layer was released does nothing.
     """
 
     host: CpuDevice
     accelerator: Accelerator | None = None
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
     short: bool = False
-    """Whether memory ran out; whoever finds more sets this back."""
+    """Whether memory ran out; the engine resets it when it has freed some."""
 
     def __call__(self, job: Job) -> Failures:
-        """Do a job; returns what failed by expert."""
+        """Run a job; returns its failures by expert."""
         started = perf_counter()
         match job:
             case RunExperts():
@@ -155,7 +153,7 @@ class ExpertWork:
 
 
 def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:
-    """Run loads, by their places; returns what failed by expert: if any did, each was run alone to see which."""
+    """Run loads by their places; returns failures by expert. If any fails, each is run alone to see which."""
     try:
         run(range(len(loads)))
     except BaseException:
@@ -164,7 +162,7 @@ def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> 
 
 
 def each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:
-    """Run loads one by one; returns what failed by expert."""
+    """Run loads one by one; returns failures by expert."""
     failures: dict[int, BaseException] = {}
     for i, load in enumerate(loads):
         try:
@@ -175,7 +173,7 @@ def each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failure
 
 
 class Ask(NamedTuple):
-    """A layer's rows and who is to visit whom; on the forward's device."""
+    """A layer's rows and their routing, on the forward's device."""
 
     layer: int
     hidden: Tensor  # [T, H]
@@ -186,7 +184,7 @@ class Ask(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What a forward on a GPU has made for its own ask, where it is replayed."""
+    """Tensors that a replayed forward on a GPU has made for its own request."""
 
     n_rows: int  # the first of its rows; the others count for nothing
     note: Tensor  # the routing as one tensor
@@ -194,7 +192,7 @@ class Own(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What of an `Ask` the host has to know, in its memory."""
+    """The parts of an `Ask` that the host reads, in host memory."""
 
     index: Tensor  # type: ignore[assignment]  # [T, K]
     weights: Tensor  # [T, K]
@@ -206,44 +204,44 @@ class Crossing(Protocol):
 
     @property
     def due(self) -> object:
-        """What tells the GPU's lane when the latest dense part has ended."""
+        """A handle by which the GPU's lane knows when the latest dense part has ended."""
         ...
 
     def announce(self, ask: Ask) -> None:
-        """Take note that the wave's forward asks for a layer, computed or not."""
+        """Take the forward's request for a layer's experts, which may not be computed yet."""
         ...
 
     def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Return what forwards have returned, in the host's memory once their dense part is reported."""
+        """Return the forwards' results, which are in host memory once their dense part is reported."""
         ...
 
     def routing(self) -> Routing:
-        """Return who visits whom in the layer that was announced. Not before its dense part is reported."""
+        """Return the routing of the announced layer; call it only once its dense part is reported."""
         ...
 
     def open(self, work: LayerWork) -> Any:
-        """Let jobs of the layer that was announced begin; returns the tensors that they work on."""
+        """Let the jobs of the announced layer begin; returns the tensors that they work on."""
         ...
 
     def results(self, layer: Layer, *, deferred: bool = False, failed: Sequence[Load] = ()) -> Tensor:
         """Return the weighted sums `[T, H]`, on the forward's device, of the layer's loads or of its deferred ones.
 
         Those that failed count as zero. The sums may be computed later, in the order of the forward's work. The
-        layer's tensors are let go where nothing else is to come of them.
+        layer's tensors are released if no deferred result is left to come.
         """
         ...
 
     def let_go(self, layer: Layer) -> None:
-        """Let go of a layer's tensors."""
+        """Release a layer's tensors."""
         ...
 
     def end(self) -> None:
-        """Let go of what was announced and not opened."""
+        """Release an announced layer that was not opened."""
         ...
 
 
 class HostCrossing:
-    """For forwards on the CPU: everything is there at once, and stays where it is."""
+    """A crossing for forwards on the CPU, where all tensors are there at once and stay in place."""
 
     due = None
 
@@ -251,15 +249,15 @@ class HostCrossing:
         self._ask: Ask | None = None
 
     def announce(self, ask: Ask) -> None:
-        """Keep it: it is computed."""
+        """Keep the request: it is computed already."""
         self._ask = ask
 
     def conclude(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Return them: they are there."""
+        """Return the results: they are there already."""
         return list(results)
 
     def routing(self) -> Routing:
-        """Return what was asked."""
+        """Return the routing as it was asked."""
         assert self._ask is not None
         return Routing(*self._ask[2:5])
 
@@ -290,11 +288,11 @@ class HostCrossing:
         return combine(out[part], work.order[part], ask.weights)
 
     def let_go(self, layer: Layer) -> None:
-        """Let go of a layer's rows and results."""
+        """Release a layer's rows and results."""
         layer.tensors = None
 
     def end(self) -> None:
-        """Let go of what was asked."""
+        """Release the announced request."""
         self._ask = None
 
 
@@ -304,7 +302,7 @@ class ComputeLane:
 
     device: CpuDevice
     n_experts: tuple[int, ...]
-    """By layer."""
+    """Number of experts by layer."""
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' output `[T, H]` for `hidden` `[T, H]`, routed by `index` and `weights` `[T, K]`."""

@@ -1,6 +1,7 @@
-"""One lane, in the engine's own thread: what a machine with nothing but a CPU needs.
+"""The lane of a machine with only a CPU, in the engine's own thread.
 
-A worker thread would have nothing to run beside, and its torch threads would fight the engine's for the cores.
+A worker thread would have nothing to run beside, and its torch threads would compete with the engine's for the
+cores.
 """
 
 from collections import deque
@@ -13,7 +14,7 @@ from fiddler.trace import Trace
 
 
 class InlineLanes:
-    """Runs every job when it is started."""
+    """Runs every job at the moment it is started."""
 
     timed_dense = False
 
@@ -48,11 +49,11 @@ class InlineLanes:
         return self._reports.popleft()
 
     def drain(self) -> list[Report]:
-        """Return the reports that were not taken."""
+        """Return the reports that are left."""
         if not self._reports:
             return []
         drained, self._reports = list(self._reports), deque()
         return drained
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there is no thread to end."""

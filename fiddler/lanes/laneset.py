@@ -1,9 +1,7 @@
-"""What every set of lanes promises: a lane runs its jobs in order, and each is reported once.
+"""The interface of every set of lanes: a lane runs its jobs in order, and reports each once.
 
-A job that raises ends its lane: `LaneDied` is then the last report of it, and stands for every job of the lane that
-was not reported before. The other lanes go on.
-
-A job as the trace shows it.
+A job that raises ends its lane. `LaneDied` is then the lane's last report, and stands for all its jobs that were
+not reported before. The other lanes go on. `span` describes a job for the timeline.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,14 +11,14 @@ from fiddler.scheduler.messages import CopyExpert, Failures, Job, Reason, Report
 from fiddler.trace import Kind, Span
 
 Execute = Callable[[Job], Failures]
-"""Does a job's work, whole, in the calling thread; returns what failed by expert. To raise is to end the lane."""
+"""Runs a whole job in the calling thread; returns failures by expert. Raising ends the lane."""
 
 
 class LaneSet(Protocol):
     """The lanes of one machine. Its methods belong to the engine's thread."""
 
     timed_dense: bool
-    """Whether the dense part's time must be asked for: the clock does not run by itself."""
+    """Whether the runner must queue the dense part as a job, so that the lane reports its end."""
 
     def now_s(self) -> float:
         """Return the seconds on this machine's clock."""
@@ -39,7 +37,7 @@ class LaneSet(Protocol):
         ...
 
     def close(self) -> None:
-        """End the lanes, once what they run is done."""
+        """End the lanes once their running jobs are done."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Values from any thread into one that waits for them: the engine's, which has no event loop."""
+"""The blocking queue of the engine's thread: any thread pushes, the engine waits. It needs no event loop."""
 
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -26,9 +26,9 @@ class Mailbox(Generic[T]):
             refuse(item)
 
     def seal(self, refuse: Callable[[T], None]) -> list[T]:
-        """Take every item there is, and be the last to: what is pushed from now on is given to `refuse` instead.
+        """Take every item there is; from now on, pass each pushed item to `refuse` instead.
 
-        It is called in the thread that pushes. Whoever pushes is thus answered, however late he comes.
+        `refuse` runs in the thread that pushes, so every late push is answered.
         """
         with self._lock:
             self._refuse = refuse
@@ -46,7 +46,7 @@ class Mailbox(Generic[T]):
         return self._items.get()
 
     def receive_within(self, seconds: float | None) -> list[T]:
-        """Take the next item, waiting for it at most so long; none where none came."""
+        """Wait at most this long for the next item; returns it in a list, empty if none came."""
         try:
             return [self._items.get(timeout=seconds)]
         except Empty:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class DrivenWave(Wave):
-    """A wave as a runner drives it."""
+    """A wave, with the methods that a runner calls."""
 
     n_rows: int
     n_context: int
@@ -43,11 +43,11 @@ class DrivenWave(Wave):
     def __init__(self) -> None:
         super().__init__()
         self.front: DrivenWave | None = None
-        """The wave before whose dense parts none of its own may begin; the runner's note, as the next two."""
+        """Wave that must begin each dense part before this one does; the runner sets this and the next two."""
         self.n_passed = 0
-        """Dense parts it has begun and ended."""
+        """Number of dense parts that it has begun and ended."""
         self.held = False
-        """Whether it waits for the one in front."""
+        """Whether it waits for the wave in front."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class DrivenWave(Wave):
 
     @property
     def due(self) -> object:
-        """What tells the GPU's lane when the latest dense part has ended."""
+        """A handle by which the GPU's lane knows when the latest dense part has ended."""
         return None
 
     @abstractmethod
@@ -65,19 +65,19 @@ class DrivenWave(Wave):
 
     @abstractmethod
     def advance(self) -> Layer | None:
-        """Take in the layer that the dense part ended in, which is computed by now; `None` at the end."""
+        """Return the layer at which the dense part has ended; `None` at the end of the model."""
 
     @abstractmethod
     def take(self, done: LayerDone) -> None:
-        """Take a layer's results, which are there now, except those of its failures."""
+        """Take a layer's results, except those of its failures."""
 
     @abstractmethod
     def end(self, error: BaseException | None) -> None:
-        """Let go of everything; `error` is what stopped it early, if anything did."""
+        """Release everything; `error` is the reason if the wave ended early."""
 
 
 class Runner:
-    """One machine's driver. Its methods belong to the engine's thread."""
+    """Drives the waves of one machine. Its methods belong to the engine's thread."""
 
     def __init__(self, scheduler: "Scheduler | CpuOnly", lanes: LaneSet) -> None:
         self.scheduler = scheduler
@@ -88,7 +88,7 @@ class Runner:
         self._events: deque[Event] = deque()  # that the scheduler was not told yet
 
     def run(self, waves: Sequence[DrivenWave], *, in_order: bool = False) -> None:
-        """Run waves side by side to their ends. What a wave raises ends that wave alone.
+        """Run waves side by side to their ends. An error of a wave ends that wave alone.
 
         `in_order`: no wave begins a layer's dense part before the one in front of it has; its rows may attend to
         that one's.
@@ -122,22 +122,22 @@ class Runner:
         self._work()
 
     def preload(self, order: Sequence[Key] | None = None) -> None:
-        """Fill the free slots, and wait until they are filled; in this order, or by what the cache knows."""
+        """Fill the free slots, in this order or by the cache's scores, and wait until they are filled."""
         for job in self.scheduler.preload(order):
             self._start(job)
         self._work()
         self.settle()
 
     def settle(self) -> None:
-        """Wait until no lane has anything to do: a copy that nobody waits for may outlive its step."""
+        """Wait until all lanes are idle: a copy that no layer waits for may outlive its step."""
         while self._in_lanes:
             self._events += self.lanes.drain() or (self.lanes.report(),)
             self._work()
 
     def _work(self) -> None:
-        """Tell the scheduler what has happened, in order, until there is nothing more to do now.
+        """Pass events to the scheduler in order, and carry out its commands, until nothing is left to do now.
 
-        A layer's first commands are carried out before its last are worked out; what happens meanwhile waits.
+        A layer's first commands are carried out before its last are worked out; later events wait meanwhile.
         """
         events = self._events
         while events:
@@ -158,7 +158,7 @@ class Runner:
                         self._start(job)
 
     def _start(self, job: Job) -> None:
-        """Give a lane its job; a lane that cannot take it is as good as dead."""
+        """Give a lane its job; a lane that raises is reported as dead."""
         self._in_lanes[job.job] = job.lane
         try:
             self.lanes.start(job)
@@ -185,7 +185,7 @@ class Runner:
             self._route(wave)
 
     def _route(self, wave: Any) -> None:
-        """Hand the layer that a wave's dense part ended in to the scheduler."""
+        """Give the scheduler the layer at which a wave's dense part ended."""
         if wave not in self._running:
             return
         try:
@@ -202,7 +202,7 @@ class Runner:
             self._free(wave)
 
     def _free(self, front: DrivenWave) -> None:
-        """Let a wave that was held by the one in front go on."""
+        """Let a wave go on that waited for the wave in front."""
         for wave in self._running:
             if wave.held and wave.front is front:
                 self._go(wave)

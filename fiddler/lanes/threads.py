@@ -1,4 +1,4 @@
-"""Lanes in wall time: a worker thread each, FIFO; what is urgent goes before what is not and has not started."""
+"""Lanes in wall time: one worker thread each, in order; urgent jobs go before others that have not started."""
 
 from collections import deque
 from collections.abc import Callable
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """Does jobs in order; what is urgent goes before what is not and has not started.
+    """Runs jobs in order; urgent jobs go before others that have not started.
 
-    `working` is entered in the thread, for its life. `died` is told, there, of whatever ends it early. Raises
+    The thread enters `working` for its life, and calls `died` with the error that ends it early. Raises
     `EngineFailedError` where the machine has no thread left.
     """
 
@@ -51,7 +51,7 @@ class Worker(Generic[T]):
         self._calls.put(True)
 
     def end(self) -> None:
-        """Let it end once it is through with what is queued."""
+        """Let it end once its queue is empty."""
         self._calls.put(False)
 
     def join(self) -> None:
@@ -68,7 +68,7 @@ class Worker(Generic[T]):
 
 
 class ThreadLanes:
-    """Three workers beside the engine's thread; one crossing per job each way."""
+    """Three workers beside the engine's thread; a job crosses between threads once each way."""
 
     timed_dense = False
 
@@ -79,7 +79,7 @@ class ThreadLanes:
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
         trace: Trace | None = None,
     ) -> None:
-        """`working` is entered in each worker, for its life."""
+        """Each worker enters `working` for its life."""
         self._execute = execute
         self._trace = trace
         self._reports: Mailbox[Report] = Mailbox()
@@ -107,7 +107,7 @@ class ThreadLanes:
         return self._reports.drain()
 
     def close(self) -> None:
-        """End the workers, once they are through with what is queued."""
+        """End the workers once their queues are empty."""
         self._end()
         for worker in self._workers.values():
             worker.join()
@@ -118,7 +118,7 @@ class ThreadLanes:
             worker.end()
 
     def _bury(self, lane: LaneName, error: BaseException) -> None:
-        """Report what ended a worker early: the scheduler does without the lane then."""
+        """Report the error that ended a worker; the scheduler goes on without the lane."""
         self._reports.push(LaneDied(lane, error))
 
     def _run(self, job: Job) -> None:

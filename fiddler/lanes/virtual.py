@@ -1,6 +1,6 @@
-"""Lanes of a simulated machine in virtual time: no thread works, the clock jumps from one job's end to the next.
+"""Lanes of a described machine in virtual time: the clock jumps from one job's end to the next.
 
-Numbers are computed when a job ends, in the engine's thread, so what a copy had not brought yet cannot be used.
+A job's numbers are computed when it ends, in the engine's thread, so no job can use a copy that has not landed.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from fiddler.trace import Trace
 
 
 class VirtualLanes:
-    """Runs jobs for as long as `costs` says; without `execute` nothing but time passes.
+    """Runs jobs for as many virtual seconds as `costs` predicts; without `execute` only time passes.
 
     `overlap=False` is a machine that one thread drives: the CPU lane waits for the other two.
     """
@@ -61,14 +61,14 @@ class VirtualLanes:
         return self._reports.popleft()
 
     def drain(self) -> list[Report]:
-        """Return what ended at the moment of the latest report; the clock jumps only for who waits."""
+        """Return the reports of the latest moment; only `report` lets the clock jump."""
         if not self._reports:
             return []
         drained, self._reports = list(self._reports), deque()
         return drained
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there is no thread to end."""
 
     def _jump(self) -> None:
         lanes = self._lanes

@@ -1,1 +1,1 @@
-"""Everything that knows transformers: the two seams, loading, tokenising and sampling."""
+"""Everything that knows transformers: seams for experts, attention and masks, loading, sampling."""

@@ -1,12 +1,12 @@
-"""transformers builds one model at a time, and says nothing of the experts that we keep out.
+"""Builds one transformers model at a time, without warnings about the experts that we keep out.
 
 While it builds or loads one, transformers changes torch's default dtype, `torch.linspace`, `torch.nn.init` and a
 method of its own models, for every thread, and changes them back. Two loads at once would see each other's changes,
-and might leave them behind. So whoever makes transformers do that, the program itself too, waits for its turn; a
-child that is forked meanwhile has the changes undone.
+and might leave them behind. So all loads take turns, those of the program itself too; a child that is forked
+meanwhile has the changes undone.
 
-What the program set is left alone: logging levels, warnings filters, the switch of the progress bars. To be quiet,
-a filter that is there from the beginning knows which thread loads for us.
+The program's settings are left alone: logging levels, warnings filters, the switch of the progress bars. A filter
+that is installed from the beginning drops messages of the thread that loads for us.
 """
 
 import functools
@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 _one = threading.RLock()
 _mine = threading.local()
 _found: dict[tuple[Any, str], Any] = {}
-"""What the one whose turn it is may have changed, as it was before."""
+"""Settings that the load under way may have changed, as they were before."""
 
 _CHANGED = ((PreTrainedModel, "tie_weights"), (torch, "linspace"))
 _LOGGERS = ("modeling_utils", "core_model_loading", "integrations.hub_kernels")
@@ -35,7 +35,7 @@ _LOGGERS = ("modeling_utils", "core_model_loading", "integrations.hub_kernels")
 def alone() -> Generator[None]:
     """Build or load models of transformers, one thread after the other, quietly, and on the CPU.
 
-    What the thread has set for itself, a default device or inference mode, does not reach in.
+    The thread's own settings, a default device or inference mode, do not apply inside.
     """
     with _turn(), torch.inference_mode(False), torch.device("cpu"):
         getattr(_mine, "check", _wanted)()
@@ -48,7 +48,7 @@ def alone() -> Generator[None]:
 
 
 def check_before(check: Callable[[], None]) -> None:
-    """Have `check` raise whenever it is this thread's turn to load and nobody wants that any more."""
+    """Call `check` before this thread's turn to load; it raises if nobody wants the load any more."""
     _mine.check = check
 
 
@@ -81,12 +81,12 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _contexts(method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Return a method that gives the contexts a model is built in, the turn before all others."""
+    """Return a method that enters the contexts a model is built in, the turn first."""
     return functools.wraps(method)(lambda *args, **options: [_turn(), *method(*args, **options)])
 
 
 def _forked() -> None:
-    """Undo what a thread of the parent has begun, and cannot end here."""
+    """Undo the changes of a parent's loading thread, which does not run in this child."""
     global _one
     if _one.acquire(blocking=False):
         _one.release()

@@ -1,7 +1,7 @@
 """The attention seam: rows of all sequences arrive packed, each sequence's rows attend to their own past.
 
-A layer's mask says what its rows see (masks.py), and nothing else does: transformers' eager attention looks at no
-window among the arguments either. Soft cap and sinks are arguments.
+Only a layer's mask says what its rows see (masks.py): transformers' eager attention ignores a window among the
+arguments too. Soft cap and sinks are arguments.
 """
 
 from typing import Any
@@ -139,10 +139,10 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None 
 def _mask(
     n_rows: int, n_tokens: int, first: int, sight: Sight, wave: WaveCache, device: torch.device
 ) -> Tensor | None:
-    """Return what each of the new rows sees of the tokens from `first`, `[t, L - first]` bool.
+    """Return which tokens from `first` on each new row sees, `[t, L - first]` bool.
 
-    `None` where that is all up to itself: for one row, or plain causal from the start. Made once a step: layers of
-    one kind share it.
+    `None` where each row sees all tokens up to itself: for one row, or plain causal from the start. Made once a
+    step: layers of one kind share it.
     """
     if n_rows == 1 or (n_rows == n_tokens and not sight.hidden(n_tokens)):
         return None

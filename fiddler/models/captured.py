@@ -1,7 +1,7 @@
-"""A decoding step with nothing in it that the host decides: what a graph records once and a GPU replays.
+"""Attention and keys and values as a GPU graph records them: nothing in the decoding step is decided by the host.
 
 One row a sequence; where each sequence's past lies and how long it is are numbers in the GPU's memory. Attention
-looks at as many tokens for all of them, a bucket, and masks what is not theirs.
+looks at the same number of tokens for all sequences, a bucket, and masks the tokens that are not theirs.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """A sequence's row in a decoding step."""
 
     start: int
-    """Of the sequence's run."""
+    """First token of the sequence's run."""
     id: int
     position: int
     """Tokens before it."""
@@ -64,9 +64,9 @@ def step_numbers(arena: KvArena, rows: Sequence[Row], n: int) -> Tensor:
 class CapturedCache(Cache):
     """Keys and values of one row a sequence, in the arena: `update` writes rows where the inputs say.
 
-    What `update` returns is what it was given, for the attention looks the past up itself; or, `whole`, the past of
-    all sequences, each as long as the bucket, for models that transform it first (MLA expands latents). Which of
-    the two a model wants shows: `UnsupportedModelError` says that it is not the first.
+    `update` returns its input, since the attention looks the past up itself; or, if `whole`, the past of all
+    sequences, each as long as the bucket, for models that transform it first (MLA expands latents). The cheap form,
+    returning the input, is tried first; a model that needs the other raises `UnsupportedModelError`.
     """
 
     def __init__(self, arena: KvArena, inputs: StaticInputs, n_tokens: int, *, whole: bool = False) -> None:
@@ -99,7 +99,7 @@ class CapturedCache(Cache):
         return key_states, value_states
 
     def past(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pasts `[n, heads, bucket, dim]` that stand behind what the attention was given."""
+        """Return the pasts `[n, heads, bucket, dim]` that belong to the tensors that the attention was given."""
         if self._whole:
             sizes = self._inputs.starts.shape[0], self._n_tokens
             own_keys, own_values = (part[0].unflatten(1, sizes).transpose(0, 1) for part in (keys, values))
@@ -121,7 +121,7 @@ class CapturedCache(Cache):
         return keys[self._past], values[self._past]
 
     def visible(self, sight: Sight) -> Tensor:
-        """Return what each row sees, `[n, 1, 1, bucket]` bool. Made once a step: layers of one kind share it."""
+        """Return which tokens each row sees, `[n, 1, 1, bucket]` bool; made once a step, for layers of one kind."""
         seen = self._seen.get(sight)
         if seen is None:
             newest = self._inputs.lengths[:, None] - 1
@@ -130,7 +130,7 @@ class CapturedCache(Cache):
         return seen
 
     def bias(self, sight: Sight, dtype: torch.dtype) -> Tensor:
-        """Return the same as what is added to scores: nothing, or minus infinity; made once a step."""
+        """Return the mask as a bias on scores, zero or minus infinity; made once a step."""
         bias = self._biases.get(sight)
         if bias is None:
             seen = self.visible(sight)

@@ -1,6 +1,6 @@
 """The dense part on the CPU: linear layers multiply with the calibrated kernels, from aligned memory.
 
-Routers multiply by themselves, and have weights that know how.
+Routers multiply by themselves with `F.linear`, so their weights are of a class that uses our kernels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ def matrices(model: nn.Module) -> Iterator[Tensor]:
 
 
 def accelerate(model: nn.Module, kernels: Kernels) -> None:
-    """Let every 16-bit linear layer use `kernels`, and move what is not aligned into memory that is."""
+    """Let every 16-bit linear layer use `kernels`, and move unaligned weights into aligned memory."""
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
@@ -40,7 +40,7 @@ def accelerate(model: nn.Module, kernels: Kernels) -> None:
 
 
 class _Weight(Tensor):
-    """A weight that its module multiplies with by itself: `F.linear` finds its way to our own."""
+    """A weight whose module calls `F.linear` itself; the call ends in our kernel."""
 
     @classmethod
     def of(cls, weight: nn.Parameter) -> Any:
@@ -67,7 +67,7 @@ class _Weight(Tensor):
 
 
 class _Linear:
-    """A linear layer's forward. It runs several times a layer and token, so nothing is asked twice."""
+    """A linear layer's forward. It runs several times a layer and token, so it looks everything up once."""
 
     def __init__(self, module: nn.Linear, kernels: Kernels) -> None:
         self._module = module

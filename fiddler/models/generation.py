@@ -64,26 +64,26 @@ _OF_OTHER_MODES = frozenset({
     "speculation_type",
     "target_lookbehind",
 })  # fmt: skip
-"""Options without effect as long as nobody asks for beams, an assistant, or more than tokens."""
+"""Options without effect unless a request asks for beams, an assistant, or more output than tokens."""
 _OFF = MappingProxyType(
     {**GenerationConfig._get_default_generation_params(), "guidance_scale": 1.0, "penalty_alpha": 0.0}
 )
-"""Values at which options that the engine does not honour do nothing, besides `None`, `False` and an empty list."""
+"""Values, besides `None`, `False` and an empty list, that turn off options which the engine does not honour."""
 _ARGUMENTS = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {
     "self",
     "inputs",
     "generation_config",
     "kwargs",
 }
-"""Of `generate` itself, such as logits processors of the caller's."""
+"""Arguments of `generate` itself, such as logits processors of the caller's."""
 _KNOWN = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """What one request asked for, with nothing left to be looked up.
+    """The options of one request, fully resolved.
 
-    Of `max_new_tokens` and `max_length` one is set at most; neither means as many tokens as the context holds.
+    At most one of `max_new_tokens` and `max_length` is set; neither means as many tokens as the context holds.
     """
 
     sample: bool = False
@@ -97,8 +97,8 @@ class SamplingOptions:
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
     asked: frozenset[str] = frozenset()
-    """Of the options about length, those that the request itself set: they are met or refused, where those of the
-    checkpoint give way to the room there is."""
+    """Length options that the request itself set: they are met or refused; the checkpoint's give way to the
+    room."""
     n_vocabulary: int = 0
     """Tokens of the vocabulary, 0 where the checkpoint does not say."""
 
@@ -108,14 +108,14 @@ class Defaults:
     """The options a checkpoint brings: its `generation_config.json`, or else those in its `config.json`."""
 
     options: Mapping[str, Any]
-    """Those the engine honours, read."""
+    """Options that the engine honours, read."""
     stated: Mapping[str, Any]
-    """All, as they stand there. Names that transformers does not know mean nothing to it, nor here."""
+    """All options as they stand there. Names that transformers does not know are ignored."""
     n_vocabulary: int
 
     @classmethod
     def of_model(cls, model: PreTrainedModel, *, has_tokenizer: bool) -> "Defaults":
-        """Read a loaded model's. Raises `UnsupportedModelError` naming what cannot be honoured."""
+        """Read a loaded model's options. Raises `UnsupportedModelError` naming one that cannot be honoured."""
         config = model.generation_config
         file = "config.json" if getattr(config, "_from_model_config", False) else _FILE
         defaults = cls.of(_set_fields(config), vocabulary(model.config), file)
@@ -127,7 +127,7 @@ class Defaults:
 
     @classmethod
     def of(cls, stated: Mapping[str, Any], n_vocabulary: int, file: str = _FILE) -> "Defaults":
-        """Read the options that stand in a file. Raises `UnsupportedModelError` naming what cannot be honoured."""
+        """Read the options that stand in a file. Raises `UnsupportedModelError` naming one we cannot honour."""
         if whole_number(stated.get("top_k")) == -1:  # how other programs write that it is off
             stated = {name: value for name, value in stated.items() if name != "top_k"}
         for name in sorted(_KNOWN & stated.keys() - HONOURED.keys() - _HARMLESS - _OF_OTHER_MODES):
@@ -209,7 +209,7 @@ def read_options(
 def _asked(
     defaults: Defaults, generation: GenerationConfig | None, overrides: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return what a request asks for that the engine honours; nothing else may be asked for."""
+    """Return the request's options that the engine honours. Raises `GenerationError` for any other."""
     if not isinstance(generation, GenerationConfig | None):
         raise GenerationError(
             f"generation={shown(generation)} must be a GenerationConfig of transformers; give single options as "
@@ -273,7 +273,7 @@ def _samples(asked: Mapping[str, Any], merged: Mapping[str, Any]) -> bool:
 
 
 def _length(names: tuple[str, str], asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, int]:
-    """Return the length that counts, by name: the request's before the checkpoint's, new tokens before all."""
+    """Return the length option that counts: the request's before the checkpoint's, new tokens before all."""
     for given in (asked, {n: v for n, v in defaults.items() if n not in asked}):
         for name in names:
             if given.get(name) is not None:

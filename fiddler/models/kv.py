@@ -1,14 +1,13 @@
-"""Keys and values of the past: each sequence owns its own, a wave's cache appends to all of them.
+"""Keys and values of the past: each sequence owns its own, and a wave's cache appends to all of them.
 
-transformers gives `update` the new rows of a whole packed step and expects keys and values back. What comes back
-is either handed to the attention function as it is, and then that function can look the past up at its owner, or it
-is transformed first (MLA expands latents), and then the ragged concatenation of all pasts is really needed. Which
-of the two a layer does is learnt from its first step: `Directness`.
+transformers gives `update` the new rows of a whole packed step and expects keys and values back. A layer either
+hands these to the attention function unchanged, which can then look up the past at its owner; or it transforms them
+first (MLA expands latents), and then really needs all pasts one after the other. `Directness` learns from a layer's
+first step which of the two it does.
 
-Memory for the keys and values of all sequences: one allocation a layer, and each sequence a run of tokens in it.
-
-A GPU's memory is divided when the engine opens, so nothing here grows and nothing is copied. All layers have room
-for the same tokens: a sequence's run says where it lies in each of them.
+`KvArena` is the memory of all sequences on a GPU: one allocation a layer, of which each sequence holds a run of
+tokens, at the same place in all layers. The GPU's memory is divided when the engine opens, so nothing grows and
+nothing is copied.
 """
 
 from bisect import insort
@@ -48,14 +47,14 @@ class KvArena:
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
         self.spare = n_tokens
-        """One more token, of no run: for rows of a recorded step that stand for no sequence."""
+        """Index of one more token that belongs to no run: for rows of a recorded step without a sequence."""
         self._free = [(0, n_tokens)] if n_tokens else []  # (start, stop), in order; no two of them adjoin
         self._held: set[Run] = set()
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def n_free(self) -> int:
-        """Tokens nobody holds; they need not lie side by side."""
+        """Number of free tokens; they need not lie side by side."""
         return sum(stop - start for start, stop in self._free)
 
     @property
@@ -102,7 +101,7 @@ class KvArena:
     def buffers(self, index: int, run: Run, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return a run's keys and values in a layer, `[1, heads, run.n_tokens, dim]`: views of the layer's memory.
 
-        `keys` and `values`, `[1, heads, t, dim]`, say what to make the layer of if it is not there yet.
+        A layer that is not there yet is made for the shapes of `keys` and `values`, `[1, heads, t, dim]`.
         """
         if index not in self._layers:
             self._layers[index] = self._made(keys), self._made(values)
@@ -147,7 +146,7 @@ class LayerKV:
 class SequenceKV:
     """The past of one sequence, layer by layer: in `run`, where it never moves, or in buffers of its own that grow.
 
-    Whoever reserved the run releases it, once no step is left that reads it.
+    The run's owner releases it once no step is left that reads it.
     """
 
     def __init__(self, run: Run | None = None) -> None:
@@ -224,7 +223,7 @@ class SequenceKV:
 
 
 class Directness:
-    """Which layers hand what `update` returned to the attention function untouched; learnt once per model."""
+    """Whether each layer hands the result of `update` to the attention untouched; learnt once per model."""
 
     def __init__(self) -> None:
         self._direct: dict[int, bool] = {}
@@ -234,7 +233,7 @@ class Directness:
         return self._direct.get(layer, False)
 
     def observe(self, layer: int, direct: bool) -> None:
-        """Note what one layer did in one step."""
+        """Note whether one layer did so in one step."""
         self._direct[layer] = self._direct.get(layer, True) and direct
 
 
@@ -252,7 +251,7 @@ class WaveCache(Cache):
         self.lengths = list(lengths)
         self.masks: dict[tuple[int, int, Sight], Tensor] = {}
         self.sights: dict[int, Sight] = {}
-        """By layer, what its rows may see; noted by the attention."""
+        """By layer, the tokens that its rows may see; noted by the attention."""
         self._directness = directness
         # By the layer that appended them, each sequence's keys and values; and, by id of the keys, what that layer
         # was given back, held so that ids stay theirs.
@@ -263,7 +262,7 @@ class WaveCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append `[1, heads, ΣT, dim]` and return what the layer's attention needs."""
+        """Append `[1, heads, ΣT, dim]`, and return keys and values for the layer's attention."""
         if len(self.sequences) == 1:
             pasts = [self.sequences[0].append(layer_idx, key_states, value_states)]
             keys, values = pasts[0]
@@ -280,7 +279,7 @@ class WaveCache(Cache):
         return keys, values
 
     def pasts(self, keys: Tensor, values: Tensor, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Return each sequence's `[1, heads, L, dim]` keys and values for what the attention was given.
+        """Return each sequence's keys and values `[1, heads, L, dim]`, given the attention's own arguments.
 
         `layer` is the attention's own; a layer that shares another's keys is given that layer's, without what the
         wave behind, with later rows of the same sequence, has appended to them since.

@@ -1,4 +1,4 @@
-"""A model ready to run: its dense part, where its experts are, and how its rows travel."""
+"""A model ready to run: its dense part, its experts' weights, and whether its sequences share a forward."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -35,9 +35,9 @@ class LoadedModel:
     experts: Mapping[str, seam.ExpertsModule]
     """The experts modules by path, in layer order."""
     formulas: tuple[ExpertFormula, ...]
-    """By layer."""
+    """Formulas by layer."""
     n_experts: tuple[int, ...]
-    """By layer."""
+    """Number of experts by layer."""
     weights: Callable[[int, int], ExpertWeights]
     """(layer, expert) to its weights."""
 
@@ -129,7 +129,7 @@ def _pack(skeleton: PreTrainedModel) -> bool:
 
 
 def seems_packed(skeleton: PreTrainedModel) -> bool:
-    """Whether sequences of a model may share forwards, as far as it shows without weights; gives it our seams."""
+    """Whether sequences of a model may share forwards, as far as can be told without weights; sets our seams."""
     if skeleton.config.get_text_config().model_type not in PACKED:
         return False
     seam.bind(seam.find_experts(skeleton), lambda *_: torch.empty(0))
@@ -143,7 +143,7 @@ def _of_text(
 ) -> Mapping[str, seam.ExpertsModule]:
     """Return the experts modules that a text's tokens visit: images have experts of their own, in towers or beside.
 
-    Where all have the same path but for their numbers there is nothing to find out.
+    If all paths are alike but for numbers, all are returned.
     """
     if len({re.sub(r"\d+", "*", path) for path in experts}) == 1:
         return experts
@@ -199,7 +199,7 @@ def model_context(config: PretrainedConfig) -> int:
     """Return the longest context a model was made for, in tokens; about a million where it does not say.
 
     Dynamic NTK begins where `max_position_embeddings` ends, and reaches `factor` times as far. Raises
-    `CheckpointError` where the two make no length.
+    `CheckpointError` where their product is no length.
     """
     text = config.get_text_config()
     given = getattr(text, "max_position_embeddings", None)

@@ -1,9 +1,9 @@
 """Look-ahead: which experts the next layer's router would pick for the rows of this layer.
 
 No architecture is known here. On first use the next MoE block is called on the rows as a `Forward` of its own and
-unwound at its experts call, which holds the picked experts; no expert runs. Where one of the block's own modules
-made that choice from the rows alone it is the router, and from then on it is called without the block, which may
-run shared experts first. A block that cannot be asked without leaving a trace is not asked again.
+unwound at its experts call, which holds the picked experts; no expert runs. If one of the block's own modules made
+that choice from the rows alone, it is the router; from then on it is called without the block, which may run shared
+experts first. A block that keeps anything of such a call is not asked again.
 """
 
 import re
@@ -22,7 +22,7 @@ _Ask = Callable[[Tensor], Tensor]
 """`hidden [T, H] -> index [T, K]`."""
 
 _N_TRIED = 16
-"""Rows of the first call, which runs all that a block runs before its experts, and checks it."""
+"""Rows of the first call, which runs all code of a block up to its experts, and checks it."""
 
 
 class Lookahead:
@@ -67,7 +67,7 @@ def _block(model: nn.Module, before: str, path: str) -> nn.Module | None:
 
 
 class _UnaskableError(Exception):
-    """A block keeps something of a call, or its choice is no function of the rows alone."""
+    """A block keeps something of a call, or its choice does not depend on the rows alone."""
 
 
 class _Seen(NamedTuple):
@@ -80,7 +80,7 @@ class _Seen(NamedTuple):
 
 
 def _learn(block: nn.Module, hidden: Tensor, layer: int) -> _Ask:
-    """Find out how to ask a block. Raises `_UnaskableError`, or what the block raises."""
+    """Find out how to ask a block. Raises `_UnaskableError`, or the block's error."""
     with _undone(block):
         rows = hidden.clone()
         call, seen = _observed(block, rows)
@@ -97,7 +97,7 @@ def _learn(block: nn.Module, hidden: Tensor, layer: int) -> _Ask:
 
 
 def _observed(block: nn.Module, rows: Tensor) -> tuple[Any, list[_Seen]]:
-    """Call a block up to its experts; return what it asked for and the calls of its modules till then."""
+    """Call a block up to its experts; return its experts call and the calls of its modules before that."""
     seen: list[_Seen] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -158,7 +158,7 @@ def _ranked(index: Tensor, weights: Tensor) -> Tensor:
 
 @contextmanager
 def _undone(block: nn.Module) -> Generator[None]:
-    """Put back what a block keeps of the calls inside; raises `_UnaskableError` if it was anything.
+    """Undo changes that the calls inside make to a block; raises `_UnaskableError` if there were any.
 
     The random numbers it draws are not put back: the generator is the process's, and other threads draw from it.
     """

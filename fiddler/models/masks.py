@@ -1,9 +1,10 @@
-"""The mask seam: where transformers would make a mask, attention is told what a row sees, in three numbers.
+"""The mask seam: in place of a mask tensor, attention gets a short description (`Sight`) of the tokens that a row
+sees.
 
-transformers composes a mask of functions that say for two positions whether one sees the other, and hands it to
-the function registered for the attention implementation, to make a tensor of it. Ours reads the parts instead: the
-positions of a packed step's rows are those of many sequences, of which transformers knows nothing. What has no such
-description is carried to the layers that attend by it, and refused there: such a model shares no steps (dry.py).
+transformers composes a mask of functions that say for two positions whether one sees the other, and hands it to the
+function registered for the attention implementation, to make a tensor of it. Ours reads the parts instead: the
+positions of a packed step's rows are those of many sequences, of which transformers knows nothing. A mask without
+such a description is refused by the layers that attend by it: the model then shares no steps (packing.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ class Sight(NamedTuple):
 
 
 def mask(*, mask_function: MaskFunction, attention_mask: Tensor | None = None, **sizes: Any) -> Sight:
-    """Return the description of a mask; what transformers calls in place of its own implementations."""
+    """Return the description of a mask; transformers calls this in place of its own mask implementations."""
     if attention_mask is not None:
         return Sight(unknown="a mask of padding")
     return read(mask_function)
@@ -96,7 +97,7 @@ def _parts(function: MaskFunction) -> Iterator[MaskFunction]:
 
 
 def _held(function: Any) -> dict[str, Any]:
-    """Return the variables that a function of transformers has kept from the one that made it."""
+    """Return the variables that a function of transformers closes over."""
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 

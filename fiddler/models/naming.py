@@ -1,11 +1,11 @@
-"""Which checkpoint tensors make which expert's parts, by transformers' own conversion mapping.
+"""Maps checkpoint tensors to experts' parts, by transformers' own conversion mapping, and checks their shapes.
 
 The only module that touches transformers' private loading code (`core_model_loading`, `conversion_mapping`); the
 exactness suite runs it on the lowest and the highest version that `pyproject.toml` admits. The mapping's operations
 are replayed on views of one expert at a time, so nothing is copied; views express every operation that any
 architecture's experts need.
 
-Whether every expert's tensors are what the model computes with, from the headers alone.
+`check_views` compares every expert's tensors with the shapes that the model computes with, from the headers alone.
 """
 
 from collections import defaultdict
@@ -85,7 +85,7 @@ _MERGING = (loading.MergeModulelist, loading.ErnieFuseAndSplitTextVisionExperts)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the checkpoint has for one expert parameter: tensors per source pattern, and how to join them."""
+    """Checkpoint tensors of one expert parameter, by source pattern, and the operations that join them."""
 
     tensors: Mapping[str, tuple[str, ...]]
     converter: loading.WeightConverter | None

@@ -1,7 +1,8 @@
-"""A transformers model whose experts lie outside of it, in the checkpoint's files: what cannot hold is refused.
+"""A transformers model whose experts lie outside of it, in the checkpoint's files; operations that need them inside
+are refused.
 
-Its experts' parameters are no attributes of its modules. Whatever would save, convert, move or replace them would
-miss them without a word. It runs, it is copied, its dense part may learn and be adapted.
+Its experts' parameters are not attributes of its modules, so saving, converting, moving or replacing them would
+silently miss them. The model can run and be copied; its dense part can learn and be adapted.
 """
 
 import weakref
@@ -21,7 +22,7 @@ Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 def keep_outside(model: PreTrainedModel, folder: str) -> None:
-    """Refuse, from now on, what would need the experts of a model to be inside; they lie in `folder`."""
+    """From now on, refuse operations that need a model's experts inside it; they lie in `folder`."""
     for experts in seam.find_experts(model).values():
         _derive(experts, _Experts)
         experts._whole = weakref.ref(model)  # a copy of a part does not copy the whole
@@ -41,18 +42,18 @@ def is_outside(model: PreTrainedModel) -> bool:
 
 
 def _derive(module: Any, guard: type) -> None:
-    """Let a module be of its own class still, and of `guard`."""
+    """Make a module's class a subclass of its own class and of `guard`."""
     own = type(module)
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     module.__class__ = type(own.__name__, (guard, own), names)
 
 
 class _OutsideError(ModelError, AttributeError):
-    """So that `hasattr` says no, and a default is taken."""
+    """An `AttributeError`, so that `hasattr` says no and defaults are taken."""
 
 
 class _Missing(torch.Tensor):
-    """A parameter that lies outside: it has a name, and whoever uses it is told why that is all."""
+    """A parameter that lies outside: it has a name, and any use raises the reason."""
 
     why = ""
 
@@ -65,7 +66,7 @@ class _Missing(torch.Tensor):
 
 
 class _Copied(nn.Module):
-    """A module that is copied but not pickled; the experts, which nobody changes, are shared."""
+    """A module that is copied but not pickled; copies share the experts, which never change."""
 
     def __copy__(self) -> Any:
         made = type(self).__new__(type(self))
@@ -106,7 +107,7 @@ class _Experts(_Copied):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name those outside too to whoever asks for the module's own: an adapter is refused what it finds."""
+        """Name the outside parameters too if the module's own are asked for: an adapter is then refused."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         if not recurse:
             for name, shape in self._shapes.items():
@@ -158,7 +159,7 @@ class _Experts(_Copied):
 
 
 class _Holder(_Copied):
-    """A module that holds such modules."""
+    """A module that holds experts modules without experts."""
 
     _outside: tuple[_Experts, ...]
 
@@ -178,7 +179,7 @@ class _Holder(_Copied):
 
 
 class _Model(_Holder, PreTrainedModel):
-    """A whole model that does."""
+    """A whole model with such modules."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = super().__deepcopy__(memo)

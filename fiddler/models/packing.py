@@ -1,11 +1,13 @@
-"""A step that visits no expert: what a model asks for, and what it takes, without reading any of its experts.
+"""Which architectures share packed forwards, and a dry step that checks it.
 
-Architectures whose sequences may share one packed forward, with prompts cut into chunks.
+A dry step visits no expert: it shows which layers a model asks experts for and how much memory the step takes,
+without reading an expert.
 
-The exactness suite proves every entry: packed steps, ragged and chunked, with sequences joining and leaving, equal
-separate unsplit forwards. An architecture that is not listed runs one forward per sequence, whole prompts at once,
-with transformers' own cache, and meets the others at the experts. So does a listed one whose configuration asks
-for what packed steps do not know, or makes that cache lose what the masks show (`why_apart` in dry.py).
+The exactness suite proves every entry of `PACKED`: packed steps, ragged and chunked, with sequences joining and
+leaving, equal separate unsplit forwards. An architecture that is not listed runs one forward per sequence, whole
+prompts at once, with transformers' own cache, and forwards meet at the experts. So does a listed one if its
+configuration uses an option that packed steps do not know, or makes that cache lose tokens that the masks show
+(`why_apart`).
 """
 
 import inspect
@@ -63,18 +65,18 @@ PACKED: frozenset[str] = frozenset(
         "solar_open",
     }
 )
-"""By the model type of the text configuration."""
+"""Model types of the text configuration."""
 
 
 class DryStep(NamedTuple):
-    """What came of a step."""
+    """Results of a dry step."""
 
     past: Any
     """The sequence's past: a `SequenceKV` of a packed model, else transformers' cache."""
     layers: tuple[int, ...]
     """Layers whose experts were asked for, as they were bound, in order."""
     sights: Mapping[int, Sight]
-    """By layer, what its rows may see; of a packed model."""
+    """By layer of a packed model, the tokens that its rows may see."""
 
 
 def dry_step(model: torch.nn.Module, n_rows: int, *, packed: bool) -> DryStep:
@@ -135,8 +137,8 @@ def why_apart(model: PreTrainedModel) -> str:
 def check_runs(model: PreTrainedModel, why_apart: str = "") -> None:
     """Run a row of a model bound to the seam with transformers' attention and cache.
 
-    Raises `UnsupportedModelError` for one that cannot run: its options do not go together. What had kept it from
-    packed steps is often the better reason.
+    Raises `UnsupportedModelError` for one that cannot run: its options do not go together. The reason against
+    packed steps is often the better explanation.
     """
     try:
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from transformers import (
 
 
 class _Chooser(GenerationMixin):
-    """What transformers' choice of processors needs of a model."""
+    """The parts of a model that transformers' choice of processors reads."""
 
     def __init__(self, n_vocabulary: int) -> None:
         text = SimpleNamespace(vocab_size=n_vocabulary)
@@ -35,7 +35,7 @@ def logits_processors(
     """Return what `generate` would run with these options of `GenerationConfig`, after this prompt.
 
     Each takes ids `[1, T]`, prompt included, and scores `[1, V]`, float32, both on the CPU. `n_most` is the longest
-    the sequence may become, in tokens, prompt included. Raises whatever transformers does for values it refuses.
+    the sequence may become, in tokens, prompt included. Raises transformers' errors for values that it refuses.
     """
     if not options:
         return []
@@ -61,7 +61,7 @@ def _ids(ids: Sequence[int]) -> torch.Tensor:
 
 
 def _fix_dtype(processor: LogitsProcessor, options: Mapping[str, Any]) -> None:
-    """Make float32 what transformers makes in torch's default dtype, which belongs to the whole process."""
+    """Make tensors float32 that transformers makes in torch's default dtype, which belongs to the whole process."""
     if isinstance(processor, EtaLogitsWarper):
         processor.epsilon = torch.tensor(options["eta_cutoff"], dtype=torch.float32, device="cpu")
     elif isinstance(processor, SequenceBiasLogitsProcessor):  # its tensor is made later, of these

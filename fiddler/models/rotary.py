@@ -1,9 +1,10 @@
 """Rotary embeddings that depend on the length of a sequence, and which sequences may share a forward.
 
 Dynamic NTK, longrope and Phi-MoE's scales look for the last position of a forward and rotate all its rows by it;
-some keep what they found for the next forward. They know nothing of other sequences' rows, nor of a prompt's later
-chunks. So a forward says how long its sequences are (`Forward.length`), and sequences of different *regimes*, which
-are rotated differently, travel apart. No kind of embedding is known here: a regime is read off the embedding.
+some keep what they found for the next forward. They do not know which rows are of other sequences, nor a prompt's
+later chunks. So a forward says how long its sequences are (`Forward.length`), and sequences of different *regimes*,
+which are rotated differently, travel apart. No kind of embedding is known here: a regime is found by calling the
+embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ def starts_over(model: Any, n_past: int) -> bool:
 
 
 class _Past:
-    """A past that is only asked how long it is."""
+    """A past that only knows its length."""
 
     def __init__(self, n_tokens: int) -> None:
         self._n_tokens = n_tokens
@@ -73,7 +74,7 @@ class _Past:
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    """Whether a module is transformers' rotary embedding of a text: what rotates images has axes for positions."""
+    """Whether a module is transformers' rotary embedding of text; those of images have axes for positions."""
     kinds = _kinds(module)
     return bool(kinds) and "axial" not in kinds.values() and "position_ids" in signature(module.forward).parameters
 
@@ -110,7 +111,7 @@ def _rotation(module: nn.Module, n_tokens: int) -> bytes:
 
 
 def _told(module: nn.Module) -> Any:
-    """Return a forward of `module` in which the length is that of the current `Forward`."""
+    """Return a forward of `module` that uses the length of the current `Forward`."""
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         length = getattr(getcurrent(), "length", None)
@@ -126,7 +127,7 @@ def _told(module: nn.Module) -> Any:
 
 
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a copy of `module`, for it may keep what it has seen: as attributes, or in its buffers."""
+    """Run a copy of `module`, since it may keep values of a call in attributes or buffers."""
     fresh = copy(module)
     fresh._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     return type(module).forward(fresh, *args, **kwargs)

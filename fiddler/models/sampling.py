@@ -1,4 +1,4 @@
-"""The token picked from one request's logits, as transformers would pick it."""
+"""Picks a token from one request's logits, as transformers would."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -12,7 +12,8 @@ from fiddler.models.processors import logits_processors
 
 
 class Sampler:
-    """Picks one request's tokens. Nothing in the process beside it changes which: every dtype and device is said.
+    """Picks one request's tokens. The rest of the process cannot change the choice: every dtype and device is
+    explicit.
 
     `n_most` is the longest the sequence may become, in tokens, prompt included.
     """

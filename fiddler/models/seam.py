@@ -1,7 +1,7 @@
 """The experts seam: one function, registered with transformers, through which every MoE layer passes.
 
-Inside a `Forward` greenlet it hands an `ExpertsCall` to whoever drives the forward and is resumed with the result;
-in any other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
+Inside a `Forward` greenlet it hands an `ExpertsCall` to the forward's driver and is resumed with the result; in any
+other code (a plain `model.generate()`) it computes at once. Calls are keyed by module, never by order.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ NAME = "fiddler"
 """The experts implementation's name in transformers' registry."""
 
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-"""What an experts module may hold of its experts, each stacked `[E, …]`."""
+"""Names of an experts module's parameters, each stacked `[E, …]`."""
 
 FORMULA = ("act_fn", "_apply_gate", "is_transposed", "has_gate", "has_bias")
-"""What says how such a module computes with them."""
+"""Names of the attributes that define such a module's formula."""
 
 ExpertsModule = Any
 """An experts module of transformers; typed `Any`, for `nn.Module` knows none of the seam's flags."""
@@ -41,7 +41,7 @@ class ExpertsCall(NamedTuple):
 
 
 def experts_function(module: ExpertsModule, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' output `[T, H]`; what transformers calls in place of its own implementations."""
+    """Return the experts' output `[T, H]`; transformers calls this in place of its own implementations."""
     layer, compute = module._fiddler
     current = getcurrent()
     if isinstance(current, Forward):
@@ -68,7 +68,7 @@ class Forward(greenlet):  # type: ignore[misc]  # greenlet ships no types for it
         super().__init__(run)
 
     def send(self, output: Tensor | None = None) -> Any:
-        """Resume with an expert output; returns the next `ExpertsCall`, or what `run` returned once `dead`."""
+        """Resume with the experts' output; returns the next `ExpertsCall`, or the result of `run` once `dead`."""
         modes = is_grad_enabled(), is_inference_mode_enabled(), is_autocast_enabled("cpu")
         result = self.switch() if output is None else self.switch(output)
         if isinstance(result, GreenletExit):  # greenlet returns this one where it raises every other
@@ -100,7 +100,7 @@ def is_seamed(module: nn.Module) -> bool:
 
 
 def bind(experts: Mapping[str, ExpertsModule], compute: Compute) -> None:
-    """Give each experts module its layer number and what computes it outside a `Forward`."""
+    """Give each experts module its layer number and the function that computes it outside a `Forward`."""
     for layer, module in enumerate(experts.values()):
         module._fiddler = (layer, compute)
 

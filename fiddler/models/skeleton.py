@@ -1,6 +1,6 @@
 """A transformers model without its experts: dense weights loaded as usual, expert tensors never read.
 
-What a multimodal checkpoint may lack: a part of the model that no text goes through.
+A multimodal checkpoint may lack the parts of the model that no text goes through (`text_lacks`).
 """
 
 import re
@@ -27,7 +27,7 @@ from fiddler.store.folder import CONFIG, read_raw
 
 
 def text_lacks(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Return those of the missing weights that a text needs: what lies in the decoder, or a step of text reads."""
+    """Return the missing weights that a text needs: those in the decoder, and those that a step of text reads."""
     names = sorted(missing)
     decoder = model.get_decoder()
     if not names or decoder is None or decoder is model or decoder is model.base_model:
@@ -43,7 +43,7 @@ def text_lacks(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
 
 
 class _Reading(TorchFunctionMode):
-    """Notes every tensor that torch makes another one of."""
+    """Notes every tensor that torch uses to compute another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
 
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""The last is mlx's. Of a multimodal model the part that makes text may have its own."""
+"""Keys that mark a quantised checkpoint; the last is mlx's. A multimodal model's text part may have its own."""
 
 
 def _refuse_quantised(raw: Mapping[str, Any], folder: Path) -> None:
@@ -104,7 +104,7 @@ def _refuse_quantised(raw: Mapping[str, Any], folder: Path) -> None:
 
 MOST_LAYERS = 1000
 MOST_LABELS = 100_000
-"""A configuration that asks for more is damaged; transformers would make lists of so many entries and more."""
+"""Most labels of a configuration: more is damage, and transformers would make lists of that length."""
 
 
 def _refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
@@ -118,7 +118,7 @@ def _refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
 
 
 def _refuse_missing_layers(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
-    """Before they are made: every layer has tensors of its own, and its number stands in their names."""
+    """Refuse missing layers before they are made: every layer has tensors with its number in their names."""
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     n_numbered = 1 + max((int(part) for name in checkpoint.entries for part in _NUMBER.findall(name)), default=-1)
     if isinstance(n_layers, int) and n_layers > n_numbered:
@@ -160,7 +160,7 @@ def text_model(
 
 
 def _mapped(config: PretrainedConfig | None) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
-    """Return what transformers' auto classes would: a causal LM of the text part, or else the multimodal model."""
+    """Return the class that transformers' auto classes would: a causal LM of the text, or the whole model."""
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     multimodal: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     for mapping in (causal, multimodal):
@@ -174,7 +174,7 @@ def _mapped(config: PretrainedConfig | None) -> tuple[type[PreTrainedModel], Pre
 
 
 def _makes_text(cls: type) -> bool:
-    """Whether a class makes text token by token, and does not only hold models that do."""
+    """Whether a class makes text token by token, rather than only holding models that do."""
     if not (issubclass(cls, PreTrainedModel) and issubclass(cls, transformers.GenerationMixin)):
         return False
     return cls.forward is not torch.nn.Module.forward
@@ -235,7 +235,7 @@ class _Lazy:
 
 
 def _add_generation(model: Any, folder: Path, *, trust_remote_code: bool) -> None:
-    """Do what `from_pretrained` does with a folder beside its weights."""
+    """Do what `from_pretrained` does besides loading weights."""
     model.name_or_path = model.config.name_or_path = str(folder)
     if hasattr(model, "adjust_generation_fn") and model.can_generate():
         hub = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": "main"}
@@ -289,15 +289,15 @@ def meta_skeleton(
 
 
 def _most(checkpoint: Checkpoint) -> int:
-    """Return more numbers than a dense part can have: twice those in the files, and a small tower they lack."""
+    """Return an upper limit of the dense part's numbers: twice those in the files, and a small tower."""
     return 2 * sum(prod(entry.shape) for entry in checkpoint.entries.values()) + 10**8
 
 
 def _hollow(cls: type[PreTrainedModel], most: float) -> type[PreTrainedModel]:
     """Return a subclass that empties its experts right after it is built.
 
-    Its constructor raises `CheckpointError` where the dense part has more numbers than `most`: what a damaged
-    configuration asks for would be made in memory before it is found missing.
+    Its constructor raises `CheckpointError` where the dense part has more numbers than `most`: else a damaged
+    configuration would fill memory before its weights are found missing.
     """
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807

@@ -1,1 +1,1 @@
-"""Decides; does nothing else. Plain Python: no torch, no clock, no threads."""
+"""Decides where experts run. Plain Python: no torch, no clock, no threads."""

@@ -1,11 +1,12 @@
 """The scheduler: events in, commands out; no clock and no threads of its own.
 
-Every load of a layer is in one place at a time: in a lane, waiting for its expert to land, or done. What fails
-falls back to the CPU, which needs neither a slot nor a copy; what fails there fails for good. Without link or GPU
-all that cannot run from a slot goes to the CPU; without the CPU what can be fetched is, and the rest fails.
+Every load of a layer is in one place at a time: in a lane, waiting for its expert to land, or done. A load that
+fails elsewhere falls back to the CPU, which needs neither a slot nor a copy; one that fails on the CPU fails for
+good. If link or GPU are dead, loads that cannot run from a slot go to the CPU; if the CPU is dead, loads are
+fetched where possible, and the rest fail.
 
-Commands come in the order of need: a layer's CPU job first, then what runs from slots, then copies. The visit is
-learnt from, and copies that nobody waits for are chosen, once these are out.
+Commands come in the order of need: a layer's CPU job first, then loads in slots, then copies. Only then does the
+scheduler learn from the visit and choose copies that no layer waits for.
 """
 
 from collections import deque
@@ -48,7 +49,7 @@ from fiddler.types import PrefetchStatistics
 
 
 class Scheduler:
-    """Decides where every load of every layer runs; the owners of all that is in flight are its own."""
+    """Decides where every load of every layer runs, and owns all jobs and copies in flight."""
 
     def __init__(
         self,
@@ -64,24 +65,24 @@ class Scheduler:
         self.correction = Correction(costs)
         self.counters = Counters()
         self.recent: dict[int, deque[Came]] | None = None
-        """By layer, the latest: one or two waves of a step. Only where somebody predicts from them."""
+        """The latest visits by layer, of one or two waves; kept only for `Waves`, which predicts from them."""
         self.planner = planner
         self._promote = promote
         self._jobs = Jobs(self.correction)
         self._waves: set[Wave] = set()
-        """Those whose latest layer is on its way or was passed, and that are not gone."""
+        """Waves whose latest layer is running or was passed, and that were not dropped."""
         self._orphans: set[Layer] = set()
-        """Layers that lanes still work for, though their waves are gone."""
+        """Layers of dropped waves whose jobs are still in lanes."""
         self._copies = Copies(cache, self._jobs)
         self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
         self._records = LayerRecords(self.counters, trace)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> Iterable[Command]:
-        """Take note of what happened at `now_s`, seconds on a clock that never goes back; return what to do.
+        """Handle an event at `now_s`, seconds on a clock that never goes back; return the commands.
 
-        What is returned must be consumed, whole, before the next call: the first commands of a layer are there
-        before the last are worked out.
+        The commands must be consumed, all of them, before the next call: the generator yields a layer's first
+        commands before it has worked out the last.
         """
         if now_s > self._now_s:
             self._jobs.lanes.pass_by(now_s - self._now_s)
@@ -117,12 +118,12 @@ class Scheduler:
 
     @property
     def prefetched(self) -> PrefetchStatistics:
-        """What copying ahead came to."""
+        """Counts of copies made ahead."""
         return self.prefetcher.statistics()
 
     @property
     def dead(self) -> Mapping[LaneName, BaseException]:
-        """Lanes that are done without, and why."""
+        """Lanes that died, and the error of each."""
         return self._jobs.dead
 
     def backlog(self) -> Backlog:
@@ -161,7 +162,7 @@ class Scheduler:
     def _dispatch(
         self, layer: Layer, loads: Sequence[Load], rows: Mapping[int, int] | None = None
     ) -> Generator[Command, None, Plan]:
-        """Give loads to lanes, and learn from the visit, its `rows` by expert, once nothing is more urgent."""
+        """Send loads to lanes; then, once nothing is more urgent, learn from the visit: its `rows` by expert."""
         plan = self._plan(layer, loads)
         slots: Mapping[Load, Reservation] = {}
         if plan.fetch:  # who may take a slot from whom depends on this visit
@@ -193,7 +194,7 @@ class Scheduler:
             self.cache.observe(layer.index, list(rows.items()), layer.n_tokens, layer.scores)
 
     def _candidates(self, layer: Layer, loads: Sequence[Load]) -> list[Candidate]:
-        """Return for each load where its weights are, and what the cache holds its expert to be worth."""
+        """Return for each load where its weights are, and its expert's worth in the cache."""
         leased, worth, index = layer.leased, layer.worth, layer.index
         copying = () if "gpu" in self._jobs.dead else self._copies.by_expert
         score = self.cache.score
@@ -211,7 +212,7 @@ class Scheduler:
         return found
 
     def _plan(self, layer: Layer, loads: Sequence[Load]) -> Plan:
-        """Return who runs what."""
+        """Return the plan of a layer."""
         dead = self._jobs.dead
         seen = self._candidates(layer, loads)
         # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
@@ -220,7 +221,7 @@ class Scheduler:
         return planner(layer.index, seen, self.correction.costs, self._jobs.lanes.backlog(), n_fetch)
 
     def _reserved(self, layer: Layer, loads: Sequence[Load], plan: Plan) -> tuple[Plan, Mapping[Load, Reservation]]:
-        """Return the slots of what is fetched, and the plan, its prediction anew where the cache refuses some."""
+        """Return the slots reserved for fetches, and the plan, predicted anew where the cache refused some."""
         reserve, index = self.cache.reserve, layer.index
         slots: dict[Load, Reservation] = {}
         for load in plan.fetch:
@@ -236,7 +237,7 @@ class Scheduler:
         return plan, slots
 
     def _settle(self, layer: Layer) -> Sequence[Command]:
-        """Let a layer's forward go on if it can, and let go of what nobody needs."""
+        """Report a layer that is done, and release the slots that it leased."""
         if not layer.pending and not layer.late:
             self._release(layer)
         wave = layer.wave
@@ -314,7 +315,7 @@ class Scheduler:
         return commands
 
     def _ordered(self, job: int) -> Sequence[Command]:
-        """Give the GPU what waits for a copy: it keeps the order itself."""
+        """Give the GPU the loads that wait for a copy: the GPU keeps the order itself."""
         if "gpu" in self._jobs.dead:
             return ()
         return [self._run_gpu(layer, (load,)) for layer, load in self._copies.order(job)]
@@ -355,7 +356,7 @@ class Scheduler:
         return (*again, *self._settle(layer))
 
     def _bury(self, event: LaneDied) -> Sequence[Command]:
-        """Do without a lane: what it had goes to the CPU, what the CPU had fails."""
+        """Retire a dead lane: its jobs go to the CPU; jobs of the CPU's lane fail."""
         self._jobs.dead[event.lane] = event.error
         commands: list[Command] = []
         for job in self._jobs.all:
@@ -364,7 +365,7 @@ class Scheduler:
         return commands
 
     def _drop(self, wave: Wave) -> None:
-        """Forget a wave; its loads that are in lanes run to their end, the others are let go."""
+        """Forget a wave: its loads in lanes run to their end, the others are dropped."""
         wave.gone = True
         self._waves.discard(wave)
         self.prefetcher.drop(wave)

@@ -1,4 +1,4 @@
-"""The scheduler of a machine with nothing but a CPU: nothing is decided, so nothing is paid for deciding."""
+"""The scheduler of a machine with only a CPU: there is nothing to decide, and deciding costs nothing."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,14 @@ class CpuOnly:
         self.counters = Counters()
         self.planner: Planner = all_cpu
         self.recent: dict[int, deque[Came]] | None = None
-        """Nothing is predicted from it here."""
+        """Always empty: nothing predicts from it on a CPU."""
         self._trace = trace
         self._dead: dict[LaneName, BaseException] = {}
         self._n_jobs = 0
         self._jobs: dict[int, Layer] = {}
 
     def handle(self, event: Event, now_s: float) -> Sequence[Command]:
-        """Take note of what happened at `now_s`, in seconds; return what to do."""
+        """Handle an event at `now_s`, in seconds; return the commands."""
         match event:
             case LayerReady(layer):
                 work, wave = layer.work, layer.wave
@@ -77,12 +77,12 @@ class CpuOnly:
                 return ()
 
     def preload(self, order: Sequence[Key] | None = None) -> list[CopyExpert]:
-        """Return nothing: there is no slot."""
+        """Return no copies: there are no slots."""
         return []
 
     @property
     def prefetched(self) -> PrefetchStatistics:
-        """Nothing."""
+        """Empty statistics: nothing is copied ahead."""
         return PrefetchStatistics()
 
     @property

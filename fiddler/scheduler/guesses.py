@@ -1,6 +1,7 @@
-"""Whether a copy that no layer waits for is made: rules, by what it costs and what it may save.
+"""Predicts a wave's next experts, and decides whether copying one of them ahead pays.
 
-Which experts a wave will visit in its next layer: guesses, likeliest first.
+A `Predictor` returns (expert, rows) guesses, likeliest first. A `Rule` picks at most one of the absent guesses to
+copy while the link is idle; `promotion` picks an expert that a layer misses often.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.plan import Planner
 
 HORIZON = 4.0
-"""Tokens for which an expert's advantage over the one it displaces is held to last. Of 4, 8, 16 and 32 the only one
-that loses nowhere in simulations of three machines, and gains up to 3 % where experts are few and big."""
+"""Tokens for which a promoted expert is expected to be visited more than its victim. Of 4, 8, 16 and 32 this is the
+only one that loses nowhere in simulations of three machines, and gains up to 3 % where experts are few and big."""
 
 
 class Guess(NamedTuple):
@@ -34,26 +35,26 @@ class Guess(NamedTuple):
 
 @dataclass(slots=True)
 class Forecast:
-    """What is expected of a wave's next layer."""
+    """Guesses for a wave's next layer, and the copies made for them."""
 
     layer: int
     guesses: tuple[Guess, ...]
     copied: dict[int, float] = field(default_factory=dict)
-    """Seconds that each copy made ahead for it was held to cost, by expert."""
+    """Predicted cost in seconds of each copy made ahead for it, by expert."""
     leased: list[int] = field(default_factory=list)
-    """Of these, those that have landed: their slots stay until the layer comes."""
+    """Experts of these copies that have landed; their slots are leased until the layer comes."""
 
 
 class View(NamedTuple):
-    """What a rule may look at when the link is free."""
+    """Inputs of a rule at a moment when the link is free."""
 
     forecast: Forecast
     absent: Sequence[Guess]
-    """Those of its guesses that hold no slot, likeliest first."""
+    """Guesses whose expert holds no slot, likeliest first."""
     costs: CostModel
     backlog: Backlog
     gap_s: float
-    """From the end of a layer's experts to the next layer's: the dense part."""
+    """Seconds from the end of a layer's experts to the next layer's experts: the dense part."""
     planner: Planner
 
 
@@ -71,7 +72,7 @@ class Rule:
 def pays(view: View) -> Guess | None:
     """The likeliest guess, if it can land before its layer's CPU work is done, and gains more than it costs.
 
-    Gained is the CPU's work on it; the price is what the CPU loses to the copy while both read host memory. In the
+    The gain is the CPU's work on it; the price is the CPU time lost to the copy while both read host memory. In the
     gap between two layers the CPU has nothing to do, and a copy costs nothing.
     """
     guess = view.absent[0]
@@ -109,7 +110,7 @@ def _price_s(costs: CostModel, beside_s: float, alone_s: float, gap_s: float) ->
 
 
 def _copy_s(costs: CostModel, layer: int, cpu_s: float) -> tuple[float, float]:
-    """Return the seconds of a copy begun now beside `cpu_s` of the CPU's work, and after it, alone."""
+    """Return a copy's seconds: beside `cpu_s` seconds of CPU work, and alone after it."""
     k, copy_s = costs.contention, costs.experts[layer].copy_s
     beside_s = min(copy_s * k.link, cpu_s * k.cpu)
     return beside_s, copy_s - beside_s / k.link
@@ -134,7 +135,7 @@ def promotion(
 
 
 MANY = 64
-"""Waves whose latest layer is kept: far more than there are at a time."""
+"""Waves whose latest layer is kept: far more than run at a time."""
 
 
 class Predictor(Protocol):
@@ -148,34 +149,34 @@ class Predictor(Protocol):
 
 
 class Nobody:
-    """Guesses nothing."""
+    """Predicts nothing."""
 
     name: ClassVar[str] = "off"
 
     def expects(self, layer: Layer) -> Rows:
-        """Nothing."""
+        """Return no guesses."""
         return ()
 
 
 class LookAhead:
-    """What the next layer's router says of this layer's rows; the model's side computes it."""
+    """Predicts by the next layer's router, applied to this layer's rows; the model's side computes it."""
 
     name: ClassVar[str] = "look-ahead"
 
     def expects(self, layer: Layer) -> Rows:
-        """What came with the event."""
+        """Return the guesses that came with the layer."""
         return layer.ahead
 
 
 class Transitions:
-    """How often a visit to one expert went with a visit to another, a layer on."""
+    """Predicts by counts of how often a visit to one expert came with a visit to another in the next layer."""
 
     name: ClassVar[str] = "transitions"
 
     def __init__(self, cache: ExpertCache) -> None:
         n_experts = cache.history.n_experts
         self._counts: list[NDArray[np.float32]] = [np.zeros(pair, np.float32) for pair in pairwise(n_experts)]
-        """By layer, `[E, E of the next]`."""
+        """Counts by layer, `[E, E of the next]`."""
         self._latest: dict[int, tuple[int, NDArray[np.float32]]] = {}  # by wave: its layer, and rows by expert
 
     def expects(self, layer: Layer) -> Rows:
@@ -210,5 +211,5 @@ class Auto:
         self._transitions = Transitions(cache)
 
     def expects(self, layer: Layer) -> Rows:
-        """What came with the event, or what usually follows."""
+        """Return the look-ahead's guesses or, without a look-ahead, the usual successors."""
         return layer.ahead or self._transitions.expects(layer)

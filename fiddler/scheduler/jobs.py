@@ -1,6 +1,7 @@
-"""The jobs that lanes were given, and what is known of the lanes: how long their queues are, and which are dead.
+"""Owns the jobs that lanes have not reported yet, and the copies under way.
 
-Copies under way, and the loads that wait for them.
+`Jobs` predicts each job's seconds, keeps the lanes' queues, and knows which lanes are dead. `Copies` knows the slot
+of each copy and the loads that wait for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +21,11 @@ J = TypeVar("J", RunExperts, CopyExpert, RunDense)
 
 
 class Jobs:
-    """Makes jobs, with the seconds predicted for them, and is the owner of all that were not reported yet."""
+    """Makes jobs with their predicted seconds, and owns all jobs that were not reported yet."""
 
     def __init__(self, correction: Correction) -> None:
         self.dead: dict[LaneName, BaseException] = {}
-        """Lanes that will do nothing any more, and why."""
+        """Lanes that died, and the error of each."""
         self._correction = correction
         self._jobs: dict[int, Job] = {}
         self._n_made = 0
@@ -67,9 +68,9 @@ class Jobs:
         return self._start("gpu", RunDense(self._n_made, event.wave, predicted_s, event.due))
 
     def end(self, number: int) -> tuple[Job, float] | None:
-        """Take a job out; returns it and the seconds predicted for it with what it shared the machine with.
+        """Remove a job; returns it with its predicted seconds, contention included.
 
-        `None` if it is not known: its lane was declared dead before it reported.
+        Returns `None` if it is not known: its lane was declared dead before it reported.
         """
         job = self._jobs.pop(number, None)
         if job is None:
@@ -120,7 +121,7 @@ class Copy:
 
 
 class Copies:
-    """Owner of every copy under way: the slot it goes into, and what will run once it has landed."""
+    """Owner of every copy under way: its slot, and the loads that run once it has landed."""
 
     def __init__(self, cache: ExpertCache, jobs: Jobs) -> None:
         self._cache = cache
@@ -156,7 +157,7 @@ class Copies:
         return tuple(found)
 
     def wait(self, layer: Layer, load: Load) -> bool:
-        """Let a load wait for a copy that is under way; whether it has to."""
+        """Let a load wait for a copy that is under way; returns whether there is one."""
         copy = self.by_expert[layer.index, load.expert]
         if not copy.ordered:
             copy.waiting.append((layer, load))
@@ -164,7 +165,7 @@ class Copies:
         return not copy.ordered
 
     def order(self, job: int) -> list[Waiting]:
-        """Let nothing wait for a copy any more; returns what did."""
+        """Mark a copy as ordered on the GPU; returns the loads that waited for it."""
         copy = self._by_job.get(job)
         if copy is None:
             return []
@@ -173,7 +174,7 @@ class Copies:
         return waiting
 
     def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
-        """Make a copy's slot READY and say so, or free if it failed; returns what waited for it."""
+        """End a copy: its slot becomes READY, or free if it failed. Returns the loads that waited for it."""
         copy = self.by_expert.pop(key)
         del self._by_job[copy.job]
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
@@ -185,7 +186,7 @@ class Copies:
         return copy.waiting
 
     def drop(self, wave: Wave) -> None:
-        """Let go of a wave's loads; a copy that was started lands all the same."""
+        """Drop a wave's waiting loads; a copy that was started still lands."""
         for copy in self.by_expert.values():
             copy.waiting = [(layer, load) for layer, load in copy.waiting if layer.wave is not wave]
 

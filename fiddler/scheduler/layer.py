@@ -1,7 +1,8 @@
-"""A wave, and one layer of it on its way: made where its routing arrives, it travels in events, jobs and reports.
+"""`Wave` and `Layer`: the state of rows in flight, made where a layer's routing arrives.
 
-Everything that is known of them lies in these two objects, so nobody keeps a table by wave. The scheduler writes
-what it needs to decide; `tensors` are the lanes' own, and the scheduler does not look at them.
+A `Layer` travels in events, jobs and reports and holds all that is known of it, so there are no tables by wave. The
+scheduler writes the fields that it decides by; `tensors` belong to the lanes, and the scheduler does not look at
+them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,23 +17,23 @@ if TYPE_CHECKING:
     from fiddler.scheduler.plan import Plan
 
 Came = tuple[LayerWork, int, int]
-"""A layer as it came: its work, its tokens and the experts that each visits."""
+"""A layer's work, its number of tokens, and the experts that each token visits."""
 
 
 class Wave:
-    """Rows that travel through the model together, and what the scheduler keeps of them."""
+    """Rows that travel through the model together, with the scheduler's notes on them."""
 
     def __init__(self) -> None:
         self.number = -1
-        """In the order in which waves were begun."""
+        """Number of the wave, in the order in which waves began."""
         self.latest: Layer | None = None
-        """The layer it has reached."""
+        """The latest layer that it has reached."""
         self.forecast: Forecast | None = None
-        """What is expected of its next layer."""
+        """Guesses for its next layer."""
         self.passed_s: float | None = None
-        """When the latest layer's experts were done."""
+        """Seconds at which the latest layer's experts were done."""
         self.gone = False
-        """Whether nobody waits for it any more."""
+        """Whether the wave was dropped."""
 
 
 class Layer:
@@ -75,7 +76,7 @@ class Layer:
         self.wave = wave
         self.work = work
         self.index = work.layer
-        """Which layer of the model."""
+        """Number of the layer in the model."""
         self.n_tokens = n_tokens
         self.top_k = top_k
         self.scores = scores
@@ -90,22 +91,22 @@ class Layer:
         self.late = set(work.deferred)
         """Deferred loads that have not run; the next layer waits for them."""
         self.worth: Mapping[int, float] = {}
-        """What the cache held its experts to be worth before this visit, where that is asked for."""
+        """Worth of its experts in the cache before this visit, for policies that ask for it."""
         self.leased: Sequence[int] = ()
-        """Experts whose slots stay while the layer runs."""
+        """Experts whose slots are leased while the layer runs."""
         self.failures: dict[int, BaseException] = {}
-        """Of immediate loads."""
+        """Errors of immediate loads, by expert."""
         self.late_failures: dict[int, BaseException] = {}
         self.plan: Plan | None = None
-        """Of the immediate loads."""
+        """The plan of the immediate loads."""
         self.before: Layer | None = None
         """The layer before, until this one is reported; only where it has deferred loads."""
         self.reported = False
-        """Whether its `LayerDone` was given."""
+        """Whether its `LayerDone` was sent."""
         self.unended = False
-        """Whether something of it was done before it had ended."""
+        """Whether the GPU was given some of its work without having finished it."""
         self.decision: Decision | None = None
-        """What its prediction is held against, once it has ended."""
+        """The decision to compare with the measured time, once that is known."""
 
     @property
     def owed(self) -> set[Load]:
@@ -114,23 +115,23 @@ class Layer:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """Whether no load of it is left to run."""
         return not self.pending and not self.late
 
     def ran(self, loads: Iterable[Load]) -> None:
-        """Take loads off the list: they have run, or nobody wants them any more."""
+        """Remove loads that have run or were dropped."""
         self.pending.difference_update(loads)
         if self.late:
             self.late.difference_update(loads)
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Take a load off the list that will never run."""
+        """Remove a load that failed for good."""
         failures = self.failures if load in self.pending else self.late_failures
         failures[load.expert] = error
         self.ran([load])
 
     def decided(self, plan: "Plan", now_s: float) -> Decision:
-        """Return how it was planned and how long it has taken."""
+        """Return the decision, with the planned and the measured time."""
         return Decision(
             at_s=self.started_s,
             wave=self.wave.number,

@@ -1,10 +1,10 @@
-"""What the scheduler is told, and what it asks for. Times it is given are seconds on one clock.
+"""The scheduler's events and commands. All times are seconds on one clock.
 
 LayerReady ──► RunExperts, CopyExpert … ──► JobDone … ──► LayerDone
 DenseQueued ─► RunDense ───────────────────► JobDone ────► DenseDone
 
-A GPU keeps the order in which it is given work, so nobody waits for the end of it: `CopyOrdered` comes before a
-copy's `JobDone`, and experts are done once they are queued. What they took follows: `JobTook`, `LayerTook`.
+A GPU keeps the order in which it is given work, so the engine does not wait for the end of it: `CopyOrdered` comes
+before a copy's `JobDone`, and experts are done once they are queued. Their times follow: `JobTook`, `LayerTook`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from fiddler.scheduler.routing import Load
 Reason = Literal["demand", "ahead", "promotion"]
 """Why an expert is copied in: a layer waits for it, or a next one may want it, or it is visited often."""
 Failures = Mapping[int, BaseException]
-"""What went wrong, by expert."""
+"""Errors by expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +30,39 @@ class LayerReady:
 
 @dataclass(frozen=True, slots=True)
 class DenseQueued:
-    """A wave goes on to its next layer's dense part, on a machine whose clock does not run by itself."""
+    """A wave's next dense part begins, on a machine whose lanes report its end."""
 
     wave: Wave
     n_rows: int
     n_context: int
     """Tokens of past, over all sequences."""
     head: bool = False
-    """Whether it is the output head, after the last layer."""
+    """Whether this is the output head, after the last layer."""
     due: object = None
-    """What tells its lane when it has ended; for that lane alone."""
+    """A handle by which the GPU's lane knows when the dense part has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """A lane is through with a job, for good or ill."""
+    """A lane has finished a job, or failed in it."""
 
     job: int
     took_s: float | None
-    """`None` where whatever the lane is given next comes after it, and it has not ended yet."""
+    """`None` if the job is only queued so far, and later work of the lane runs behind it."""
     failures: Failures = field(default_factory=dict)
-    """Experts that did not run or, of a copy, the one that did not land; the job's others did."""
+    """Errors by expert; the job's other experts did run, or land."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOrdered:
-    """What the GPU is given from now on comes after a copy that has not landed yet."""
+    """The GPU runs its further work behind a copy that has not landed yet."""
 
     job: int
 
 
 @dataclass(frozen=True, slots=True)
 class JobTook:
-    """A job has ended that was done before; what was predicted for it, with nothing else running."""
+    """The seconds of a job that was reported done before it ended; `predicted_s` is without contention."""
 
     lane: LaneName
     predicted_s: float
@@ -71,7 +71,7 @@ class JobTook:
 
 @dataclass(frozen=True, slots=True)
 class LayerTook:
-    """The experts of a wave's layer have ended, so long after the layer was ready."""
+    """The experts of a wave's layer have ended, `took_s` seconds after the layer was ready."""
 
     layer: Layer
     took_s: float
@@ -79,7 +79,7 @@ class LayerTook:
 
 @dataclass(frozen=True, slots=True)
 class LaneDied:
-    """A lane will do nothing any more; what it had queued is not done."""
+    """A lane has ended; its queued jobs will not run."""
 
     lane: LaneName
     error: BaseException
@@ -87,13 +87,13 @@ class LaneDied:
 
 @dataclass(frozen=True, slots=True)
 class WaveDropped:
-    """Nobody waits for a wave any more."""
+    """A wave was given up."""
 
     wave: Wave
 
 
 Report = JobDone | CopyOrdered | JobTook | LayerTook | LaneDied
-"""What lanes tell."""
+"""Events that lanes send."""
 Event = LayerReady | DenseQueued | Report | WaveDropped
 
 
@@ -106,7 +106,7 @@ class RunExperts:
     layer: Layer
     loads: tuple[Load, ...]
     slots: tuple[int, ...]
-    """As many as loads on the GPU; none on the CPU."""
+    """Slots of the loads on the GPU; empty on the CPU."""
     predicted_s: float
 
 
@@ -124,13 +124,13 @@ class CopyExpert:
 
     @property
     def urgent(self) -> bool:
-        """Whether a layer waits for it: it goes before copies that nobody waits for."""
+        """Whether a layer waits for it; urgent copies go before others."""
         return self.reason == "demand"
 
 
 @dataclass(frozen=True, slots=True)
 class RunDense:
-    """Let a wave's dense part take its time on the GPU."""
+    """Run a wave's dense part on the GPU's lane, or account for its time."""
 
     job: int
     wave: Wave
@@ -141,17 +141,17 @@ class RunDense:
 
 @dataclass(frozen=True, slots=True)
 class LayerDone:
-    """A layer's experts have run; those in `failures` have not, and nothing else will run them."""
+    """A layer's experts have run, except those in `failures`, which will not run any more."""
 
     layer: Layer
     failures: Failures
     late_failures: Failures
-    """Of the deferred loads of the layer before."""
+    """Errors of the deferred loads of the layer before."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseDone:
-    """A wave's dense part is through."""
+    """A wave's dense part has ended."""
 
     wave: Wave
 

@@ -1,6 +1,7 @@
-"""Who runs what: each load of a layer on the CPU, from the GPU's cache, or copied in first.
+"""Plans a layer: each load runs on the CPU, from a slot, or is copied in first.
 
-When a layer's lanes are done: in closed form what `fiddler.cost.lanes.Lanes` gives job by job.
+`Race` predicts when CPU and GPU finish a layer, in closed form; its result equals simulating `cost.lanes.Lanes` job
+by job.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -17,15 +18,15 @@ from fiddler.scheduler.routing import Load
 
 @dataclass(slots=True)
 class Race:
-    """CPU, GPU and link from now on. Work is in seconds, as it takes alone."""
+    """Backlogs and slowdowns of CPU, GPU and link at planning time. Work is in seconds, as it takes alone."""
 
     cpu_s: float
-    """Queued before the layer's own, as the next two are."""
+    """Work queued before the layer's own; the next two are the link's and the GPU's."""
     gpu_s: float
     link_s: float
     copy_s: float
     k_cpu: float
-    """How many times as long the CPU's work takes while the link is busy; at least 1, as the next."""
+    """Factor on the CPU's time while the link is busy, at least 1; the next is the link's."""
     k_link: float
 
     def ends(
@@ -64,15 +65,15 @@ class Race:
 
 
 class Candidate(NamedTuple):
-    """What a plan knows of one load."""
+    """One load as a planner sees it."""
 
     load: Load
     place: Literal["hit", "landing", "miss"]
-    """Its weights are in a slot, on their way into one, or on the host alone."""
+    """Where its weights are: in a slot, on their way into one, or on the host."""
     ahead_s: float = 0.0
-    """Of a landing one: seconds of link work, as it takes alone, until it has landed."""
+    """For weights on their way: seconds of link work, as it takes alone, until they land."""
     score: float = 0.0
-    """The cache's; of misses with equal rows the higher is fetched, for it stays."""
+    """Worth in the cache; of misses with equal rows the higher is fetched, since it will stay."""
 
 
 class Plan(NamedTuple):
@@ -84,7 +85,7 @@ class Plan(NamedTuple):
     fetch: tuple[Load, ...]
     """Copied in and then run on the GPU, in the order of the copies."""
     predicted_s: float
-    """From now until the last of them is done."""
+    """Seconds from now until the last load is done."""
 
 
 Planner = Callable[[int, Sequence[Candidate], CostModel, Backlog, int], Plan]
@@ -93,7 +94,7 @@ Planner = Callable[[int, Sequence[Candidate], CostModel, Backlog, int], Plan]
 _PLACES = {"hit": 0, "landing": 1, "miss": 2}
 _expert = attrgetter("expert")
 _TIE = 1e-9
-"""What each fetch must gain, as a share of a copy: more than rounding, and no more."""
+"""Least gain of each fetch, as a share of a copy: more than rounding errors."""
 
 
 def best_cut(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
@@ -110,7 +111,7 @@ def best_cut(layer: int, candidates: Sequence[Candidate], costs: CostModel, back
 
 
 def all_cpu(layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int) -> Plan:
-    """Run every miss on the CPU; what is in a slot, or on its way, runs on the GPU."""
+    """Run every miss on the CPU; loads in slots, or on their way there, run on the GPU."""
     return all_fetch(layer, candidates, costs, backlog, 0)
 
 
@@ -126,7 +127,7 @@ def all_fetch(
 def assign(
     layer: int, cpu: Sequence[Candidate], gpu: Sequence[Candidate], costs: CostModel, backlog: Backlog
 ) -> Plan:
-    """Return the plan that runs `cpu` and `gpu` there; the misses in `gpu` are copied in the order given."""
+    """Return the plan with these loads on `cpu` and `gpu`; misses in `gpu` are copied in the order given."""
     # Sorting is stable: the misses stay in their order, those to be copied first.
     order = sorted((*gpu, *cpu), key=lambda c: (_PLACES[c.place], c.ahead_s))
     loads, on_cpu = _Loads(layer, order, costs, backlog), {c.load.expert for c in cpu}

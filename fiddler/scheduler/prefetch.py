@@ -1,7 +1,7 @@
-"""Copies made ahead: of what a predictor expects in a wave's next layer, while the link has nothing else to do.
+"""Copies experts ahead for a wave's next layer while the link is idle.
 
 A copy ahead hides a read but saves none, and takes host memory's bandwidth from the CPU while it runs. So it is
-made only where its chance of being used, times what that saves, is more than what it costs.
+made only if its chance of being used, times the seconds it saves, exceeds its cost.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,29 +18,29 @@ from fiddler.scheduler.plan import Planner
 from fiddler.types import PrefetchStatistics
 
 WEIGHT = 0.02
-"""Of the latest layer in a running mean."""
+"""Weight of the latest layer in running means."""
 TRUST = 0.5
-"""The chance that a guess comes true, before any was seen to."""
+"""Chance that a guess comes true, before any was checked."""
 ENOUGH = 64
 """Copies after which a predictor is judged."""
 LOSS = 0.75
-"""What it must gain of what its copies cost, or it is switched off. Each was expected to gain all of it, but where
-the CPU is never idle the two are nearly equal, and a sum of a few copies tells them apart by chance alone."""
+"""Prefetch is switched off if recent copies gained less than this share of their cost. Not 1.0: with a busy CPU
+gain and cost are nearly equal, and short sums are noisy."""
 REST = 1024
-"""Layers for which it stays off, then to be tried anew."""
+"""Layers for which prefetch stays off before it is tried again."""
 
 
 @dataclass(slots=True)
 class Usefulness:
-    """What copies made ahead came to. `gained_s` and `cost_s` are by the cost model."""
+    """Counts of copies made ahead. `gained_s` and `cost_s` are by the cost model."""
 
     n_issued: int = 0
     n_settled: int = 0
-    """Of which the layer they were for has come."""
+    """Copies whose layer has come."""
     n_landed: int = 0
-    """Of these, there when their layer began."""
+    """Of these, landed before their layer began."""
     n_used: int = 0
-    """Of these, visited, whether or not they were there in time."""
+    """Of the copies whose layer has come, those it visited, in time or late."""
     gained_s: float = 0.0
     cost_s: float = 0.0
     delay_s: float = 0.0
@@ -48,13 +48,13 @@ class Usefulness:
     n_guesses: int = 0
     """Guesses whose layer has come, copied or not."""
     n_true: int = 0
-    """Of these, visited."""
+    """Of these guesses, those that the layer visited."""
 
 
 class Prefetcher:
-    """Owner of what is expected of every wave, and of how well that went.
+    """Owner of every wave's forecast, and of the record of how well forecasts did.
 
-    `left_s` says how long a copy under way still takes, as it takes alone; `None` where there is none.
+    `left_s` returns the remaining seconds of a copy under way, as it takes alone; `None` where there is none.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Prefetcher:
         self.predictor = predictor
         self.use = Usefulness()
         self.resting = 0
-        """Layers for which it stays switched off, because it did not pay."""
+        """Layers for which prefetch stays switched off because it did not pay."""
         self._cache = cache
         self._left_s = left_s
         self._rule = rule
@@ -71,19 +71,19 @@ class Prefetcher:
         self._chances: list[float] = []  # by place in a forecast
         self._latest: Key | None = None  # of the copies made ahead
         self.gap_s = 0.0
-        """From the end of a layer's experts to the next layer's, on average."""
+        """Mean seconds from the end of a layer's experts to the next layer's experts."""
         self._expecting: dict[Wave, Forecast] = {}  # in the order in which the waves came to it
         self._balance_s = 0.0  # gained less lost by the latest copies
         self._n_tried = 0
 
     def statistics(self) -> PrefetchStatistics:
-        """Return what came of it so far."""
+        """Return the counts so far."""
         use = self.use
         precision = use.n_true / use.n_guesses if use.n_guesses else 0.0
         return PrefetchStatistics(use.n_issued, use.n_landed, use.n_used, use.delay_s, precision, self.resting > 0)
 
     def come(self, layer: Layer, rows: Mapping[int, int], now_s: float, costs: CostModel) -> None:
-        """Take note of a layer that a wave has reached, with its rows by expert, before it is planned."""
+        """Take in a layer that a wave has reached, with its rows by expert, before it is planned."""
         wave = layer.wave
         passed_s, wave.passed_s = wave.passed_s, None
         if passed_s is not None:
@@ -108,7 +108,7 @@ class Prefetcher:
         self.let_go()
 
     def _end(self, wave: Wave) -> Forecast | None:
-        """Take a wave's forecast, whose slots are no longer kept."""
+        """Take a wave's forecast; its slots are released later."""
         forecast, wave.forecast = wave.forecast, None
         if forecast is not None:
             del self._expecting[wave]
@@ -117,13 +117,13 @@ class Prefetcher:
         return forecast
 
     def let_go(self) -> None:
-        """Let go of the slots that were kept for layers that have come; what they use they have leased by now."""
+        """Release the slots that were kept for layers that have come; these have leased the ones they use."""
         for key in self._due:
             self._cache.release(key)
         self._due.clear()
 
     def landed(self, key: Key) -> None:
-        """Keep what was copied ahead until its layer comes: the next copy ahead must not evict it."""
+        """Lease the slot of a copy ahead until its layer comes, so that the next copy ahead does not evict it."""
         layer, expert = key
         for forecast in self._expecting.values():
             if forecast.layer == layer and expert in forecast.copied and expert not in forecast.leased:
@@ -131,7 +131,7 @@ class Prefetcher:
                 forecast.leased.append(expert)
 
     def choose(self, costs: CostModel, backlog: Backlog, planner: Planner) -> Reservation | None:
-        """Return the slot of the expert to copy in now that the link is idle; `None` for none."""
+        """Return the reservation of the expert to copy now that the link is idle; `None` for none."""
         if self.resting:
             return None
         for forecast in self._expecting.values():
@@ -160,7 +160,7 @@ class Prefetcher:
         return reservation
 
     def waited(self, seconds: float) -> None:
-        """Take note that a demand copy waits for so long, behind one made ahead or another that nobody demanded."""
+        """Record that a demand copy waits this long for a copy that no layer waits for."""
         if self._latest is not None and self._left_s(self._latest) is not None:
             self.use.delay_s += seconds
 
@@ -187,7 +187,7 @@ class Prefetcher:
             self._judge(len(forecast.copied))
 
     def _judge(self, n_copies: int) -> None:
-        """Switch off what lost more than it gained."""
+        """Switch prefetch off if it lost more than it gained."""
         self._n_tried += n_copies
         if self._n_tried >= ENOUGH:
             if self._balance_s < 0.0 and self._rule.judged:

@@ -1,4 +1,4 @@
-"""Routing as plain integers: which rows of a step visit which expert of a layer."""
+"""Groups a layer's routing by expert, in plain integers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class LayerWork:
     """One layer's loads, experts ascending.
 
     `order` lists positions in the flattened `[T, K]` routing, those of one expert side by side and ascending;
-    position `p` is token `p // K`'s visit number `p % K`. Positions that visit nobody are absent.
+    position `p` is token `p // K`'s visit number `p % K`. Positions without an expert are absent.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""Which rows travel in the next step: every decoding sequence, and prompt chunks beside them."""
+"""Chooses the rows of the next step: every decoding sequence, and chunks of prompts beside them."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sequence(Protocol):
-    """What assembling needs to know of a request."""
+    """The parts of a request that assembling reads."""
 
     n_past: int
 

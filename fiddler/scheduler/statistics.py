@@ -1,7 +1,4 @@
-"""What the scheduler has decided, in numbers.
-
-How long layers took beside what was predicted: for the statistics and the trace.
-"""
+"""Counts the scheduler's decisions, and compares predicted with measured layer times."""
 
 from bisect import bisect_left, insort
 from collections import deque
@@ -12,7 +9,7 @@ from fiddler.scheduler.messages import LayerTook
 from fiddler.trace import Decision, Trace
 
 KEEP = 4096
-"""Prediction errors kept for their median: the latest."""
+"""Number of latest prediction errors that the median is taken of."""
 
 
 @dataclass(slots=True)
@@ -21,7 +18,7 @@ class Counters:
 
     n_layers: int = 0
     n_hits: int = 0
-    """Loads sent to a slot that was READY or LOADING when they came."""
+    """Loads sent to a slot that was READY or LOADING when the layer came."""
     n_cpu: int = 0
     n_fetches: int = 0
     n_promotions: int = 0
@@ -32,17 +29,17 @@ class Counters:
     _sorted: list[float] = field(default_factory=list)  # the same: statistics are asked for after every step
 
     def planned(self, *, hits: int, cpu: int, fetches: int) -> None:
-        """Take note of a plan's loads."""
+        """Count a plan's loads."""
         self.n_hits += hits
         self.n_cpu += cpu
         self.n_fetches += fetches
 
     def copied(self, nbytes: int) -> None:
-        """Take note of a copy."""
+        """Count a copy."""
         self.copied_bytes += nbytes
 
     def measured(self, predicted_s: float, measured_s: float) -> None:
-        """Take note of a layer's predicted and measured time."""
+        """Record a layer's predicted and measured time."""
         self.n_layers += 1
         if predicted_s > 0.0 and measured_s > 0.0:
             if len(self._errors) == KEEP:
@@ -57,14 +54,14 @@ class Counters:
 
 
 class LayerRecords:
-    """Holds predictions against what layers took, for the counters and the trace."""
+    """Compares each layer's prediction with its measured time."""
 
     def __init__(self, counters: Counters, trace: Trace | None) -> None:
         self._counters = counters
         self._trace = trace
 
     def passed(self, layer: Layer, now_s: float) -> None:
-        """Take note of a layer whose forward goes on: measured now, or once `took` says so."""
+        """Record a layer whose forward goes on; its time is measured now, or arrives later through `took`."""
         assert layer.plan is not None
         if layer.unended:
             layer.decision = layer.decided(layer.plan, now_s)
@@ -74,7 +71,7 @@ class LayerRecords:
             self._counters.measured(layer.plan.predicted_s, now_s - layer.started_s)
 
     def took(self, event: LayerTook) -> None:
-        """Take note of what a layer took; nothing happens if that is known, or if its wave is gone."""
+        """Record a layer's time; nothing happens if it is known already or the wave was dropped."""
         decision, event.layer.decision = event.layer.decision, None
         if decision is not None and not event.layer.wave.gone:
             self._keep(replace(decision, measured_s=event.took_s))

@@ -1,8 +1,8 @@
 """One wave or two: whether halving a step's rows pays.
 
-Two waves let the experts of one run beside the dense part of the other, and what the first fetched the second finds
-in its slot; but an expert that both visit is read twice. So the cost model is asked, and what it says is corrected
-by what steps then took.
+Two waves let the experts of one run beside the dense part of the other, and the second finds experts in slots that
+the first fetched; but an expert that both visit is read twice. So the choice is by the cost model's prediction,
+corrected by measured steps.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,10 +24,10 @@ Rows = Mapping[int, int]
 """Rows by expert."""
 
 MARGIN = 0.07
-"""Two waves must be predicted to be faster by this share: it is a typical layer that is predicted."""
+"""Two waves must be predicted to be faster by this share, since the prediction is for a typical layer."""
 DOUBT = 1.1
-"""How much longer than predicted two waves are held to take until some were measured: what each lane loses to the
-others is predicted for one wave at a time. Simulations of the profiles in `bench/machines` gave 1.0 to 1.2."""
+"""Factor on the prediction for two waves until some were measured: it counts contention within one wave only.
+Simulations of the profiles in `bench/machines` gave 1.0 to 1.2."""
 ENOUGH = 3
 """Steps of one kind after which their bias is believed."""
 EVERY = 16
@@ -35,14 +35,14 @@ EVERY = 16
 N_LAYERS = 8
 """Layers that are predicted, spread over the model."""
 LIKE = 1.5
-"""Steps with up to so many times fewer or more rows are alike: what one took says something about the other."""
+"""Steps whose rows differ by at most this factor are alike: the time of one tells something about the other."""
 WEIGHT = 0.2
-"""Of the latest step in a bias."""
+"""Weight of the latest step in a bias."""
 
 
 @dataclass(slots=True)
 class _Kind:
-    """What is known of steps of one wave, or of two."""
+    """Measurements of steps with one wave, or with two."""
 
     predicted_s: float = 0.0
     bias: float = 1.0
@@ -56,13 +56,13 @@ class _Kind:
 
     @property
     def expected_s(self) -> float:
-        """What a step is expected to take."""
+        """The expected seconds of a step."""
         return self.predicted_s * self.bias
 
 
 @dataclass(slots=True)
 class Waves:
-    """Decides for every step; owner of what it has learnt about its own predictions."""
+    """Chooses one or two waves for every step, and corrects its own predictions."""
 
     mode: WaveMode
     scheduler: "Scheduler | CpuOnly"
@@ -137,7 +137,7 @@ class Waves:
         return self.scheduler.planner(layer, candidates, costs, Backlog(), min(cache.n_slots, there.count(False)))
 
     def _halves(self, layer: int, n_rows: int) -> tuple[Rows, Rows]:
-        """Return the rows of a step's two halves: as in the latest step if it was alike, or spread evenly."""
+        """Return the rows of a step's two halves: those of the latest step if it was alike, else spread evenly."""
         latest = (self.scheduler.recent or {}).get(layer, ())
         n_tokens = sum(n_tokens for _, n_tokens, _ in latest)
         if n_rows / LIKE <= n_tokens <= n_rows * LIKE:

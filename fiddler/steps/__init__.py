@@ -1,1 +1,1 @@
-"""Runs forwards of packed rows, layer by layer."""
+"""Turns the rows of a step into forwards, layer by layer."""

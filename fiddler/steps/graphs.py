@@ -1,12 +1,11 @@
-"""Decoding steps recorded as graphs, a piece between one experts call and the next: no model code runs in a replay.
+"""Records decoding steps as GPU graphs, in pieces from one experts call to the next; a replay runs no model code.
 
-A graph is for so many rows and so long pasts, each up to a power of two, and for one of a step's waves: two waves
-on their way never share the memory that graphs work in. What cannot be recorded runs as it did before, and the log
-says why. The first step of a kind runs so in any case: most kinds are met once.
+A graph is for a number of rows and a length of pasts, each up to a power of two, and for one of a step's two waves,
+which never share graph memory. Steps that cannot be recorded run as before, and the log says why. So does the first
+step of a kind, since most kinds are met once.
 
-Experts of a model whose every expert is in a slot: nothing is left to decide, so the host is not asked.
-
-Who visits whom stays on the GPU, and a decoding step is one recorded piece from its tokens to its logits.
+Where every expert is in a slot, nothing is left to decide: the routing stays on the GPU (`Resident`), and a
+decoding step is one recorded piece from its tokens to its logits.
 """
 
 import gc
@@ -33,20 +32,20 @@ from fiddler.models.seam import ExpertsCall, Forward
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Runs layers without the host, where the kernels do not need it either."""
+    """Runs layers without the host, if the kernels do not need it either."""
 
     experts: SlotExperts
     slots: Callable[[int], Tensor]
     """By layer, the slots of its experts, int32 `[E]` on the GPU; they stay as they are."""
     counters: LaneCounters
-    """Where visits are counted, and nothing else: which experts they are of, nobody on the host knows."""
+    """Counters of visits; the host does not learn which experts they are of."""
 
     def runs(self, layer: int, hidden: Tensor) -> bool:
         """Whether it runs a layer for rows `[T, H]`."""
         return self.experts.blind(layer, hidden.shape[0], hidden)
 
     def __call__(self, ask: Ask) -> Tensor:
-        """Queue a layer; returns its output `[T, H]`. Visits of nobody, or of weight zero, add nothing."""
+        """Queue a layer; returns its output `[T, H]`. Visits of no expert, or of weight zero, add nothing."""
         visits, out = grouped(ask.index, ask.weights, self.slots(ask.layer)), blank_visits(ask)
         self.experts.run(ask.layer, visits, ask.hidden, out)
         return summed(out, ask.weights)
@@ -73,8 +72,8 @@ LEAST_TOKENS = 256
 MOST_ROWS = 64
 """Steps of more rows are not recorded: beside their experts, launches are nothing."""
 MOST_TOKENS = 1 << 15
-"""Rows times bucket: attention gathers so many tokens of keys and values in each layer, whoever they are of. As
-many as a GPU holds unless told; one long sequence beside many short ones is faster if each attends by itself."""
+"""Rows times bucket: attention gathers this many tokens of keys and values in each layer. As many as a GPU holds
+unless told; one long sequence beside many short ones is faster if each attends by itself."""
 
 Kind = tuple[int, int, int, bool]
 """(wave of the step, rows, bucket, whether every expert is in a slot)."""
@@ -87,7 +86,7 @@ def bucket(n: int, least: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A recorded piece: what it launches, and what it then asks for, or the logits `[n, V]` at the end."""
+    """A recorded piece: its launches, and then its experts request or, at the end, the logits `[n, V]`."""
 
     graph: Graph
     outcome: Ask | Tensor
@@ -95,17 +94,17 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A step of one kind; `keeps` holds what its memory belongs to."""
+    """A recorded step of one kind; `keeps` holds the owners of its memory."""
 
     inputs: StaticInputs
     segments: tuple[Segment, ...]
     n_blind: int
-    """Visits of a row, over all layers, that the host does not hear of."""
+    """Visits of a row, over all layers, that the host does not learn of."""
     keeps: Any
 
 
 class Replay:
-    """A recorded step on its way, driven as a `Forward` is."""
+    """A recorded step that is being replayed, driven like a `Forward`."""
 
     dead = False
 
@@ -114,7 +113,7 @@ class Replay:
         self._n_rows = n_rows
 
     def send(self, output: Tensor | None = None) -> Ask | Tensor:
-        """Queue the next piece, which sums up what the experts have made of the last ask."""
+        """Queue the next piece, which begins by summing up the experts' results."""
         segment = next(self._segments)
         segment.graph.replay()
         if isinstance(segment.outcome, Tensor):
@@ -152,21 +151,21 @@ class Graphs:
     gpu: Gpu
     arena: KvArena
     n_visits: int
-    """Of a row, over all layers."""
+    """Visits of a row, over all layers."""
     why_not: str = ""
     """Why nothing is recorded any more; empty while it is."""
     lookahead: Lookahead | None = None
-    """What asks the next layer's router early, within a piece."""
+    """Asks the next layer's router early, within a piece."""
     resident: Callable[[], Resident | None] = _nobody
-    """What runs layers without the host, while every expert is in a slot."""
+    """Runs layers without the host while every expert is in a slot."""
     whole: bool = False
-    """Whether layers transform the past before they attend to it; found out."""
+    """Whether layers transform the past before they attend to it; found out by trying."""
     kinds: dict[Kind, Recorded | None] = field(default_factory=dict)
-    """`None` for one that was met once."""
+    """Recorded steps by kind; `None` for a kind that was met once."""
     too_large: set[Kind] = field(default_factory=set)
-    """Kinds that there was no memory for."""
+    """Kinds whose recording did not fit into memory."""
     pools: dict[int, object] = field(default_factory=dict)
-    """By wave of a step."""
+    """Graph memory by wave of a step."""
 
     def replay(self, wave: int, rows: Sequence[Row]) -> Replay | None:
         """Return a step of these rows, or `None` where there is no recording; `wave` is its number in the step."""
@@ -192,7 +191,7 @@ class Graphs:
         return Replay(recorded, len(rows))
 
     def forget(self) -> None:
-        """Give back the memory that recorded steps work in; what is met again is recorded again."""
+        """Give back the memory of recorded steps; kinds that are met again are recorded again."""
         self.kinds.clear()
         self.too_large.clear()
         self.pools.clear()
@@ -252,7 +251,7 @@ class Graphs:
         return forward
 
     def _pieces(self, forward: Forward, launch: Callable[[Callable[[], Any]], Any]) -> Iterator[Ask | Tensor]:
-        """Run a forward piece by piece, each within `launch`; yields what each asks for, and the logits."""
+        """Run a forward piece by piece, each within `launch`; yields the request of each piece, and the logits."""
         ask: Ask | None = None
         try:
             while not forward.dead:
@@ -263,7 +262,7 @@ class Graphs:
             forward.close()
 
     def _piece(self, forward: Forward, before: Ask | None) -> Ask | Tensor:
-        """Sum up what was asked for before, go on to what the host has to run, and make what it wants of that."""
+        """Sum up the experts' results, run on to the next request, and make the host's tensors for it."""
         output, resident = None, self.resident()
         if before is not None:
             assert before.own is not None

@@ -1,7 +1,7 @@
-"""Where the model sent each token: the one owner of recorded routing.
+"""Records where the model sent each token; the only owner of recorded routing.
 
-A wave writes down its layers as it passes them; its rows join their sequences once the step has succeeded, so a
-step that fails leaves nothing behind and no token is recorded twice.
+A wave records its layers as it passes them. Its rows join their sequences once the step has succeeded, so a failed
+step leaves nothing behind and no token is recorded twice.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from fiddler.recording import Recording, RoutingTrace
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routed:
-    """Tokens and their visits, each array `[T, L, K]`: `experts` and `ahead` with -1 for nobody."""
+    """Tokens and their visits, each array `[T, L, K]`; in `experts` and `ahead` -1 stands for no expert."""
 
     experts: NDArray[np.int16]
     weights: NDArray[np.float16]
@@ -69,7 +69,9 @@ class WaveRecord:
         self._ahead = _Table(n_tokens, -1, np.int16)
 
     def visit(self, layer: int, index: Tensor, weights: Tensor, meeting: Sequence[int]) -> None:
-        """Write down who visits whom, `[t, k]`, in the rows of forwards `meeting`; no visit that adds nothing."""
+        """Record a layer's visits, `[t, k]`, for the rows of the forwards `meeting`, without those of weight
+        zero.
+        """
         visited, given, at = index.numpy(), weights.float().numpy(), self._at(meeting)
         real = (visited >= 0) & (visited < self._n_experts[layer]) & (given != 0.0)
         self._experts.put(layer, at, np.where(real, visited, -1))
@@ -82,7 +84,7 @@ class WaveRecord:
         self._ahead.put(layer, self._at(meeting), np.where(real, expected, -1))
 
     def rows(self) -> Routed:
-        """Return all rows; a layer that a forward did not pass was visited by nobody."""
+        """Return all rows; a layer that a forward did not pass has no visits."""
         n_layers, width = len(self._n_experts), max(self._experts.width, self._ahead.width)
         experts, weights, ahead = (t.whole(n_layers, width) for t in (self._experts, self._weights, self._ahead))
         return Routed(experts, weights, ahead)
@@ -118,7 +120,7 @@ class Recorder:
         return WaveRecord(n_rows, self._n_experts)
 
     def trace(self, model: str) -> RoutingTrace:
-        """Return what there is so far of requests that have run at least one token."""
+        """Return the recordings so far, of requests that have run at least one token."""
         found = [(s.name, s.n_prompt, parts) for s in list(self._sequences) if (parts := list(s.parts))]
         every = [part for _, _, parts in found for part in parts]
         width = max((part.experts.shape[2] for part in every), default=1)
@@ -138,7 +140,7 @@ def _recording(name: str, n_prompt: int, parts: Sequence[Routed], width: int, *,
 
 
 def _joined(parts: Sequence[NDArray[Any]], width: int, blank: int) -> NDArray[Any]:
-    """Return a copy of parts `[t, L, k]`, one after the other, as `[T, L, K]` that nobody can write to."""
+    """Return a read-only copy of parts `[t, L, k]`, one after the other, as `[T, L, K]`."""
     made = np.full((sum(map(len, parts)), parts[0].shape[1], width), blank, parts[0].dtype)
     start = 0
     for part in parts:

@@ -1,6 +1,6 @@
-"""One request's state, from its prompt to its last token. The engine's thread is its only writer.
+"""One request's state, from its prompt to its last token, and the room for keys and values that requests share.
 
-Who holds room for keys and values, and how much is left. The engine's loop is its only user.
+The engine's thread is the only writer of `Request`, and the engine's loop the only user of `KvRoom`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Reserved:
 
     n_tokens: int
     run: Run | None
-    """Where it lies, if in an arena."""
+    """Its place in the arena, if there is one."""
 
 
 class KvRoom:
@@ -68,7 +68,7 @@ class KvRoom:
             reserved.run.arena.release(reserved.run)
 
     def check(self) -> None:
-        """Raise `AssertionError` unless the ledger says what its requests and the arena say."""
+        """Raise `AssertionError` unless the books agree with the requests and the arena."""
         assert self.n_reserved == sum(reserved.n_tokens for reserved in self._held)
         assert self.n_tokens is None or self.n_reserved <= self.n_tokens
         if self._arena is not None:
@@ -92,14 +92,14 @@ class Request:
     submission: Submission
     prompt_ids: list[int]
     n_limit: int
-    """Tokens it may make."""
+    """Tokens that it may make."""
     sampler: Sampler
     decoder: Decoder
     past: SequenceKV | Cache | None = None
     room: Reserved | None = None
     """Its room for keys and values, as long as it runs."""
     record: SequenceRecord | None = None
-    """Where its routing is recorded, if it is."""
+    """Record of its routing, if routing is recorded."""
     n_past: int = 0
     """Tokens whose keys and values are in `past`."""
     made: list[int] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Request:
         return [*self.prompt_ids[start:], *self.made[: stop - n_prompt]]
 
     def start_over(self, past: SequenceKV | None) -> None:
-        """Run all tokens again, as one prompt, into an empty `past`; what was recorded of them is recorded anew."""
+        """Run all tokens again, as one prompt, into an empty `past`; their routing is recorded anew."""
         self.past, self.n_past = past, 0
         self.n_again = len(self.prompt_ids) + len(self.made)
         if self.record is not None:

@@ -1,4 +1,4 @@
-"""One step of the model over some spans: which forwards it takes, and what comes of them."""
+"""One step of the model over some spans: the forwards it takes, and each span's outcome."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a step gave one span: logits `[V]` of its last row where a token is picked, or an error."""
+    """A step's result for one span: logits `[V]` of its last row where a token is picked, or an error."""
 
     logits: Tensor | None = None
     error: BaseException | None = None
 
 
 class StepRunner:
-    """Runs steps of one model; knows how its rows travel."""
+    """Runs steps of one model; knows how the model's rows travel."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class StepRunner:
         self._waves = waves
         self._recorder = recorder
         self.graphs = graphs
-        """What records decoding steps, on a GPU."""
+        """Records decoding steps, on a GPU."""
         self.arena = graphs.arena if graphs is not None else None
-        """Where the keys and values of all sequences lie, unless each has buffers of its own."""
+        """Memory for the keys and values of all sequences; `None` where each has buffers of its own."""
         self._directness = Directness()
         self._keeps_rows = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
 
@@ -208,7 +208,7 @@ class StepRunner:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _outcomes(self, spans: Sequence[Span[Request]], wave: ModelWave) -> list[Outcome]:
-        """Give each span of a wave its logits, its own experts' failure, or what ended the wave."""
+        """Return each span's logits, or the error of its own experts, or the error that ended the wave."""
         if wave.error is not None:
             return [Outcome(error=wave.error) for _ in spans]
         rows = chain.from_iterable(wave.results)

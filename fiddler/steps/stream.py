@@ -1,4 +1,4 @@
-"""What a caller holds of a request: tokens as they come, and the way to end it early."""
+"""`TokenStream`: a request's tokens as they come, and the way to end it early."""
 
 import os
 import weakref
@@ -17,7 +17,7 @@ class Admitted:
 
 
 class Left:
-    """Pushed by `TokenStream.aclose`, for whoever waits on the stream: nothing else may come."""
+    """Pushed by `TokenStream.aclose`, for a task that waits on the stream: nothing else may come."""
 
 
 Item = Admitted | Token | FiddlerError | Left
@@ -26,15 +26,15 @@ Item = Admitted | Token | FiddlerError | Left
 class TokenStream:
     """The tokens of one request, in order.
 
-    Awaiting it waits until the request is admitted, and raises what is wrong with it; iterating does both. A stream
+    Awaiting it waits until the request is admitted, or raises the request's error; iterating does both. A stream
     that ended with an error raises it again each time.
 
-    Leaving an `async with` block, `aclose()`, or dropping the last reference ends the request, and frees its
-    memory at the engine's next step. From `aclose()` on the stream gives no token: iterating ends, also in a task
-    that waits for the next token just then, and awaiting raises `EngineClosedError` if the request had not been
+    Leaving an `async with` block, `aclose()`, or dropping the last reference ends the request, and frees its memory
+    at the engine's next step. From `aclose()` on the stream gives no token: iterating ends, also in a task that
+    waits for the next token just then, and awaiting raises `EngineClosedError` if the request had not been
     admitted. A cancelled wait does not end the request: the next wait goes on where that one stopped. A slow reader
-    delays nobody; what it has not read yet waits in memory. One task waits at a time, in any thread and event loop;
-    a second one raises `anyio.BusyResourceError`.
+    delays no other; its unread tokens wait in memory. One task waits at a time, in any thread and event loop; a
+    second one raises `anyio.BusyResourceError`.
 
     The engine stays open while a stream of it that has not ended is held. In a forked child the streams of its
     parent raise `EngineClosedError`.
@@ -64,7 +64,7 @@ class TokenStream:
         return self
 
     async def _next(self) -> Token | None:
-        """Wait for the next token; `None` where something else came. Raises what the request ended with."""
+        """Wait for the next token; `None` for another item. Raises the error that ended the request."""
         self._raise_again()
         item = await self._channel.receive()
         match item:
@@ -113,7 +113,7 @@ class TokenStream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End the request, and wake who waits on the stream; nothing happens if it has ended.
+        """End the request, and wake a task that waits on the stream; nothing happens if it has ended.
 
         Does not wait for the engine.
         """

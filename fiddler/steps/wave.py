@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """How a model's experts are asked for: the same for all its waves."""
+    """How a model's experts are reached: the same for all its waves."""
 
     crossing: Callable[[], Crossing]
-    """Makes a wave's own."""
+    """Makes a wave's own crossing."""
     n_experts: tuple[int, ...]
-    """By layer."""
+    """Number of experts by layer."""
     n_deferred: int = 0
     """Visits of least weight per token that join one layer late."""
     lookahead: Lookahead | None = None
-    """What asks the next layer's router early."""
+    """Asks the next layer's router early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class _Asked:
     layer: int
     top_k: int
     meeting: tuple[int, ...]
-    """Which forwards wait at it."""
+    """Forwards that wait at it."""
     n_rows: list[int]
-    """Rows of each of them."""
+    """Rows of each of these forwards."""
 
 
 class ModelWave(DrivenWave):
@@ -68,11 +68,11 @@ class ModelWave(DrivenWave):
         self.n_context = n_context
         self.record = record
         self.results: list[Any] = [None] * len(forwards)
-        """What each forward returned, once the wave has ended; its latest call before."""
+        """Each forward's return value, once the wave has ended; its latest call before."""
         self.error: BaseException | None = None
-        """What ended the wave early."""
+        """The error that ended the wave early."""
         self.failed: dict[tuple[int, int], BaseException] = {}
-        """(forward, row) whose experts failed."""
+        """Errors by (forward, row) whose experts failed."""
         self._forwards = forwards
         self._experts = experts
         self._crossing = experts.crossing()
@@ -89,7 +89,7 @@ class ModelWave(DrivenWave):
 
     @property
     def due(self) -> object:
-        """What tells the GPU's lane when the latest dense part has ended."""
+        """A handle by which the GPU's lane knows when the latest dense part has ended."""
         return self._crossing.due
 
     def launch(self) -> None:
@@ -119,7 +119,7 @@ class ModelWave(DrivenWave):
         self._asked = _Asked(call.layer, call.index.shape[1], meeting, n_rows or [call.hidden.shape[0]])
 
     def advance(self) -> Layer | None:
-        """Take in the rows of the layer that was announced; `None` where the forwards have ended."""
+        """Return the announced layer, with its rows and routing; `None` where the forwards have ended."""
         asked, crossing = self._asked, self._crossing
         if asked is None:
             return None
@@ -149,7 +149,7 @@ class ModelWave(DrivenWave):
         return tuple(rows.items()) if len(index) == 1 else tuple(Counter(rows).most_common())
 
     def _resume(self) -> tuple[int, ...]:
-        """Let forwards have their outputs; return those that then wait at the lowest layer."""
+        """Resume forwards with their outputs; returns those that then wait at the lowest layer."""
         for i, output in zip(self._meeting, self._outputs, strict=True):
             self.results[i] = self._forwards[i].send(output)
         waiting = [i for i, forward in enumerate(self._forwards) if not forward.dead]
@@ -189,7 +189,7 @@ class ModelWave(DrivenWave):
         raise IndexError(f"the layer has no row {token}")
 
     def end(self, error: BaseException | None) -> None:
-        """Unwind what did not end by itself and let go of all rows."""
+        """Unwind unfinished forwards and release all rows."""
         self.error = error
         for layer in (self._now, self._before[1] if self._before is not None else None):
             if layer is not None and layer.tensors is not None:

@@ -1,1 +1,1 @@
-"""Where experts lie: tensor names to (layer, expert, part), and their bytes on the host."""
+"""Holds the checkpoint's bytes: tensor names to (layer, expert, part), and experts' weights on the host."""

@@ -1,12 +1,11 @@
-"""The experts' weights in host memory: one copy, a block for each expert, ready to be copied to a slot.
+"""The experts' weights as blocks in host memory, one per expert, ready to be copied to a slot and locked for a GPU.
 
-How one expert's parts lie in its block: one run of bytes that is copied whole and read through views.
+`BlockLayout` says where an expert's parts lie in its block: one run of bytes that is copied whole and read through
+views. `PackedStore` reads every expert of a checkpoint into its block, in pieces that can be locked into RAM.
 
-Experts' blocks in pieces that can be locked into RAM, and how much of them is.
-
-A GPU copies by itself only what cannot be paged out. `cudaHostRegister` (CUDA Runtime API, "Memory Management")
-locks memory that is there already, so a block is never in host memory twice. It locks whole pages, and to register
-one again is an error (`cudaErrorHostMemoryAlreadyRegistered`): pieces share none. A copy must lie in one
+A GPU copies by itself only from memory that cannot be paged out. `cudaHostRegister` (CUDA Runtime API, "Memory
+Management") locks existing memory, so a block is never in host memory twice. It locks whole pages, and registering
+a page again is an error (`cudaErrorHostMemoryAlreadyRegistered`): pieces share no page. A copy must lie in one
 registration or in none (CUDA Driver API, `cuMemcpy`; else `CUDA_ERROR_INVALID_VALUE`): no block is in two pieces.
 """
 
@@ -118,32 +117,31 @@ def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _outline(tensors: Sequence[Tensor]) -> tuple[int, set[torch.Size]]:
-    """Rows in all, and what each row looks like."""
+    """Return the rows in all, and the shape of a row."""
     return sum(len(tensor) for tensor in tensors), {tensor.shape[1:] for tensor in tensors}
 
 
 PAGE_BYTES = mmap.PAGESIZE
-"""What the system locks at least: 4 KiB on x86, up to 64 KiB on Arm."""
+"""Bytes that the system locks at least: 4 KiB on x86, up to 64 KiB on Arm."""
 
 PIECE_BYTES = 256 << 20
-"""What is locked at once at most, unless one block is more.
+"""Most bytes that are locked at once, unless one block is more.
 
-A refusal keeps what was locked before it and leaves up to a piece of what could have been. That is little beside a
-model, and beside limits that are met (Docker on WSL2: 500 MB in all; microsoft/WSL, issue 14078); a few hundred
-registrations in turn are nothing beside locking their pages.
-"""
+A refusal keeps the pieces locked before it, and may leave up to a piece unlocked that would have fitted. That is
+little beside a model, and beside limits that are met (Docker on WSL2: 500 MB in all; microsoft/WSL, issue 14078); a
+few hundred registrations in turn are nothing beside locking their pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """Which blocks are locked: of each layer its first experts."""
+    """Which blocks are locked: the first experts of each layer."""
 
     n_bytes: int
-    """Of the blocks that are locked."""
+    """Bytes of the locked blocks."""
     total_bytes: int
-    """Of all blocks."""
+    """Bytes of all blocks."""
     experts: tuple[int, ...]
-    """By layer, how many."""
+    """Number of locked experts by layer."""
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert's block is locked, and with it every byte of it."""
@@ -151,7 +149,7 @@ class Pinned:
 
 
 def cut(n_blocks: int, block_bytes: int, piece_bytes: int = PIECE_BYTES) -> list[int]:
-    """Return how many blocks each piece has: what fits `piece_bytes`, at least one; only the last has fewer."""
+    """Return the blocks in each piece: as many as fit `piece_bytes`, at least one; only the last has fewer."""
     most = max(piece_bytes // block_bytes, 1)
     full, rest = divmod(n_blocks, most)
     return [most] * full + [rest] * (rest > 0)
@@ -160,7 +158,7 @@ def cut(n_blocks: int, block_bytes: int, piece_bytes: int = PIECE_BYTES) -> list
 def on_pages(n_blocks: int, block_bytes: int) -> Tensor:
     """Return memory for blocks, uint8 `[n_blocks, block_bytes]`, that starts a page; less than two are wasted.
 
-    Its last page is all its own: of memory that shares a page with what is locked, CUDA copies neither kind.
+    Its last page is all its own: CUDA does not copy memory that is partly in a locked page.
     """
     n_bytes = n_blocks * block_bytes
     whole = -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -189,9 +187,9 @@ class _Layer:
 class PackedStore:
     """Every expert's block, read from the checkpoint at once; the checkpoint is not needed afterwards.
 
-    Takes what a `MappedStore` takes. The pages of the mapped files are released behind the reader, so memory stays
-    near one copy. Raises `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape than
-    the same tensor of the layer's first expert. `piece_bytes` is what is locked into RAM at once at most.
+    Arguments are those of `MappedStore`. The pages of the mapped files are released behind the reader, so memory
+    stays near one copy. Raises `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape
+    than the same tensor of the layer's first expert. At most `piece_bytes` are locked into RAM at once.
     """
 
     def __init__(
@@ -217,7 +215,7 @@ class PackedStore:
     ) -> Self:
         """Return a store without a checkpoint, whose blocks `fill` writes.
 
-        `layouts` and `n_experts` are by layer. Blocks are written in order, each once. Raises what `fill` raises.
+        `layouts` and `n_experts` are by layer. Blocks are written in order, each once. Raises the errors of `fill`.
         """
         store = cls.__new__(cls)
         store._make(layouts, n_experts, fill, piece_bytes)
@@ -227,7 +225,7 @@ class PackedStore:
         self._layers: list[_Layer] = []
         self._experts: dict[tuple[int, int], ExpertWeights] = {}
         self._n_locked = 0
-        """Of `_pieces`, from the first."""
+        """Number of `_pieces` that are locked, from the first."""
         known: dict[BlockLayout, BlockLayout] = {}
         for layer, (found, n) in enumerate(zip(layouts, n_experts, strict=True)):
             # Layers alike share one layout: whoever keeps views can then compare layouts by identity.
@@ -243,7 +241,7 @@ class PackedStore:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the largest block: what a slot must hold."""
+        """Bytes of the largest block, and so of a slot."""
         return max((layer.layout.nbytes for layer in self._layers), default=0)
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
@@ -263,13 +261,13 @@ class PackedStore:
         return self._layers[layer].layout
 
     def check(self) -> None:
-        """Do nothing: there is no file any more that could be changed."""
+        """Do nothing: there is no file any more that could change."""
 
     def pin(self, pin: Callable[[Tensor], bool]) -> Pinned:
-        """Offer the blocks to `pin`, piece by piece, until one is refused; return what is locked now.
+        """Offer the blocks to `pin`, piece by piece, until one is refused; return which blocks are locked now.
 
         `pin` locks the memory it is given, which starts a page and shares none with another piece, or returns
-        False. What is locked already is not offered again. What could not be locked is logged as a warning.
+        False. Locked pieces are not offered again. Blocks that could not be locked are logged as a warning.
         """
         for piece in self._pieces[self._n_locked :]:
             if not pin(piece):
@@ -283,8 +281,8 @@ class PackedStore:
     def unpin(self, unpin: Callable[[Tensor], None]) -> None:
         """Give `unpin` every piece that is locked, as `pin` was given it.
 
-        To be called before the store goes: the driver knows locked memory by its address, and refuses to lock what
-        the system puts there next.
+        Call it before the store is freed: the driver knows locked memory by its address, and refuses to lock memory
+        that the system puts there next.
         """
         pieces = self._pieces
         while self._n_locked:
@@ -330,7 +328,7 @@ class _Source:
         return MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
 
     def write(self, layer: int, expert: int, layout: BlockLayout, block: Tensor) -> None:
-        """Write an expert's block, and release what it was read from."""
+        """Write an expert's block, and release the pages it was read from."""
         try:
             layout.write(self.read(layer, expert), block)
         except ValueError as error:

@@ -23,7 +23,7 @@ from fiddler.store.folder import INDEX, weight_files
 from fiddler.store.mapping import Mapping
 
 EXPERT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""By their names in a header: what an expert's tensors may be."""
+"""Dtypes of experts' tensors, by their names in a header."""
 EXPERT_NAMES = f"one of {', '.join(EXPERT_DTYPES)}"
 
 _DTYPES = EXPERT_DTYPES | {
@@ -50,7 +50,7 @@ class Entry:
 class Checkpoint:
     """The tensors of a folder by name; opened by `Checkpoint.open`.
 
-    What lies at a byte that its numbers cannot be read from is copied when it is asked for, a view all else.
+    A tensor at a byte from which its numbers cannot be read is copied when asked for; all others are views.
     """
 
     def __init__(self, folder: Path, entries: MappingOf[str, Entry], mappings: MappingOf[Path, Mapping]) -> None:
@@ -113,7 +113,7 @@ class Checkpoint:
         return self._view(first, a, (a.shape[0] + b.shape[0], *a.shape[1:]))
 
     def release(self, name: str) -> None:
-        """Give back the memory that a tensor's pages take; who reads it again gets it from the file again.
+        """Give back the memory of a tensor's pages; a later read gets them from the file again.
 
         Raises `KeyError` for a tensor that is not in the checkpoint.
         """
@@ -137,7 +137,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A file that is mapped, and what its header says of it."""
+    """A mapped file with its header."""
 
     mapping: Mapping
     entries: dict[str, Entry]

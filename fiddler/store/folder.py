@@ -1,6 +1,6 @@
-"""A checkpoint's folder: which of its files are the checkpoint, and the reason where there is none.
+"""Finds the files of a checkpoint in its folder, and the reason where there is none.
 
-Nothing here imports torch or transformers, so that a command can say at once what a folder lacks.
+Nothing here imports torch or transformers, so a command can refuse a folder at once.
 """
 
 import os
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 
 Files = dict[Path, tuple[str, ...]]
-"""A checkpoint's files in the order they are read, each with the tensors that an index promises in it."""
+"""A checkpoint's files in the order in which they are read, each with the tensors that an index promises in it."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -112,7 +112,7 @@ def _indexed(folder: Path, index: str) -> Files:
 
 
 def is_file(file: Path) -> bool:
-    """Whether a file is there, and may be looked at: a name can be too long, or lead to where nobody may enter."""
+    """Whether a file is there and accessible: its name may be too long, or its folder closed to us."""
     return _holds(file, Path.is_file)
 
 
@@ -196,7 +196,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raise `CheckpointError` for what git leaves in a file's place where git-lfs is missing."""
+    """Raise `CheckpointError` for the pointer file that git leaves where git-lfs is missing."""
     try:
         if file.is_file():
             with file.open("rb") as stream:

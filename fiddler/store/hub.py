@@ -14,10 +14,10 @@ _NOT = ("original/*", "onnx/*", "gguf/*", "*/onnx/*", "figures/*", ".*")
 
 
 def find_on_hub(name: str, revision: str | None = None, *, download: bool = True) -> Path:
-    """Return the folder of a hub id's files: what is whole in the local cache is not asked for again.
+    """Return the folder of a hub id's files; nothing is downloaded if the local cache has them all.
 
-    `revision` is a branch, a tag or a commit; `None` is the main branch. Raises `CheckpointError`, and what
-    `check_folder` raises.
+    `revision` is a branch, a tag or a commit; `None` is the main branch. Raises `CheckpointError`, and the errors
+    of `check_folder`.
     """
     what = name if revision is None else f"{name}@{revision}"
     try:

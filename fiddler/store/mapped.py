@@ -1,6 +1,7 @@
-"""The experts' weights on the host, as views of the mapped checkpoint.
+"""The experts' weights as views of the mapped checkpoint files.
 
-Where the parts of every expert lie: checkpoint tensor names and the views into them. No tensor is touched.
+`ExpertParts` names the tensors of each expert's parts and the `View` steps that lead into them. `MappedStore` makes
+the views, when an expert is first used.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class ExpertParts:
-    """One expert's parts, in the order `devices.base.ExpertWeights` describes."""
+    """One expert's parts, in the order of `types.ExpertWeights`."""
 
     up: tuple[View, ...]
     down: View
@@ -72,16 +73,16 @@ class Layout:
 
 
 BOUNDARY = 16
-"""Bytes."""
+"""Bytes of the alignment that float32 matrices need."""
 
 
 @dataclass(frozen=True, slots=True)
 class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
-    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. So are
-    matrices treated that lie at an odd byte of the file, and float32 ones that lie off a boundary where this
-    machine's products hang on that (`aligned`).
+    `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. Matrices
+    at an odd byte of the file are copied too, and so are unaligned float32 ones where this machine's products
+    depend on alignment (`aligned`).
     """
 
     checkpoint: Checkpoint
@@ -135,7 +136,7 @@ class MappedStore:
         return tensor
 
     def check(self) -> None:
-        """Raise `CheckpointError` if a file that experts lie in was changed: what was computed may be wrong."""
+        """Raise `CheckpointError` if a file with experts was changed: results may be wrong."""
         self.checkpoint.check()
 
 
@@ -143,7 +144,7 @@ def aligned(tensor: Tensor) -> Tensor:
     """Return a tensor whose products are those of a packed block: itself, or a copy on a boundary.
 
     MKL takes another path for float32 off a boundary of 16 bytes on processors that are not Intel's, and other bits
-    come out. Tensors with gaps are copied before they are multiplied, whoever does it.
+    come out. Tensors with gaps are copied anyway before they are multiplied.
     """
     off = tensor.dtype == torch.float32 and tensor.data_ptr() % BOUNDARY
     dense = tensor.is_contiguous() or tensor.t().is_contiguous()
@@ -152,7 +153,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 @lru_cache
 def _bits_hang_on_alignment() -> bool:
-    """Try it: the same product, the matrix on a boundary and one float further."""
+    """Try whether bits depend on alignment: one product, with the matrix on a boundary and one float off it."""
     n = 64
     with torch.inference_mode(False):
         line = partial(torch.linspace, dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
-"""A file's bytes in memory: mapped shared and read-only, without a descriptor, and watched for changes.
+"""Maps a file into memory: shared and read-only, without a descriptor, and watched for changes.
 
-Shared and read-only, so that a file larger than memory can be mapped: a private writable mapping, torch's and
-safetensors' own, is refused by Linux's overcommit accounting. Python's `mmap` would keep a descriptor a file.
+Shared and read-only mapping allows files larger than memory: a private writable mapping, torch's and safetensors'
+own, is refused by Linux's overcommit accounting. Python's `mmap` would keep a descriptor per file.
 """
 
 import ctypes
@@ -43,13 +43,13 @@ class Mapping:
         self._change: str | None = None
         buffer = _map(stream.fileno(), self._stamp.size)
         self.bytes: Tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-        """All of the file; to write to it ends the process."""
+        """All bytes of the file; writing to them ends the process."""
         self._guarded = Guarded(self.bytes.data_ptr(), self._stamp.size)
         if _POSIX:
             finalize(buffer, _unmap, self.bytes.data_ptr(), self._stamp.size, self._guarded).atexit = False
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Give back the memory of the pages around some bytes; who reads them gets them from the file again."""
+        """Give back the memory of the pages around some bytes; a later read gets them from the file again."""
         if not _POSIX:  # elsewhere they go when others need the memory
             return
         # Outward to whole pages, into the neighbours: nothing is lost, since the mapping is read-only.
@@ -57,11 +57,11 @@ class Mapping:
         _libc.madvise(self.bytes.data_ptr() + start, offset + nbytes - start, mmap.MADV_DONTNEED)
 
     def check(self) -> None:
-        """Raise `CheckpointError` if the file is not as it was when it was mapped.
+        """Raise `CheckpointError` if the file has changed since it was mapped, or a part of it could not be read.
 
-        By its size and the time it was written last, where it has its name still, or on Linux the one that it was
-        moved to: a file that is replaced under its name, or deleted, stays as it was in here. Also where a part of
-        it could not be read. Takes a stat.
+        A change shows in the file's size or time of last write, looked up under its name or, on Linux, under the
+        name it was moved to. A file that is replaced or deleted under its name stays unchanged in here. Takes a
+        stat.
         """
         if self._change is None:
             self._change = self._found_change()
@@ -71,7 +71,7 @@ class Mapping:
             )
 
     def in_place(self) -> bool:
-        """Whether what has the file's name is of its size and time; some systems make up its number."""
+        """Whether the file under the name has the same size and time; some systems make up inode numbers."""
         try:
             return _Stamp.of(self.file.stat())[2:] == self._stamp[2:]
         except OSError:
@@ -92,7 +92,7 @@ class Mapping:
         return found if found[:2] == self._stamp[:2] else None
 
     def _moved_to(self) -> Path:
-        """Return where the system says that the mapped file lies; of one that is deleted, nowhere."""
+        """Return the mapped file's present path, as the system knows it; nothing for one that is deleted."""
         try:
             return Path(f"/proc/self/map_files/{self._guarded.start:x}-{self._guarded.end:x}").readlink()
         except OSError:

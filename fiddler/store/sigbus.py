@@ -1,10 +1,10 @@
-"""Reading a mapped file that somebody truncates: zeros and a mark instead of a dead process.
+"""Survives reading a mapped file that was truncated: the reader gets zeros and a mark instead of a dead process.
 
-To touch a page that lies beyond the end of its file raises SIGBUS (mmap(2)), which ends the process. For memory
-that is guarded, a handler puts zeros there and marks it; whoever reads asks for the mark before he uses what he has
-read. The signal is raised by the very instruction that reads, so the handler runs where a kernel multiplies and
-never inside an allocator or under a lock; that is why it may be Python, and needs no compiler. Faults elsewhere go
-to the handler that was there before. The handler is installed while something is guarded, on Linux only.
+Touching a page beyond the end of its file raises SIGBUS (mmap(2)), which ends the process. For guarded memory a
+handler puts zeros there and marks it; readers check the mark before they use the bytes. The signal is raised by the
+very instruction that reads, so the handler runs where a kernel multiplies and never inside an allocator or under a
+lock; that is why it may be Python, and needs no compiler. Faults elsewhere go to the handler that was there before.
+The handler is installed while something is guarded, on Linux only.
 """
 
 import ctypes
@@ -40,19 +40,19 @@ class Guarded:
 
     def __init__(self, address: int, length: int) -> None:
         self.lost = False
-        """Whether a part could not be read, and is zeros now."""
+        """Whether a part could not be read and is zeros now."""
         self.start = address
         self.end = address + -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         if SUPPORTED:
             _enter(self)
 
     def leave(self) -> None:
-        """Guard it no longer: to be called before the memory is given back."""
+        """Guard it no longer; call this before the memory is given back."""
         if SUPPORTED:
             _leave(self)
 
     def blank(self, address: int) -> bool:
-        """Put zeros in the place of the page at `address` and of all behind it; False where it is not in here."""
+        """Put zeros in place of the page at `address` and all pages behind it; False where it is not in here."""
         if not self.start <= address < self.end:
             return False
         page = address - address % mmap.PAGESIZE
@@ -86,7 +86,7 @@ def _leave(guarded: Guarded) -> None:
 
 
 def _step_aside() -> None:
-    """Give the signal back to whoever had it, unless it is somebody else's by now."""
+    """Give the signal back to its former handler, unless another one was installed since."""
     found = _Action()
     _libc.sigaction(_SIGBUS, None, ctypes.byref(found))
     if found.handler == _ours.handler:

@@ -1,4 +1,4 @@
-"""Where a model is, given as a path or as a hub id. Imports neither torch nor transformers."""
+"""Finds a model given as a path or as a hub id. Imports neither torch nor transformers."""
 
 import os
 import re
@@ -14,7 +14,8 @@ def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
     """Return the folder of a checkpoint given as a path or as a hub id, `owner/model` or `owner/model@revision`.
 
     A hub id is looked up in the local hub cache first and downloaded if it is not whole there and `download` allows
-    it. Raises `CheckpointError` or `UnsupportedModelError` for what holds no checkpoint, by what lies there.
+    it. Raises `CheckpointError` or `UnsupportedModelError` if there is no checkpoint; the message says what lies
+    there.
     """
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"a model is a folder or a hub id, not {type(model).__name__}")

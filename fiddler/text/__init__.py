@@ -1,1 +1,1 @@
-"""Turns prompts into tokens and tokens into text."""
+"""Turns prompts into tokens, in a process of their own, and tokens into text."""

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _HALF = "\ufffd"
-"""Shown for bytes that are no character, or not yet."""
+"""The character shown for bytes that form no character, or not yet."""
 _CONTEXT = 8
 """Prompt tokens the decoder sees, so that a first token's leading space is right."""
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -18,7 +18,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """All a decoder knows of a tokenizer."""
+    """The parts of a tokenizer that a decoder needs."""
 
     backend: Any
     special: dict[int, str]
@@ -51,7 +51,7 @@ class Vocabulary:
 
 
 class Decoder:
-    """Turns one request's tokens into text as they come: together, the pieces are what is decoded at once.
+    """Turns one request's tokens into text as they come: together, the pieces equal the text decoded at once.
 
     No piece ends inside a character while its rest may come. Stop strings are searched in the text with the special
     tokens in it, as transformers searches them; special tokens themselves are never part of a piece.
@@ -110,13 +110,13 @@ class Decoder:
         return [*pieces, (self._open[start:], True)]
 
     def _settle(self) -> None:
-        """Take the open text for final."""
+        """Make the open text final."""
         for text, shown in self._pieces():
             self._held.add(self._spaces.push(text) if shown else text, shown=shown)
         self._open, self._between = "", []
 
     def _advance(self, vocabulary: Vocabulary, token_id: int) -> None:
-        """Read one more token into the window; what is final leaves it, and the window then starts there."""
+        """Read one more token into the window; final text leaves it, and the window then starts behind it."""
         if vocabulary.backend.id_to_token(token_id) is None:  # a row of the model's that no token has
             return
         self._window.append(token_id)
@@ -131,7 +131,7 @@ class Decoder:
 
 
 class _Held:
-    """Text that waits to be handed out, and between it special tokens, which are searched but not handed out."""
+    """Text that waits to be handed out, and special tokens in between, which are searched but not handed out."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -143,7 +143,7 @@ class _Held:
             self._parts.append((text, shown))
 
     def take(self, n: int) -> str:
-        """Let go of the first `n` characters and return those that are shown."""
+        """Remove the first `n` characters; returns those that are shown."""
         taken, left = "", []
         self.text = self.text[max(n, 0) :]
         for text, shown in self._parts:
@@ -157,18 +157,18 @@ class _Held:
 
 
 class _Spaces:
-    """Takes spaces before punctuation out of text that comes in pieces, where a tokenizer is set to."""
+    """Removes spaces before punctuation from text that comes in pieces, if the tokenizer says so."""
 
     _PATTERNS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
     _MAY_GO_ON = frozenset(" 'n.?!,")
-    """Before a space: what a pattern that takes in this space could be made of."""
+    """Characters before a space that may belong to a pattern which contains this space."""
 
     def __init__(self, *, cleans: bool) -> None:
         self._cleans = cleans
         self._rest = ""
 
     def push(self, text: str) -> str:
-        """Return what is final: all before the last space that no pattern takes in."""
+        """Return the text that is final: all before the last space that no pattern removes."""
         if not self._cleans:
             return text
         self._rest += text
@@ -180,11 +180,11 @@ class _Spaces:
         return self._clean(done)
 
     def ahead(self, text: str) -> str:
-        """Return what is held here followed by `text`, as it would come out were it the end."""
+        """Return the text held here followed by `text`, as it would come out at the end."""
         return self._clean(self._rest + text) if self._cleans else text
 
     def flush(self) -> str:
-        """Return what is held here."""
+        """Return the text held here."""
         rest, self._rest = self._rest, ""
         return self._clean(rest)
 

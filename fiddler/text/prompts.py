@@ -1,9 +1,8 @@
-"""A prompt as its caller gives it, and the engine's own copy of it.
+"""A prompt: the engine's own copy of it, and the check that messages are of text.
 
-The copy is made when a request is submitted, in the caller's thread: what he changes later changes nothing, and no
-other thread reads his objects.
-
-Chat messages, held against what a model of text can take before its template sees them.
+The copy is made when a request is submitted, in the caller's thread: later changes of the caller's objects change
+nothing, and no other thread reads them. Chat messages are checked before the template sees them, since templates
+drop parts silently.
 """
 
 import sys
@@ -23,7 +22,7 @@ _PART = "{'type': 'text', 'text': …}"
 _TEXT_PARTS = frozenset({"text", "thinking", "reasoning"})
 _TOOL_ROLES = frozenset({"tool", "function", "ipython", "observation"})
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys that stand in place of the content of an assistant."""
+"""Keys of an assistant's message that may replace its content."""
 _MEDIA = frozenset(
     [f"{before}{kind}{after}" for kind in ("image", "video", "audio", "file") for before in ("", "input_")
      for after in ("", "s", "_url", "_urls", "_file", "_id", "_data")]
@@ -35,7 +34,8 @@ _MEDIA = frozenset(
 def plain(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Return messages as the template sees them: plain values, keys without a value left out, as transformers does.
 
-    Raises `PromptError` for what is no message, and for parts that are no text: templates drop those silently.
+    Raises `PromptError` for a value that is no message and for parts that are no text: templates drop those
+    silently.
     """
     try:
         return _checked(messages)
@@ -102,7 +102,7 @@ def _check_part(part: Any, where: str, *, free: bool) -> None:
 
 
 def _empty(value: Any) -> bool:
-    """Whether a value says that there is nothing; an array is asked nothing."""
+    """Whether a value counts as empty; arrays never do, and are not asked."""
     return value is None or (isinstance(value, str | int | list | tuple | Mapping) and not value)
 
 
@@ -133,9 +133,9 @@ Copied = str | list[int] | list[dict[str, Any]]
 
 _KINDS = "prompt must be text, token ids (whole numbers from 0) or chat messages"
 _DEEPEST = 100
-"""Messages may lie in each other so deep; what contains itself has no bottom."""
+"""Most levels of nesting in messages; a message that contains itself has no bottom."""
 _MOST_PARTS = 1_000_000
-"""Values of all messages together. A conversation of as many tokens has fewer."""
+"""Most values in all messages together. A conversation of as many tokens has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Bound:
         return cls(max_context, f"the context of {max_context}")
 
     def exceeded(self, n_tokens: int, *, counted: bool = True) -> PromptError:
-        """Return the error of a prompt that has so many tokens, or more where they are not counted."""
+        """Return the error of a prompt with this many tokens, or with at least so many if not `counted`."""
         n = f"{n_tokens}" if counted else f"at least {n_tokens}"
         return PromptError(
             f"the prompt is too long: {n} tokens leave no room within {self.name}; shorten it{self.remedy}"
@@ -204,7 +204,7 @@ def _row(row: Any, bound: Bound) -> list[int]:
 
 
 def _ids(items: Sequence[Any]) -> list[int]:
-    """Return whole numbers as Python's own: numpy's and a tensor's are taken for what they are."""
+    """Return whole numbers as Python's own, whether NumPy's or a tensor's."""
     try:
         ids = [index(item) for item in items]
     except TypeError:
@@ -215,7 +215,7 @@ def _ids(items: Sequence[Any]) -> list[int]:
 
 
 def _items(several: Collection[Any], n_items: int) -> list[Any]:
-    """Return as many items as a collection says that it has; its iterator may know no end."""
+    """Return as many items as a collection claims to have, since its iterator may be endless."""
     items = list(islice(several, n_items))
     if len(items) != n_items:
         raise PromptError(f"a {type(several).__name__} says that it has {n_items} items, and has {len(items)}")

@@ -1,7 +1,7 @@
-"""Where prompts are read: in a process beside the program, which can be given up at any time.
+"""Asks a process beside the program to read prompts; a reading can be given up at any time.
 
-A thread could neither be ended nor be kept from taking the interpreter's lock, and a tokenizer that runs out of
-memory aborts its process. One process prepares itself; workers are forked from it in a few milliseconds, and kept.
+A thread could not be ended, nor kept from taking the interpreter's lock, and a tokenizer that runs out of memory
+aborts its process. One process prepares itself; workers are forked from it in a few milliseconds, and kept.
 """
 
 import socket
@@ -20,16 +20,16 @@ from fiddler.text.reading_server import START_S, Server, frame
 LIMIT_S = 5.0
 """Longest that a template may take; the tokenizer has as long, and more for a long text."""
 CHARACTER_S = 20e-6
-"""Seconds that a character of text adds to it: ten times what a slow tokenizer takes."""
+"""Seconds added to the limit per character of text: ten times the time of a slow tokenizer."""
 BYTES = 256 << 20
-"""Memory that reading a prompt may take."""
+"""Bytes of memory that reading a prompt may take."""
 BYTES_PER_TOKEN = 2048
 """Memory added to it for every token there is room for, which takes about 300 bytes."""
 
 _MOST_IDLE = 4
 """Workers kept for the next questions."""
 _MOST_ORPHANED = 3
-"""Times that a question is asked while somebody ends the process."""
+"""Times that a question is asked again while something outside ends the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Asking:
         self._lock = Lock()
 
     def give_up(self) -> None:
-        """Stop waiting: whoever asked gets `EngineClosedError`. The worker is let go."""
+        """Stop waiting: `ask` then raises `EngineClosedError`. The worker is let go."""
         with self._lock:
             self.given_up = True
             if self._worker is not None:
@@ -100,9 +100,9 @@ class Reader:
         self._keep(self._worker())
 
     def ask(self, question: Question, asking: Asking | None = None) -> list[int] | TooMany:
-        """Return a prompt's token ids, unless there is no room for them.
+        """Return a prompt's token ids, or `TooMany` if there is no room for them.
 
-        Raises `PromptError` for what the template or the tokenizer refuse or cannot do within their bounds,
+        Raises `PromptError` for errors of the template or the tokenizer, or where they exceed their bounds,
         `EngineFailedError` where no process can be had, and `EngineClosedError` when given up or closed.
         """
         asking = asking if asking is not None else Asking()
@@ -131,7 +131,7 @@ class Reader:
             return answer
 
     def close(self) -> None:
-        """End the process: who waits for an answer gets `EngineClosedError`, and so does who asks from now on."""
+        """End the process: waiting and later calls of `ask` raise `EngineClosedError`."""
         with self._lock:
             self._closed.set()
             server, self._server = self._server, None
@@ -208,7 +208,7 @@ class _EndedError(Exception):
         self._in_time = in_time
 
     def error(self) -> PromptError:
-        """Return what the prompt's owner is told."""
+        """Return the error for the prompt's owner."""
         if self._in_time:
             return PromptError(f"{self._who} crashed on this prompt")
         return PromptError(f"{self._who} took too long on this prompt: more than {LIMIT_S:g} s")
@@ -258,11 +258,11 @@ class _Worker:
 
     @property
     def orphaned(self) -> bool:
-        """Whether the process it was forked from has ended, and it with that."""
+        """Whether the process it was forked from has ended, and the worker with it."""
         return self._server.ended
 
     def interrupt(self) -> None:
-        """Have whoever waits for an answer see the end, and end the worker."""
+        """Make a waiting `ask` see the end, and end the worker."""
         self.alive = False
         self._server.kill(self._pid)
         try:

@@ -1,9 +1,9 @@
 """The process that reads prompts: it renders chat templates and tokenises where neither can hurt the engine.
 
-Both are code or data of the checkpoint: they can run for ever, take all memory, or abort. This file is run, not
-imported, by `models.reading`, with the program's module paths as its argument. It prepares once and then forks a
+Both are code or data of the checkpoint: they can run for ever, take all memory, or abort. `text.reading_server`
+runs this file as a script, with the program's module paths as its argument. It prepares once and then forks a
 worker for every socket it is given. A worker answers one question after another; the kernel ends it when an answer
-takes too long, and refuses it memory beyond a bound. Where sockets close, everything ends.
+takes too long, and refuses it memory beyond a bound. When the sockets close, everything ends.
 
 A question is a marshalled tuple behind its length. An answer is one frame or two: a kind, a length, and bytes.
 """
@@ -28,13 +28,13 @@ from typing import Any
 READY, UNFIT = b"y", b"n"
 """Kinds of the process itself: it can fork workers from now on, or why it never will."""
 FORK, KILL = b"f", b"k"
-"""Orders to it: fork a worker for the socket beside the order, or kill the one whose id follows."""
+"""Commands to the process: fork a worker for the socket beside the command, or kill the one whose id follows."""
 BORN = b"b"
 """A worker's first word: its id."""
 RENDERED, IDS, TOO_MANY = b"r", b"i", b"t"
 """The template is done; the token ids (uint32); how many tokens there are at least."""
 NO_CHAT, NO_TEXT, NO_MEMORY = b"c", b"x", b"m"
-"""What the template raised; what the tokenizer raised; memory ran out."""
+"""The template's error; the tokenizer's error; memory ran out."""
 HEAD = struct.Struct("!cQ")
 SIZE = struct.Struct("!Q")
 _TEMPLATES = "transformers.utils.chat_template_utils"
@@ -122,7 +122,7 @@ def _fork(descriptor: int, control: socket.socket, reader: "Reader") -> int:
 
 
 def _work(sock: socket.socket, reader: "Reader") -> None:
-    """Be a worker: answer until nobody asks. One that ran out of memory says so and ends."""
+    """Run a worker: answer until no question comes. It reports running out of memory, and ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     held = _memory()
     _say(sock, BORN, SIZE.pack(os.getpid()))
@@ -141,7 +141,7 @@ def _work(sock: socket.socket, reader: "Reader") -> None:
 
 
 def _memory() -> int:
-    """Return the bytes of address space this process has."""
+    """Return the bytes of address space that this process has now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:  # not Linux: a loose bound
@@ -204,8 +204,8 @@ class Reader:
     def _encode(self, text: str, special: bool, n_most: int | None) -> tuple[Sequence[int], bool]:
         """Return a text's token ids and `True`; or those of its beginning, where they are surely too many already.
 
-        A tokenizer decides by what is near: cutting a text changes the tokens around the cut, a few. A beginning
-        that has a quarter and 64 more tokens than there is room for cannot have them taken back by what follows.
+        A tokenizer decides locally: cutting a text changes a few tokens around the cut. So if its beginning has a
+        quarter and 64 more tokens than there is room for, the whole text has too many.
         """
         n_read = len(text) if n_most is None else max(FIRST_CHARACTERS, n_most)
         while n_read < len(text):
@@ -229,9 +229,9 @@ def _reason(error: BaseException) -> bytes:
 
 
 def _transformers_templates() -> Any:
-    """Import transformers' module of chat templates alone: what else it imports takes five times as long.
+    """Import transformers' module of chat templates without its other imports, which take five times as long.
 
-    Of that it uses whether jinja2 is there, a logger, and numpy, but for values that no message here has.
+    Of those it needs only the check for jinja2, a logger, and numpy for values that no message here has.
     """
     found = importlib.util.find_spec("transformers")
     folder = Path(found.origin).parent if found is not None and found.origin is not None else Path()
@@ -269,7 +269,7 @@ def _import_late(name: str) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that made it ends, however that does."""
+    """Ask Linux to end this process when its parent ends for any reason."""
     set_death_signal = 1
     try:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)

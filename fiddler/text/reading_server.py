@@ -1,4 +1,4 @@
-"""The process beside the program from which the workers that read prompts are forked: its start and its end."""
+"""Starts and ends the process from which reading workers are forked."""
 
 import os
 import socket
@@ -13,11 +13,11 @@ from typing import Any
 from fiddler.text import reading_process as process
 
 START_S = 120.0
-"""Longest wait for the process to be ready: it takes about a second, on a busy machine more."""
+"""Longest wait for the process to be ready: it takes about a second, longer on a busy machine."""
 
 
 class _Process(subprocess.Popen[bytes]):
-    """A process that ends with the program, unless it is ended before; neither is worth a warning."""
+    """A process that ends with the program if it was not ended before; neither case gives a warning."""
 
     def __del__(self) -> None:
         return
@@ -49,7 +49,9 @@ class Server:
         self._end = weakref.finalize(self, _end, self._control, self._process, self._ready, os.getpid())
 
     def prepare(self, definition: dict[str, Any]) -> None:
-        """Give it what it needs and wait until it is ready. Raises `OSError`, and `ValueError` where it says no."""
+        """Send the tokenizer's definition and wait until it is ready. Raises `OSError`, or `ValueError` if it
+        refuses.
+        """
         self._control.settimeout(START_S)
         process.send(self._control, definition)
         kind, content = frame(self._control)
@@ -91,7 +93,7 @@ class Server:
         self._end()
 
     def forget(self) -> None:
-        """Let go of it in a process forked from the program, where it is another's."""
+        """Forget the process in a forked child of the program, to which it does not belong."""
         self._end.detach()
         self._control.close()
 

@@ -18,7 +18,7 @@ from fiddler.text.reading import Asking, Question, Reader, TooMany
 
 _SURE = ("tokenizer.json", "tokenizer_config.json")
 _MAYBE = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
-"""Files of tokenizers that transformers builds a fast one from, for some model types."""
+"""Tokenizer files from which transformers builds a fast tokenizer, for some model types."""
 
 
 _READ = (
@@ -30,14 +30,14 @@ _READ = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What transformers reads whole, whatever its size."""
+"""Files that transformers reads whole, whatever their size."""
 
 
 class Text:
     """A checkpoint's tokenizer; `None` where it has none, and then only token ids are understood.
 
-    Templates are rendered and texts tokenised in a process beside the program (`models.reading`), which starts
-    with the first of them and ends with `close`. `tokenizer` is the caller's own copy: its settings change nothing.
+    Templates are rendered and texts tokenised in a process beside the program (`text.reading`), which starts with
+    the first of them and ends with `close`. `tokenizer` is the caller's own copy: its settings change nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -122,7 +122,7 @@ class Text:
         return found
 
     def decoder(self, prompt_ids: Sequence[int], stop_strings: Sequence[str]) -> Decoder:
-        """Return a decoder for what follows a prompt. Raises `PromptError` for stop strings without a tokenizer."""
+        """Return a decoder for a prompt's completion. Raises `PromptError` for stop strings without a tokenizer."""
         if self._vocabulary is None and stop_strings:
             raise PromptError("stop_strings need a tokenizer, which this checkpoint lacks")
         return Decoder(self._vocabulary, prompt_ids, stop_strings)
@@ -158,7 +158,7 @@ class Text:
 
     @cached_property
     def _description(self) -> str | None:
-        """The tokenizer in JSON; `None` if it does with Python code of its own what transformers' tokenizers do."""
+        """The tokenizer in JSON; `None` if it uses Python code of its own instead of the tokenizers library."""
         kind = type(self._own)
         for name in ("__call__", "_encode_plus", "apply_chat_template"):
             if getattr(kind, name) is not getattr(PreTrainedTokenizerFast, name):
@@ -169,7 +169,7 @@ class Text:
             return None
 
     def _definition(self) -> dict[str, Any]:
-        """Describe the tokenizer and its template for the process that reads."""
+        """Return plain values that describe the tokenizer and its template to the reading process."""
         own = cast("Any", self._own)
         try:
             template = self._template
@@ -206,7 +206,7 @@ def _ask_here(tokenizer: Any, question: Question) -> list[int]:
 
 
 def _legacy_template(folder: Path) -> str | None:
-    """Return the template that transformers' processors read from a file of its own, and tokenizers do not."""
+    """Return the template that transformers' processors read from a file of its own, which tokenizers ignore."""
     file = folder / "chat_template.json"
     if not file.is_file():
         return None
