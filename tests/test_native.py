@@ -26,9 +26,10 @@ from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.devices.library import compiled, keep, kept, loaded, private_room
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
-from fiddler.lanes.experts import ExpertWork
+from fiddler.lanes.experts import Ask, ExpertWork, HostRows
+from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import RunExperts
-from fiddler.scheduler.routing import Load
+from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.types import ExpertWeights
 from tests.support.entries import entries
 from tests.support.processes import wait_until_gone
@@ -262,11 +263,13 @@ class TestDevice:
     def test_a_job_enters_as_many_functions_however_many_loads_it_has(self, n_loads: int) -> None:
         work = ExpertWork(self.device())
         loads = tuple(Load(expert, expert, expert + 1) for expert in range(n_loads))
-        job = RunExperts(0, "cpu", 7, 0, loads, (), 0.0)
+        rows, routed = random(n_loads, 64), LayerWork(0, loads, tuple(range(n_loads)))
+        asked = Ask(0, rows, torch.arange(n_loads)[:, None], torch.ones(n_loads, 1), None)
         with torch.inference_mode():
-            work.open(7, 0, random(n_loads, 64))
+            layer = Layer(Wave(), routed, n_loads, 1, tensors=HostRows(asked, rows, torch.empty_like(rows)))
+            job = RunExperts(0, "cpu", layer, loads, (), 0.0)
             work(job)  # looks at each expert
-            assert len(entries(lambda: work(job))) == 1 + 6
+            assert len(entries(lambda: work(job))) == 5
 
     def test_gradients_go_through_torch(self) -> None:
         device = self.device()
