@@ -34,6 +34,7 @@ from fiddler.config import (
     resolve,
 )
 from fiddler.errors import ConfigError, FiddlerError
+from fiddler.lab import names
 from fiddler.lab.policies import POLICIES
 from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.systems import PLANNERS
@@ -467,3 +468,9 @@ class TestErrors:
     @pytest.mark.parametrize("name", real_tree())
     def test_the_root_catches_every_error(self, name: str) -> None:
         assert issubclass(getattr(errors, name), FiddlerError)
+
+
+def test_the_labs_names_are_those_of_its_registries() -> None:
+    assert get_args(names.PolicyName) == tuple(POLICIES)
+    assert get_args(names.PrefetchName) == tuple(PREFETCH)
+    assert get_args(names.PlannerName) == tuple(PLANNERS)

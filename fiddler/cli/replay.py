@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -16,7 +16,7 @@ from fiddler.cli.simulate import SHAPE, check_length, make_up
 from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
-from fiddler.lab.policies import POLICIES
+from fiddler.lab.names import PolicyName
 
 if TYPE_CHECKING:
     from fiddler.cli.curves import Replayed
@@ -66,7 +66,7 @@ class CacheOptions:
     """The caches it is replayed through."""
 
     policy: Annotated[
-        list[str], choice(POLICIES, "Which expert gives way; may be given several times. All.", "Cache")
+        list[str], choice(PolicyName, "Which expert gives way; may be given several times. All.", "Cache")
     ] = field(default_factory=list)
     resident: Annotated[
         list[float],
@@ -129,7 +129,7 @@ def _policies(options: CacheOptions, n_experts: tuple[int, ...], top_k: int) -> 
     from fiddler.lab.policies import make_policy
 
     make = partial(make_policy, n_experts=n_experts, half_life=options.half_life, top_k=top_k)
-    return {name: partial(make, name) for name in options.policy or POLICIES}
+    return {name: partial(make, name) for name in options.policy or get_args(PolicyName)}
 
 
 def _recorded(options: RoutingOptions) -> "list[tuple[str, RoutingTrace]]":

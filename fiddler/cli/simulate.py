@@ -15,9 +15,7 @@ from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
-from fiddler.lab.policies import POLICIES
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import PLANNERS
+from fiddler.lab.names import PlannerName, PolicyName, PrefetchName
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -70,10 +68,10 @@ class PlacementOptions:
     system: Annotated[
         str, _placement("Fiddler's own way or another system's; see --list. The others change parts of it.")
     ] = "fiddler"
-    policy: Annotated[str | None, choice(POLICIES, "Which expert gives way.", PLACEMENT)] = None
+    policy: Annotated[str | None, choice(PolicyName, "Which expert gives way.", PLACEMENT)] = None
     half_life: Annotated[float | None, _placement("Tokens after which a visit counts half, for aged-lfu.")] = None
-    planner: Annotated[str | None, choice(PLANNERS, "How loads are divided.", PLACEMENT)] = None
-    prefetch: Annotated[str | None, choice(PREFETCH, "What is copied ahead.", PLACEMENT)] = None
+    planner: Annotated[str | None, choice(PlannerName, "How loads are divided.", PLACEMENT)] = None
+    prefetch: Annotated[str | None, choice(PrefetchName, "What is copied ahead.", PLACEMENT)] = None
     waves: Annotated[str | None, choice(WaveMode, "Whether a step is one wave or two.", PLACEMENT)] = None
     promote: Annotated[bool | None, _placement("Copy hot experts in while the link is idle.")] = None
 
