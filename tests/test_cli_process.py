@@ -182,9 +182,9 @@ def test_notes_that_cannot_be_written_and_no_input_change_nothing(
 def test_ctrl_c_at_any_moment_leaves_without_a_word(tiny: str, command: list[str]) -> None:
     """From the program's first line on, which a Python of our own reports: before it, the interpreter answers."""
     code = (
-        "import sys; from fiddler.cli import ending; take = ending.take_streams\n"
+        "import sys; from fiddler.cli import terminal; take = terminal.take_streams\n"
         "def begun(): sys.stderr.write('begun\\n'); sys.stderr.flush(); take()\n"
-        "ending.take_streams = begun; from fiddler.cli import app; app(prog_name='fiddler')"
+        "terminal.take_streams = begun; from fiddler.cli import app; app(prog_name='fiddler')"
     )
     for wait_s in (0.0, 0.03, 0.2, 0.8):
         process = subprocess.Popen(

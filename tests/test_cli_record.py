@@ -13,10 +13,9 @@ from typer.testing import CliRunner, Result
 
 from fiddler.cli import app, session
 from fiddler.cli.prompts import DEMO_PROMPTS, read_prompts
-from fiddler.cli.record import foreseen, recurrence
 from fiddler.errors import ConfigError, PromptError
 from fiddler.lab.traces import load
-from fiddler.recording import Recording, RoutingTrace
+from fiddler.recording import Recording, RoutingTrace, foreseen, recurrence
 from fiddler.steps.stream import TokenStream
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 

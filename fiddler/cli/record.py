@@ -4,15 +4,12 @@ It also prints how often experts recur from token to token, and how many visits 
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -22,49 +19,9 @@ from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOption
 from fiddler.cli.prompts import read_prompts
 from fiddler.cli.terminal import INTERRUPTED, guarded
 from fiddler.errors import ConfigError
-from fiddler.recording import RoutingTrace
 
-Ids = NDArray[np.int16]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A share of visits that were to experts of a given set."""
-
-    share: float
-    chance: float
-    """The same for experts drawn at random."""
-    by_layer: tuple[float | None, ...]
-    """The share in each layer; `None` where nothing was to be compared."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all fields."""
-        return {"share": self.share, "chance": self.chance, "by_layer": list(self.by_layer)}
-
-
-def recurrence(routing: RoutingTrace) -> Share | None:
-    """Return how many of a token's experts its predecessor visited too; `None` where no token has one."""
-    return _share(routing, [(r.experts[1:], r.experts[:-1]) for r in routing.recordings])
-
-
-def foreseen(routing: RoutingTrace) -> Share | None:
-    """Return how many visits the look-ahead expected, where there was one; `None` without any."""
-    return _share(routing, [(r.experts, r.ahead) for r in routing.recordings if r.ahead is not None])
-
-
-def _share(routing: RoutingTrace, pairs: Iterable[tuple[Ids, Ids]]) -> Share | None:
-    """Return how many visits `[T, L, K]` are among the `others` `[T, L, K]` of their token, where it has others."""
-    counted = np.zeros((3, len(routing.n_experts)))
-    for visits, others in pairs:
-        asked = (others >= 0).any(-1, keepdims=True) & (visits >= 0)
-        found = (visits[..., :, None] == others[..., None, :]).any(-1) & asked
-        by_chance = asked.sum(-1) * (others >= 0).sum(-1) / np.array(routing.n_experts)
-        counted += [found.sum((0, 2)), asked.sum((0, 2)), by_chance.sum(0)]
-    n_found, n_asked, n_by_chance = counted
-    if not n_asked.any():
-        return None
-    by_layer = tuple(float(f / n) if n else None for f, n in zip(n_found, n_asked, strict=True))
-    return Share(float(n_found.sum() / n_asked.sum()), float(n_by_chance.sum() / n_asked.sum()), by_layer)
+if TYPE_CHECKING:
+    from fiddler.recording import RoutingTrace, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +102,8 @@ def _as_json(routing: "RoutingTrace") -> dict[str, Any]:
         {"name": r.name, "prompt_tokens": r.n_prompt, "decode_tokens": len(r.experts) - r.n_prompt}
         for r in routing.recordings
     ]
+    from fiddler.recording import foreseen, recurrence
+
     again, ahead = recurrence(routing), foreseen(routing)
     return {
         "model": routing.model,
@@ -160,6 +119,7 @@ def _as_json(routing: "RoutingTrace") -> dict[str, Any]:
 
 
 def _table(routing: "RoutingTrace", file: Path) -> Table:
+    from fiddler.recording import foreseen, recurrence
 
     n_prompt = sum(r.n_prompt for r in routing.recordings)
     n_decode = sum(len(r.experts) for r in routing.recordings) - n_prompt
