@@ -227,7 +227,8 @@ def test_the_bound_is_the_longest_read() -> None:
 
 def test_systems_are_options_that_an_engine_takes() -> None:
     for name in Sizes().systems:
-        EngineConfig(device="cuda", **decode.options_of(name))
+        with decode.deciding_as(name, 2):
+            EngineConfig(device="cuda", **decode.options_of(name))
     assert EngineConfig(**decode.options_of("fiddler")) == EngineConfig()
 
 

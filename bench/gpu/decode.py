@@ -7,10 +7,12 @@ another recording of the routing, and every system has the same ones in the same
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 
@@ -21,10 +23,14 @@ from bench.gpu.facts import Rates, rates_of
 from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
+from fiddler.cache.cache import ExpertCache
 from fiddler.cost.lanes import LANES
+from fiddler.engine import assembly
+from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.simulation import Bound
-from fiddler.lab.systems import system
+from fiddler.lab.systems import System, cache_of, planner, system
+from fiddler.scheduler import choice
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -108,7 +114,8 @@ class Decoding:
         if cell.unavailable is not None:
             return
         try:
-            anyio.run(self._open, place, name, cell, first)
+            with deciding_as(name, sizes_of(place[0]).top_k):
+                anyio.run(self._open, place, name, cell, first)
         except Exception as error:  # whatever it is, the other systems go on
             cell.unavailable = said(error)
         finally:
@@ -204,7 +211,15 @@ def decode(ctx: Context) -> dict[str, Any]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Return the options of `EngineConfig` that make an engine decide as a system does. Raises `ConfigError`.
+    """Return the options of `EngineConfig` that a system has of its own. Raises `ConfigError`."""
+    placed = system(name)
+    chosen = {"half_life": placed.half_life, "promote": placed.promote, "waves": placed.waves}
+    return chosen | ({"slots": 0} if placed.order == "nobody" else {})
+
+
+@contextmanager
+def deciding_as(name: str, top_k: int) -> Generator[None]:
+    """Have engines that are opened meanwhile decide by a system's rules, which are the lab's, no engine option.
 
     One engine, one cache, one set of kernels, other decisions. Not as in the originals: fiddler-2024 overlaps CPU
     and GPU, and places experts uniformly and not by popularity; who streams experts through buffers of its own
@@ -212,9 +227,17 @@ def options_of(name: str) -> dict[str, Any]:
     and deferral are not there. The real llama.cpp is `bench.gpu.llama`.
     """
     placed = system(name)
-    names = ("planner", "policy", "half_life", "prefetch", "promote", "waves")
-    chosen = {option: getattr(placed, option) for option in names}
-    return chosen | ({"slots": 0} if placed.order == "nobody" else {})
+
+    def cache(_: str, n_slots: int, n_experts: tuple[int, ...], *, half_life: float) -> ExpertCache:
+        ours = replace(System(), policy=placed.policy, half_life=half_life)
+        return cache_of(ours, n_slots, n_experts, top_k)
+
+    with (
+        patch.object(assembly, "make_cache", cache),
+        patch.object(choice, "PLANNERS", {"auto": planner(placed.planner)}),
+        patch.object(choice, "PREFETCH", {"auto": lambda cache: prefetch_of(placed.prefetch, cache)}),
+    ):
+        yield
 
 
 def bound(reading: Reading, shape: ModelShape, n_sequences: int, context: float, per_s: Rates) -> Bound:

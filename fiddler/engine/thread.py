@@ -118,8 +118,8 @@ class EngineThread:
         error = self.error
         if error is None:
             return EngineClosedError("the engine was closed while it was opened")
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            failure = EngineFailedError(f"the process has no file descriptor left ({error}); raise `ulimit -n`")
+        if (without := _without_descriptors(error)) is not None:  # whichever file it was that could not be opened
+            failure = EngineFailedError(f"the process has no file descriptor left ({without}); raise `ulimit -n`")
         elif isinstance(error, Exception):
             return error
         else:
@@ -179,6 +179,16 @@ def _name(model: str | Path | Loader, loaded: ServableModel) -> str:
         return loaded.model.name_or_path or str(loaded.model.config.model_type)
     folder = Path(model).expanduser()
     return folder.absolute().name if folder.is_dir() else str(model)
+
+
+def _without_descriptors(error: BaseException) -> OSError | None:
+    """Return what says that the process, or the system, has no file descriptor left, among an error's causes."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _clear(error: BaseException) -> None:
