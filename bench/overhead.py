@@ -27,7 +27,7 @@ import torch
 from bench import machine
 from bench.overhead_gpu import gpu_layer_us
 from bench.overhead_script import hop_us, layer
-from bench.report import Spread, heading, result, table, write_json
+from bench.report import Spread, command, finish, result, table
 from fiddler import DEMO
 from fiddler.calibration.kernels import choose_kernels, compute_lane
 from fiddler.config import EngineConfig
@@ -139,31 +139,23 @@ def render(report: dict[str, Any]) -> str:
         ("a bare hop to two lanes and back", f"{report['hop_us']:.0f}"),
         *((f"a step of {report['model']}, {name}", f"{taken:.0f}") for name, taken in report["step_us"].items()),
     ]
-    return "\n".join(
-        [
-            heading(report["machine"]),
-            table("What deciding costs: median (least to most)", ("", "us"), rows),
-            f"\nIn a layer: {decided}.",
-            f"On the plain CPU the machinery costs {100 * report['cost']:.1f} % of a step.",
-        ]
-    )
+    shown = table("What deciding costs: median (least to most)", ("", "us"), rows)
+    cost = f"On the plain CPU the machinery costs {100 * report['cost']:.1f} % of a step."
+    return f"{shown}\n\nIn a layer: {decided}.\n{cost}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("overhead", __doc__ or "")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--policy", choices=POLICIES, default=System().policy)
     parser.add_argument("--prefetch", choices=PREFETCH, default=System().prefetch)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--threads", type=int, default=1, help="of torch; the demo model's experts are tiny")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     report = measure(options)
-    print(render(report))
-    if options.json is not None:
-        write_json(options.json, report)
+    finish(options, report, render(report))
 
 
 if __name__ == "__main__":

@@ -25,63 +25,53 @@ from fiddler.types import ExpertWeights
 T = TypeVar("T")
 
 
-class Idle:
-    """A GPU, its streams, events and experts: whatever it is given is done, and nothing was."""
+class _Idle:
+    """A GPU, its streams, events, experts and slots: whatever it is given is done, and nothing was."""
 
     device = torch.device("cpu")
+    weight = ExpertWeights((torch.zeros(1, 1),), torch.zeros(1, 1))
 
     def __init__(self) -> None:
         self.main = self.link = self.up = self
-        self.down = _Copies()
-        self.weight = ExpertWeights((torch.zeros(1, 1),), torch.zeros(1, 1))
+        self.down = _Copies()  # the host reads the routing, so it has to come
 
-    def run(self, *_: Any) -> None:
-        """Do nothing, as a stream and as experts do."""
+    def nothing(self, *_: Any) -> None:
+        pass
 
-    follow = wait = copy = write = run
+    run = follow = wait = copy = write = nothing
 
     def mark(self) -> Any:
-        """Return an event, which is done."""
         return self
 
     def done(self) -> bool:
-        """Whether it is."""
         return True
 
     def since(self, _: Any) -> float:
-        """Return the seconds between two events."""
         return 1e-6
 
     def launch(self, work: Callable[[], T]) -> T:
-        """Run what a GPU would queue: few, small operations."""
-        return work()
+        return work()  # what a GPU would queue: few, small operations
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return memory."""
         return torch.empty(shape, dtype=dtype)
 
     def weights(self, *_: int) -> ExpertWeights:
-        """Return an expert."""
         return self.weight
 
     def experts(self, _: int, loads: Any) -> list[ExpertWeights]:
-        """Return one for each load."""
         return [self.weight] * len(loads)
 
 
-class _Copies(Idle):
-    """The way down: the host reads the routing, so it has to come."""
-
+class _Copies(_Idle):
     def __init__(self) -> None:
         self.main = self
 
     def run(self, *work: Any) -> None:
-        """Run it."""
         work[0]()
 
 
 @dataclass
-class Routed:
+class _Routed:
     """A forward that asks for experts, as a routing `[L, K]` says, and computes nothing."""
 
     routing: Tensor
@@ -89,7 +79,6 @@ class Routed:
     dead = False
 
     def send(self, _: Tensor | None) -> Any:
-        """Go to the next layer."""
         if not len(self.routing):
             self.dead = True
             return self.hidden
@@ -98,12 +87,12 @@ class Routed:
         return ExpertsCall(self.layer, self.hidden, index, torch.ones(index.shape))
 
     def close(self) -> None:
-        """Nothing has to be unwound."""
+        pass
 
 
 def gpu_layer_us(system: System, n_layers: int, n_steps: int) -> Spread:
     """Return the microseconds of a layer of one sequence that decodes, experts half in slots."""
-    shape, idle = ModelShape.load(MODEL), Idle()
+    shape, idle = ModelShape.load(MODEL), _Idle()
     copying: Any = Copying(idle, lambda *_: idle.weight.down, lambda *_: True, idle)  # type: ignore[arg-type]
     jobs = GpuJobs(idle, Watch(), idle, idle, copying)  # type: ignore[arg-type]
     lanes = StreamLanes(jobs)
@@ -113,7 +102,7 @@ def gpu_layer_us(system: System, n_layers: int, n_steps: int) -> Spread:
     ahead, times = guesses(routing), []
     for visits, expected in zip(torch.tensor(routing), torch.tensor(ahead), strict=True):
         asked = Experts(jobs.crossing, (shape.n_experts,) * n_layers, 0, _Ahead(expected))  # type: ignore[arg-type]
-        forward: Any = Routed(visits.long(), torch.zeros(1, shape.hidden, dtype=torch.bfloat16))
+        forward: Any = _Routed(visits.long(), torch.zeros(1, shape.hidden, dtype=torch.bfloat16))
         wave = ModelWave([forward], asked, n_rows=1, n_context=1)
         started = perf_counter()
         runner.run([wave])
@@ -128,5 +117,4 @@ class _Ahead:
     expected: Tensor
 
     def expects(self, layer: int, _: Tensor) -> Tensor | None:
-        """Return what was expected of the next layer, `[1, K]`."""
         return self.expected[layer + 1 : layer + 2].long() if layer + 1 < len(self.expected) else None
