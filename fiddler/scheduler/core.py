@@ -147,15 +147,11 @@ class Scheduler:
         if "gpu" not in self._jobs.dead:  # wherever they will run: the layer's own fetches must not evict them
             layer.leased = self.cache.lease_ready(layer.index, rows)
         self.prefetcher.let_go()
+        layer.plan = yield from self._dispatch(layer, work.loads, rows)
         if work.deferred:
-            layer.plan = yield from self._dispatch(layer, work.loads, rows)
             yield from self._dispatch(layer, work.deferred)
-        else:
-            layer.plan = yield from self._dispatch(layer, work.loads, rows)
         if not self._jobs.lanes.link:
-            copy = self._fill_link(layer)
-            if copy is not None:
-                yield copy
+            yield from self._fill_link(layer)
         if not layer.pending:
             yield from self._settle(layer)
 
@@ -276,21 +272,21 @@ class Scheduler:
         self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
         return self._copies.start(reservation, reason, *waiting)
 
-    def _fill_link(self, layer: Layer | None = None) -> Command | None:
+    def _fill_link(self, layer: Layer | None = None) -> Sequence[Command]:
         """Copy in what a next layer may visit, or what this one misses often, for the link has nothing to do."""
         if not self.cache.n_slots or self._jobs.dead:
-            return None
+            return ()
         costs, backlog = self.correction.costs, self._jobs.lanes.backlog()
         reservation = self.prefetcher.choose(costs, backlog, self.planner)
         if reservation is not None:
-            return self._copy(reservation, "ahead")
+            return (self._copy(reservation, "ahead"),)
         if self._promote and layer is not None and layer.plan is not None and layer.plan.cpu:
             missed = [(layer.index, load.expert) for load in layer.plan.cpu]
             reservation = promotion(self.cache, missed, costs, backlog.cpu_s, self.prefetcher.gap_s)
             if reservation is not None:
                 self.counters.n_promotions += 1
-                return self._copy(reservation, "promotion")
-        return None
+                return (self._copy(reservation, "promotion"),)
+        return ()
 
     def _done(self, event: JobDone) -> Sequence[Command]:
         ended = self._jobs.end(event.job)
@@ -309,9 +305,7 @@ class Scheduler:
                 self.correction.report(job.lane, predicted_s, took_s)
             commands = self._ran(job, failures, unended=took_s is None)
         if job.lane != "gpu" and not self._jobs.lanes.link:
-            copy = self._fill_link()
-            if copy is not None:
-                return (*commands, copy)
+            return (*commands, *self._fill_link())
         return commands
 
     def _ordered(self, job: int) -> Sequence[Command]:
