@@ -1,6 +1,6 @@
 """Fiddler under the stopwatch: an engine whose steps are taken apart from inside."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -92,13 +92,13 @@ class Probe:
 
         return apply
 
-    def _step(self, inner: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        async def step() -> None:
+    def _step(self, inner: Callable[[], None]) -> Callable[[], None]:
+        def step() -> None:
             now = Step(n_rows=0)
             self.steps.append(now)
             before = self._lane.snapshot()
             started = perf_counter()
-            await inner()
+            inner()
             now.total_s = perf_counter() - started
             after = self._lane.snapshot()
             now.kernels_s = after.busy_s - before.busy_s
@@ -107,11 +107,11 @@ class Probe:
 
         return step
 
-    def _forward(self, inner: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
-        async def run(spans: Any) -> T:
+    def _forward(self, inner: Callable[[Any], T]) -> Callable[[Any], T]:
+        def run(spans: Any) -> T:
             self.steps[-1].n_rows = sum(span.n_rows for span in spans)
             started = perf_counter()
-            outcomes = await inner(spans)
+            outcomes = inner(spans)
             self.steps[-1].forward_s = perf_counter() - started
             return outcomes
 
