@@ -44,7 +44,7 @@ _Told = Callable[[], None]
 
 
 def _look() -> None:
-    """Do nothing: the message only wakes the engine's thread, which then polls the streams' points."""
+    """Do nothing: the message only wakes the engine's thread, which then looks at the streams' points."""
 
 
 class StreamLanes:

@@ -3,7 +3,7 @@
 Knows neither tensors nor clocks: the same code runs a model on real lanes and a script in virtual time.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fiddler.scheduler.core import Scheduler
 
 
-class DrivenWave(Wave):
+class DrivenWave(Wave, ABC):
     """A wave, with the methods that a runner calls."""
 
     n_rows: int

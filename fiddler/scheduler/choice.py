@@ -19,13 +19,13 @@ PLANNERS: Mapping[str, Planner] = MappingProxyType({"auto": best_cut, "all-cpu":
 PREFETCH: Mapping[str, Callable[[ExpertCache], tuple[Predictor, Rule]]] = MappingProxyType(
     {"auto": lambda cache: (Auto(cache), PAYS), "off": lambda cache: (Nobody(), PAYS)}
 )
-"""Makes what guesses, with what is copied of its guesses."""
+"""Makes a predictor, and the rule that picks copies from its guesses."""
 
 
 def scheduler_for(
     config: EngineConfig, cache: ExpertCache, costs: CostModel, trace: Trace | None = None
 ) -> Scheduler:
-    """Return what decides beside an accelerator."""
+    """Return the scheduler of an engine with an accelerator."""
     return Scheduler(
         cache,
         costs,

@@ -273,7 +273,7 @@ class Scheduler:
         return self._copies.start(reservation, reason, *waiting)
 
     def _fill_link(self, layer: Layer | None = None) -> Sequence[Command]:
-        """Copy in what a next layer may visit, or what this one misses often, for the link has nothing to do."""
+        """Use the idle link: copy an expert that a next layer may visit, or one that this layer misses often."""
         if not self.cache.n_slots or self._jobs.dead:
             return ()
         costs, backlog = self.correction.costs, self._jobs.lanes.backlog()
