@@ -3,11 +3,12 @@
     python -m bench.overhead [--layers 48] [--steps 60] [--model DIR] [--threads 1] [--json FILE]
     python -m bench.overhead --policy aged-lfu --prefetch off
 
-Four figures, each a median:
+Five figures, each a median:
 
 - one layer of a step through runner, scheduler and three lane threads whose jobs do nothing, with the engine's own
   policy and prefetch unless others are named;
-- the same through the lanes, crossing and jobs of a GPU that does nothing: no CUDA call is made;
+- the same through the lanes, crossing and jobs of a GPU that does nothing: no CUDA call is made; and again beside
+  host experts of a millisecond, which hide what is worked out once they have begun;
 - beside them, a bare hop: two jobs handed to the same lane threads and both reports awaited, nothing decided;
 - a decoding step of a model (the demo model unless given) on the CPU through all of it, against the same step with
   each layer's experts computed by a plain call, in turns within one run.
@@ -52,6 +53,8 @@ DECIDED = {
 """What a layer came to, and how it is called."""
 WARM_UP = 8
 """Steps that are not counted."""
+EXPERTS_S = 1e-3
+"""Seconds of a layer's experts on the host, of those that a GPU's host work is hidden behind."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         hop = hop_us(options.layers * options.steps)
         gpu = gpu_layer_us(placed, options.layers, options.steps)
+        beside = gpu_layer_us(placed, options.layers, options.steps, experts_s=EXPERTS_S)
         one = layer(placed, options.layers, options.steps)
         steps = model_step_us(options.model, options.steps)
     gc.enable()
@@ -122,6 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         layer_us=one.us,
         layer={name: getattr(one, name) for name in DECIDED},
         gpu_layer_us=gpu,
+        gpu_layer_beside_us=beside,
         hop_us=hop,
         model=options.model.name,
         step_us=steps,
@@ -136,6 +141,7 @@ def render(report: dict[str, Any]) -> str:
     rows = [
         (f"a layer by {by}: runner, scheduler, three lanes", f"{report['layer_us']:.0f}"),
         ("a layer on a GPU that does nothing: its lanes, crossing and jobs", f"{report['gpu_layer_us']:.0f}"),
+        ("the same, beyond host experts of a millisecond", f"{report['gpu_layer_beside_us']:.0f}"),
         ("a bare hop to two lanes and back", f"{report['hop_us']:.0f}"),
         *((f"a step of {report['model']}, {name}", f"{taken:.0f}") for name, taken in report["step_us"].items()),
     ]

@@ -1,8 +1,12 @@
-"""A layer on a GPU that does nothing, through its lanes, crossing and jobs: no CUDA call, all of it the host."""
+"""A layer on a GPU that does nothing, through its lanes, crossing and jobs: no CUDA call, all of it the host.
+
+The host's experts take no time either, or, to see how much of the host's work is hidden behind them, a millisecond in
+which their worker sleeps: `Machine.host_layer_s` is what a layer then takes beyond that sleep.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +66,21 @@ class _Idle:
         return [self.weight] * len(loads)
 
 
+class _Host(_Idle):
+    """The host's kernels, which sleep for so long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.slept_s = 0.0
+
+    def run(self, *_: Any) -> None:
+        if self.seconds:
+            started = perf_counter()
+            sleep(self.seconds)
+            self.slept_s += perf_counter() - started
+
+
 class _Copies(_Idle):
     def __init__(self) -> None:
         self.main = self
@@ -90,11 +109,14 @@ class _Routed:
         pass
 
 
-def gpu_layer_us(system: System, n_layers: int, n_steps: int) -> Spread:
-    """Return the microseconds of a layer of one sequence that decodes, experts half in slots."""
-    shape, idle = ModelShape.load(MODEL), _Idle()
+def gpu_layer_us(system: System, n_layers: int, n_steps: int, *, experts_s: float = 0.0) -> Spread:
+    """Return the microseconds of a layer of one sequence that decodes, experts half in slots.
+
+    The host's experts of a layer take `experts_s`, which is not counted.
+    """
+    shape, idle, host = ModelShape.load(MODEL), _Idle(), _Host(experts_s)
     copying: Any = Copying(idle, lambda *_: idle.weight.down, lambda *_: True, idle)  # type: ignore[arg-type]
-    jobs = GpuJobs(idle, Watch(), idle, idle, copying)  # type: ignore[arg-type]
+    jobs = GpuJobs(idle, Watch(), host, idle, copying)  # type: ignore[arg-type]
     lanes = StreamLanes(jobs)
     runner = Runner(scheduler_of(shape, system, n_layers), lanes)
     runner.preload()
@@ -104,9 +126,9 @@ def gpu_layer_us(system: System, n_layers: int, n_steps: int) -> Spread:
         asked = Experts(jobs.crossing, (shape.n_experts,) * n_layers, 0, _Ahead(expected))  # type: ignore[arg-type]
         forward: Any = _Routed(visits.long(), torch.zeros(1, shape.hidden, dtype=torch.bfloat16))
         wave = ModelWave([forward], asked, n_rows=1, n_context=1)
-        started = perf_counter()
+        started, host.slept_s = perf_counter(), 0.0
         runner.run([wave])
-        times.append(1e6 * (perf_counter() - started) / n_layers)
+        times.append(1e6 * (perf_counter() - started - host.slept_s) / n_layers)
     runner.settle()
     lanes.close()
     return Spread.of(times[WARM_UP:])

@@ -74,7 +74,9 @@ class ToldLanes(ThreadLanes):
         return [self._told(report) for report in super().drain()]
 
     def _told(self, report: Report) -> Report:
-        return replace(report, took_s=self._predicted_s.pop(report.job)) if isinstance(report, JobDone) else report
+        if not isinstance(report, JobDone):
+            return report
+        return JobDone(report.job, self._predicted_s.pop(report.job), report.failures)
 
 
 def layer(system: System, n_layers: int, n_steps: int) -> Layer:
