@@ -75,6 +75,7 @@ def overhead(demo: Record, qwen3: Record) -> Iterator[Row]:
     yield "what deciding costs", "median", "goal"
     yield "a layer through runner, scheduler and three lanes", f"{demo.layer_us.median:.0f} {US}", f"250 {US}"
     yield "the same on a GPU that does nothing", f"{demo.gpu_layer_us.median:.0f} {US}", f"350 {US}"
+    yield "the same, beyond host experts of a millisecond", f"{demo.gpu_layer_beside_us.median:.0f} {US}", ""
     yield "a bare hop to two lanes and back", f"{demo.hop_us.median:.0f} {US}", ""
     yield "on a CPU alone, of a step of the demo model", _percent(demo.cost, 1), "3 %"
     yield "on a CPU alone, of a step of Qwen3-30B-A3B's shape, 4 layers", _percent(qwen3.cost, 1), "3 %"
