@@ -1,6 +1,6 @@
 """A layer on a GPU that does nothing, through its lanes, crossing and jobs: no CUDA call, all of it the host.
 
-The host's experts take no time either, or, to see how much of the host's work is hidden behind them, a millisecond in
+The host's experts take no time either, or, to see how much of the host's work hides behind them, a millisecond in
 which their worker sleeps: `Machine.host_layer_s` is what a layer then takes beyond that sleep.
 """
 

@@ -64,6 +64,10 @@ def test_numbers_that_prose_repeats_are_still_true() -> None:
         assert says in " ".join(text.split()), file
 
 
+AHEAD = ("qwen3-30b-a3b", "mixtral-8x7b")
+"""Models of which copies ahead land in time mostly, and seldom."""
+
+
 def many(report: Record, routing: str, n_sequences: int) -> list[float]:
     """How many times as fast as `fiddler-2024`, a quarter resident, on the desktop, where experts are many."""
     asked = {"machine": "rtx4090-desktop", "resident": 0.25, "routing": routing, "n_sequences": n_sequences}
@@ -79,7 +83,9 @@ def test_what_prose_claims_of_all_cells_is_true() -> None:
     assert (least.model, least.resident, least.n_sequences) == ("qwen3-30b-a3b", 0.5, 1)
     ahead = [c for c in pick(systems.cells, system="fiddler", machine="rtx4090-desktop") if c.n_ahead]
     assert min(c.n_ahead_used / c.n_ahead for c in ahead) > 0.5
-    assert max(c.n_ahead_landed / c.n_ahead for c in ahead) < 0.6
+    landed = {name: [c.n_ahead_landed / c.n_ahead for c in ahead if c.place.model == name] for name in AHEAD}
+    assert min(landed[AHEAD[0]]) > 0.585
+    assert max(landed[AHEAD[1]]) < 0.34
     for traces in ("demo, tuning", "demo, held out", "made up, tuning", "made up, held out"):
         online = [s for s in pick(cache.summary, traces=traces) if not s.policy.startswith(("belady", "foresight"))]
         assert min(online, key=lambda s: s.mean).policy == "forecast"

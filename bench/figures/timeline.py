@@ -20,17 +20,17 @@ HEIGHT = 4.4
 
 
 def draw() -> Figure:
-    """Return the picture of a window that shows two waves."""
+    """Return the picture of a window of some layers."""
     shape, machine = ModelShape.load(MODEL), Machine.load(MACHINE)
     slots = n_slots(shape, machine, share=RESIDENT)
     trace = Trace()
     setting = Setting(shape=shape, machine=machine, n_slots=slots, system=SYSTEMS["fiddler"])
     report = simulate(setting, _sequences(shape), trace=trace)
     about = (
-        "Two waves: CPU experts, copies and GPU work side by side",
+        "CPU experts, copies and GPU work side by side",
         f"{MODEL} on {MACHINE}, simulated, in virtual time; {100 * RESIDENT:g} % of the experts on the GPU",
         f"{N_SEQUENCES} sequences of {N_PROMPT} prompt and {N_NEW} new tokens, made-up routing; "
-        f"{report.tokens_per_s:.3g} tokens/s",
+        f"{report.tokens_per_s:.3g} tokens/s; of a dense part {1e3 * machine.host_layer_s:.2f} ms are the host's",
     )
     window = timeline.choose_window(trace, report.first_token_s, LENGTH_S)
     return style.framed(timeline.draw(trace, about, window), HEIGHT)
