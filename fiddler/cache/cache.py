@@ -9,8 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fiddler.cache.policy import Key, Policy, Rows
 from fiddler.cache.saved import counts, part, text
-from fiddler.cache.slots import Reservation, Room, Slots, Staging
-from fiddler.cache.victims import Place, Victims
+from fiddler.cache.slots import Place, Reservation, Room, Slots, Staging, Victims
 from fiddler.given import shown
 
 
