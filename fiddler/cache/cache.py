@@ -7,8 +7,7 @@ way). `state` and `restore` save and load what the policy and its history have l
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from fiddler.cache.policy import Key, Policy, Rows
-from fiddler.cache.saved import counts, part, text
+from fiddler.cache.policy import Key, Policy, Rows, counts, part, text
 from fiddler.cache.slots import Place, Reservation, Room, Slots, Staging, Victims
 from fiddler.given import shown
 

@@ -10,8 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.cache.policy import History, Key, Policy, Rows
-from fiddler.cache.saved import counts, part, table
+from fiddler.cache.policy import History, Key, Policy, Rows, counts, part, table
 
 Array = NDArray[np.float64]
 

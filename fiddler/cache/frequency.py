@@ -10,8 +10,7 @@ from typing import ClassVar
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.forecast import Forecast
-from fiddler.cache.policy import History, Key, Policy, Rows
-from fiddler.cache.saved import number, table
+from fiddler.cache.policy import History, Key, Policy, Rows, number, table
 
 _LOG_LIMIT = 64.0  # of a count: far above any real one, far below what overflows
 

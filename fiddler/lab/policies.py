@@ -14,8 +14,7 @@ from typing import ClassVar
 
 from fiddler.cache import frequency
 from fiddler.cache.frequency import Lru
-from fiddler.cache.policy import History, Key, Policy, Rows
-from fiddler.cache.saved import table
+from fiddler.cache.policy import History, Key, Policy, Rows, table
 from fiddler.errors import ConfigError
 
 
