@@ -215,13 +215,28 @@ class ExpertCache:
 
     def state(self) -> dict[str, object]:
         """Return the learned scores, JSON-able; not which experts are resident."""
-        return state(self.policy)
+        return {
+            "policy": self.policy.name,
+            "n_experts": [list(self.history.n_experts)],
+            "history": self.history.state(),
+            "worth": self.policy.state(),
+        }
 
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Load the scores of another run. Raises `ValueError` for another policy's or another model's state."""
-        restore(self.policy, state)
-        for layer in range(len(self._keys)):
-            self._victims.stale.add(layer)
+    def restore(self, saved: Mapping[str, object]) -> None:
+        """Load what `state` returned; raises `ValueError`, with nothing changed, for another policy or model."""
+        saved = part({"state": saved}, "state")
+        shape = self.history.n_experts
+        found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
+        if found != (self.policy.name, [list(shape)]):
+            raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
+        before = self.history.state()
+        try:
+            self.history.restore(part(saved, "history"))
+            self.policy.restore(part(saved, "worth"))
+        except ValueError:
+            self.history.restore(before)
+            raise
+        self._victims.stale.update(range(len(self._keys)))
 
     def check(self) -> None:
         """Raise `AssertionError` where the books do not agree, or the worst expert differs from a full search's."""
@@ -291,29 +306,3 @@ class ExpertCache:
     def _highest(self, key: Key) -> Place:
         worth = self.policy.level(key[0]) - self.policy.rank(key)
         return worth, -self.history.last_visit(key), key[1], key[0]
-
-
-def state(policy: Policy) -> dict[str, object]:
-    """Return what the policy and the history have learned, JSON-able."""
-    return {
-        "policy": policy.name,
-        "n_experts": [list(policy.history.n_experts)],
-        "history": policy.history.state(),
-        "worth": policy.state(),
-    }
-
-
-def restore(policy: Policy, saved: Mapping[str, object]) -> None:
-    """Load what `state` returned; raises `ValueError`, with nothing changed, for another policy or model."""
-    saved = part({"state": saved}, "state")
-    shape = policy.history.n_experts
-    found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
-    if found != (policy.name, [list(shape)]):
-        raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
-    before = policy.history.state()
-    try:
-        policy.history.restore(part(saved, "history"))
-        policy.restore(part(saved, "worth"))
-    except ValueError:
-        policy.history.restore(before)
-        raise
