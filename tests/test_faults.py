@@ -12,7 +12,7 @@ from anyio import lowlevel
 from torch import Tensor
 
 from fiddler import Engine, EngineClosedError, EngineConfig, EngineFailedError, GenerationConfig
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.sim import SimDevice
 from fiddler.lanes.experts import ExpertWork

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import LaneSet

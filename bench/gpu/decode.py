@@ -24,7 +24,7 @@ from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
 from fiddler.cache.cache import ExpertCache
-from fiddler.cost.lanes import LANES
+from fiddler.cost.model import LANES
 from fiddler.engine import assembly
 from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.shape import ModelShape

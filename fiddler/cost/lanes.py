@@ -7,12 +7,9 @@ backlogs.
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from fiddler.cost.model import NO_CONTENTION, Contention
-
-LaneName = Literal["cpu", "gpu", "link"]
-LANES: tuple[LaneName, ...] = ("cpu", "gpu", "link")
+from fiddler.cost.model import NO_CONTENTION, Contention, LaneName
 
 
 class Backlog(NamedTuple):

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.devices.arena import Arena
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch

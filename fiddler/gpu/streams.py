@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.gpu.crossing import Due
 from fiddler.gpu.device import Event
 from fiddler.gpu.jobs import Computed, GpuJobs

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fiddler.cache.policy import Key
 from fiddler.config import WaveMode
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lab.machine import Machine, cost_model
 from fiddler.lab.prefetch import prefetch_of

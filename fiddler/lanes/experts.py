@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts

@@ -7,7 +7,7 @@ cores.
 from collections import deque
 from time import perf_counter
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.lanes.laneset import Execute, span
 from fiddler.scheduler.messages import Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace

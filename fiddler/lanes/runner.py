@@ -10,7 +10,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiddler.cache.policy import Key
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
 from fiddler.scheduler.cpu_only import CpuOnly

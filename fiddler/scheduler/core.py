@@ -15,9 +15,8 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import Backlog, LaneName
-from fiddler.cost.model import CostModel
+from fiddler.cost.lanes import Backlog
+from fiddler.cost.model import Correction, CostModel, LaneName
 from fiddler.scheduler.guesses import PAYS, Nobody, Predictor, Rule, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
 from fiddler.scheduler.layer import Came, Layer, Wave

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LaneName
-from fiddler.cost.model import CostModel
+from fiddler.cost.model import Correction, CostModel, LaneName
 from fiddler.scheduler.layer import Came, Layer
 from fiddler.scheduler.messages import (
     Command,

@@ -11,8 +11,8 @@ from typing import Literal, TypeVar
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LANES, LaneName, Lanes
+from fiddler.cost.lanes import Lanes
+from fiddler.cost.model import LANES, Correction, LaneName
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, Reason, RunDense, RunExperts
 from fiddler.scheduler.routing import Load

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cost.lanes import LANES, LaneName, Lanes
-from fiddler.cost.model import Contention
+from fiddler.cost.lanes import Lanes
+from fiddler.cost.model import LANES, Contention, LaneName
 
 jobs = st.lists(st.tuples(st.sampled_from(LANES), st.floats(0.001, 10.0)), min_size=1, max_size=12)
 contentions = st.builds(Contention, st.floats(1.0, 2.0), st.floats(1.0, 2.0))

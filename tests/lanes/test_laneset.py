@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
+from fiddler.cost.model import LANES, Contention, CostModel, Curve, ExpertCosts, LaneName
 from fiddler.lanes.inline import InlineLanes
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes

@@ -7,8 +7,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
+from fiddler.cost.model import LANES, Contention, CostModel, Curve, Dense, ExpertCosts, LaneName, Moves
 from fiddler.lab.policies import make_policy
 from fiddler.lab.prefetch import prefetch_of
 from fiddler.scheduler.core import Scheduler

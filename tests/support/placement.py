@@ -24,8 +24,7 @@ from torch import Tensor
 from fiddler.calibration.costs import Calibration
 from fiddler.calibration.kernels import compute_lane, torch_worker
 from fiddler.config import EngineConfig, resolve
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import CostModel
+from fiddler.cost.model import LANES, CostModel, LaneName
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.engine import gpu_assembly, sim_assembly
 from fiddler.engine.assembly import Rig, assemble_rig
