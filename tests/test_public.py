@@ -78,7 +78,7 @@ class TestImports:
         assert imported_by(f"import {', '.join(PLAIN)}") <= {"numpy"}
 
     def test_what_is_imported_would_be_seen(self) -> None:
-        assert imported_by("import fiddler.lanes.channel") == {"anyio"}
+        assert imported_by("import fiddler.lanes.queues") == {"anyio"}
 
 
 class TestRooms:

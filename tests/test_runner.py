@@ -8,8 +8,7 @@ import pytest
 
 from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import EngineFailedError
-from fiddler.lanes.inline import InlineLanes
-from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.laneset import InlineLanes, LaneSet
 from fiddler.lanes.runner import DrivenWave, Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes

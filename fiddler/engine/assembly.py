@@ -19,8 +19,7 @@ from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
 from fiddler.lanes.experts import ExpertWork, HostCrossing
-from fiddler.lanes.inline import InlineLanes
-from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.laneset import InlineLanes, LaneSet
 from fiddler.lanes.runner import Runner
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel

@@ -18,7 +18,7 @@ from fiddler.errors import (
     PromptError,
     RequestError,
 )
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Mailbox
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
 from fiddler.scheduler.rows import Span, assemble

@@ -21,8 +21,7 @@ from fiddler.engine.assembly import assemble_rig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
 from fiddler.engine.readings import Reading
 from fiddler.errors import EngineClosedError, EngineFailedError
-from fiddler.lanes.channel import Latch
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Latch, Mailbox
 from fiddler.models import dense
 from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
