@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fiddler import Engine, EngineClosedError, EngineConfig, EngineFailedError, GenerationConfig
 from fiddler.cost.model import LaneName
+from fiddler.devices.arena import SimDevice
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.sim import SimDevice
 from fiddler.lanes.experts import ExpertWork
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fiddler.calibration.kernels import set_own_threads
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
+from fiddler.devices.arena import SimDevice
 from fiddler.devices.cpu import CpuDevice, empty_results
-from fiddler.devices.sim import SimDevice
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 

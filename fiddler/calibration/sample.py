@@ -14,11 +14,9 @@ from fiddler.calibration.gpu import SLOTS_BYTES, GpuBench
 from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane
 from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.formula import DTYPES
+from fiddler.devices.arena import Arena, SimDevice
+from fiddler.devices.cpu import DTYPES, CpuDevice
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.sim import SimDevice
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig, resolve
-from fiddler.devices.formula import DTYPES
+from fiddler.devices.cpu import DTYPES
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout

@@ -15,8 +15,7 @@ from fiddler.calibration.kernels import torch_worker
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.formula import ExpertFormula
+from fiddler.devices.cpu import CpuDevice, ExpertFormula
 from fiddler.engine.gpu_memory import divided
 from fiddler.engine.side import Side
 from fiddler.errors import ConfigError

@@ -9,9 +9,8 @@ from fiddler.calibration.kernels import torch_worker
 from fiddler.calibration.measure import Bench
 from fiddler.config import EngineConfig, Resolved
 from fiddler.cost.model import CostModel, no_costs
-from fiddler.devices.arena import Arena
+from fiddler.devices.arena import Arena, SimDevice
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.sim import SimDevice
 from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.lanes.experts import ExpertWork, HostCrossing

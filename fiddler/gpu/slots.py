@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
+from fiddler.devices.cpu import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
 from fiddler.types import ExpertWeights
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.formula import DTYPES, ExpertFormula
+from fiddler.devices.cpu import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
+from fiddler.devices.cpu import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
 from fiddler.gpu import slots as slot_experts
 from fiddler.gpu.slots import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
