@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fiddler.engine.assembly import Rig
-from fiddler.engine.line import Line
-from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
+from fiddler.engine.waiting import PATIENCE_S, Found, Line, Reading, Readings
 from fiddler.errors import (
     EngineClosedError,
     EngineError,

@@ -19,7 +19,7 @@ from fiddler.calibration.kernels import choose_kernels, choose_threads
 from fiddler.config import EngineConfig
 from fiddler.engine.assembly import assemble_rig
 from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
-from fiddler.engine.readings import Reading
+from fiddler.engine.waiting import Reading
 from fiddler.errors import EngineClosedError, EngineFailedError
 from fiddler.lanes.queues import Latch, Mailbox
 from fiddler.models import dense
