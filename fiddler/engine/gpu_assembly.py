@@ -16,8 +16,8 @@ from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.devices.arena import Arena
 from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.engine.assembly import Side
 from fiddler.engine.gpu_memory import divided
-from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.gpu import cuda
 from fiddler.gpu.budget import Room, shrunk

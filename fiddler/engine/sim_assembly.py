@@ -11,7 +11,7 @@ from fiddler.config import EngineConfig, Resolved
 from fiddler.cost.model import CostModel, no_costs
 from fiddler.devices.arena import Arena, SimDevice
 from fiddler.devices.cpu import CpuDevice
-from fiddler.engine.side import Side
+from fiddler.engine.assembly import Side
 from fiddler.errors import ConfigError
 from fiddler.lanes.experts import ExpertWork, HostCrossing
 from fiddler.lanes.laneset import LaneSet
