@@ -23,7 +23,7 @@ from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.calibration import dense as measure_dense
 from fiddler.calibration import measure
-from fiddler.engine import gpu_memory
+from fiddler.engine import gpu_assembly
 from fiddler.gpu import cuda
 from fiddler.lab.machine import Machine
 from fiddler.lab.shape import ModelShape
@@ -49,7 +49,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seeds = iter(range(1000))
     monkeypatch.setattr(cuda, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_memory, "GRAPHS_BYTES", 0)
+    monkeypatch.setattr(gpu_assembly, "GRAPHS_BYTES", 0)
     # Where another test has had Triton's interpreter, kernels would run in it, and take minutes.
     monkeypatch.setitem(sys.modules, "fiddler.gpu.triton_kernels", None)
     monkeypatch.setattr(measure, "CURVE_S", 0.0)
