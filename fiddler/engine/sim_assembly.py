@@ -52,7 +52,7 @@ def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
 def _costs(loaded: ServableModel, host: CpuDevice, accelerator: SimDevice, config: EngineConfig) -> CostModel:
     if loaded.resolved.machine is not None:
         # the one place where an engine takes something from the lab
-        from fiddler.lab.hosted import described_costs
+        from fiddler.lab.machine import described_costs
 
         return described_costs(loaded.resolved.machine, loaded)
     if not accelerator.arena.n_slots:

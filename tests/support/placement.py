@@ -29,7 +29,7 @@ from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.engine import gpu_assembly, sim_assembly
 from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.gpu import cuda
-from fiddler.lab import hosted
+from fiddler.lab import machine
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes
@@ -206,7 +206,7 @@ def _patched(placement: Placement) -> Generator[None]:
         if placement.costs is not None:
             calibration = Calibration(placement.costs, (), Path(), fresh=False)
             stack.enter_context(patch.object(sim_assembly, "calibrate", lambda *_: calibration))
-            stack.enter_context(patch.object(hosted, "described_costs", lambda *_: placement.costs))
+            stack.enter_context(patch.object(machine, "described_costs", lambda *_: placement.costs))
             stack.enter_context(patch.object(gpu_assembly, "_costs", lambda *_: placement.costs))
         stack.enter_context(patch.object(cuda, "open_gpu", lambda: placement.gpu))
         make = placement.lanes
