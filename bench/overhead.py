@@ -33,8 +33,7 @@ from fiddler.calibration.kernels import choose_kernels, compute_lane
 from fiddler.config import EngineConfig
 from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.lab.policies import POLICIES
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import System
+from fiddler.lab.systems import PREFETCH, System
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV

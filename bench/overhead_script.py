@@ -10,11 +10,10 @@ from time import perf_counter
 from bench.report import Spread
 from fiddler.cost.model import Contention
 from fiddler.lab.machine import Machine, cost_model
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.synthetic import SyntheticRouting
-from fiddler.lab.systems import System, cache_of, planner
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.recording import Recording, guesses

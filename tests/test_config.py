@@ -35,8 +35,7 @@ from fiddler.config import (
 )
 from fiddler.errors import ConfigError, FiddlerError
 from fiddler.lab.policies import POLICIES
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import PLANNERS
+from fiddler.lab.systems import PLANNERS, PREFETCH
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")

@@ -14,8 +14,8 @@ import torch
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
+from fiddler.lab.systems import prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording

@@ -26,10 +26,9 @@ from fiddler import Engine
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import LANES
 from fiddler.engine import assembly
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.simulation import Bound
-from fiddler.lab.systems import System, cache_of, planner, system
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of, system
 from fiddler.scheduler import choice
 
 RESERVE_S = 240.0

@@ -15,10 +15,9 @@ from fiddler.config import WaveMode
 from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lab.machine import Machine, cost_model
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
 from fiddler.lab.shape import ModelShape
-from fiddler.lab.systems import SYSTEMS, System, cache_of, planner
+from fiddler.lab.systems import SYSTEMS, System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import LANES, Contention, CostModel, Curve, Dense, ExpertCosts, LaneName, Moves
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import prefetch_of
+from fiddler.lab.systems import prefetch_of
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import (

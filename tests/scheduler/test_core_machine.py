@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fiddler.cost.model import LANES, LaneName
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import PLANNERS
+from fiddler.lab.systems import PLANNERS, PREFETCH
 from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
 

@@ -4,7 +4,7 @@ from random import Random
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import Frequency
+from fiddler.lab.systems import Frequency
 from fiddler.scheduler.guesses import MANY, Auto, LookAhead, Predictor, Transitions
 from fiddler.scheduler.layer import Layer, Wave
 from tests.scheduler.desk import LAYERS, work

@@ -13,7 +13,7 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import EAGER, IMPACT, eager, impact
+from fiddler.lab.systems import EAGER, IMPACT, eager, impact
 from fiddler.scheduler.guesses import PAYS, Forecast, Guess, LookAhead, Rule, View, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Candidate, Planner, all_cpu, all_fetch, best_cut

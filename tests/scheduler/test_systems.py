@@ -13,9 +13,8 @@ from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, 
 from fiddler.errors import ConfigError
 from fiddler.lab.machine import Machine
 from fiddler.lab.policies import POLICIES, uniform
-from fiddler.lab.prefetch import PREFETCH, prefetch_of
 from fiddler.lab.simulation import Report, Setting, _Simulation
-from fiddler.lab.systems import PLANNERS, SYSTEMS, System, cache_of, planner, system
+from fiddler.lab.systems import PLANNERS, PREFETCH, SYSTEMS, System, cache_of, planner, prefetch_of, system
 from fiddler.recording import Recording, guesses
 from fiddler.scheduler import choice
 from fiddler.scheduler.guesses import Nobody
