@@ -29,7 +29,7 @@ from fiddler.engine import assembly
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.simulation import Bound
 from fiddler.lab.systems import System, cache_of, planner, prefetch_of, system
-from fiddler.scheduler import choice
+from fiddler.scheduler import core
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -233,8 +233,8 @@ def deciding_as(name: str, top_k: int) -> Generator[None]:
 
     with (
         patch.object(assembly, "make_cache", cache),
-        patch.object(choice, "PLANNERS", {"auto": planner(placed.planner)}),
-        patch.object(choice, "PREFETCH", {"auto": lambda cache: prefetch_of(placed.prefetch, cache)}),
+        patch.object(core, "PLANNERS", {"auto": planner(placed.planner)}),
+        patch.object(core, "PREFETCH", {"auto": lambda cache: prefetch_of(placed.prefetch, cache)}),
     ):
         yield
 

@@ -27,7 +27,7 @@ from fiddler.lanes.runner import Runner
 from fiddler.models.kv import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
-from fiddler.scheduler.choice import scheduler_for
+from fiddler.scheduler.core import scheduler_for
 from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
 from fiddler.scheduler.rows import Span
 from fiddler.scheduler.waves import Waves

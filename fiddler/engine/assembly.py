@@ -183,7 +183,7 @@ def _scheduler(
 ) -> "Scheduler | CpuOnly":
     if loaded.resolved.device == "cpu":
         return CpuOnly(cache, costs, trace)
-    from fiddler.scheduler.choice import scheduler_for
+    from fiddler.scheduler.core import scheduler_for
 
     return scheduler_for(config, cache, costs, trace)
 

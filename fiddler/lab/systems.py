@@ -26,7 +26,7 @@ from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import make_policy
-from fiddler.scheduler import choice
+from fiddler.scheduler import guesses, plan
 from fiddler.scheduler.guesses import PAYS, Guess, LookAhead, Predictor, Rule, Transitions, View
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign
@@ -111,8 +111,8 @@ def cpu_or_stream(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
     """Run every miss on the CPU; in a long prompt copy all of them in."""
-    plan = all_fetch if _mean_rows(candidates) >= STREAM_ROWS else all_cpu
-    return plan(layer, candidates, costs, backlog, n_fetch)
+    chosen = all_fetch if _mean_rows(candidates) >= STREAM_ROWS else all_cpu
+    return chosen(layer, candidates, costs, backlog, n_fetch)
 
 
 def _by_rows(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -125,7 +125,7 @@ def _mean_rows(candidates: Sequence[Candidate]) -> float:
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
-        **choice.PLANNERS,
+        **plan.PLANNERS,
         "bandwidth-split": bandwidth_split,
         "cheapest-each": cheapest_each,
         "cpu-or-stream": cpu_or_stream,
@@ -191,7 +191,7 @@ IMPACT = Rule(impact)
 
 PREFETCH: Mapping[str, Callable[[ExpertCache], tuple[Predictor, Rule]]] = MappingProxyType(
     {
-        **choice.PREFETCH,
+        **guesses.PREFETCH,
         "look-ahead": lambda cache: (LookAhead(), PAYS),
         "transitions": lambda cache: (Transitions(cache), PAYS),
         "frequency": lambda cache: (Frequency(cache), PAYS),

@@ -15,9 +15,10 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
+from fiddler.config import EngineConfig
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Correction, CostModel, LaneName
-from fiddler.scheduler.guesses import PAYS, Nobody, Predictor, Rule, promotion
+from fiddler.scheduler.guesses import PAYS, PREFETCH, Nobody, Predictor, Rule, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
 from fiddler.scheduler.layer import Came, Layer, Wave
 from fiddler.scheduler.messages import (
@@ -39,7 +40,7 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Candidate, Plan, Planner, all_fetch, assign, best_cut
+from fiddler.scheduler.plan import PLANNERS, Candidate, Plan, Planner, all_fetch, assign, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
 from fiddler.scheduler.statistics import Counters, LayerRecords
@@ -397,3 +398,13 @@ class Scheduler:
         """Every layer on its way, or passed by a wave that has not gone on."""
         latest = [wave.latest for wave in self._waves if wave.latest is not None]
         return [*latest, *(layer.before for layer in latest if layer.before is not None), *self._orphans]
+
+
+def scheduler_for(
+    config: EngineConfig, cache: ExpertCache, costs: CostModel, trace: Trace | None = None
+) -> Scheduler:
+    """Return the scheduler of an engine with an accelerator."""
+    ahead = PREFETCH[config.prefetch](cache)
+    return Scheduler(
+        cache, costs, planner=PLANNERS[config.planner], promote=config.promote, ahead=ahead, trace=trace
+    )

@@ -4,9 +4,10 @@ A `Predictor` returns (expert, rows) guesses, likeliest first. A `Rule` picks at
 copy while the link is idle; `promotion` picks an expert that a layer misses often.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -213,3 +214,9 @@ class Auto:
     def expects(self, layer: Layer) -> Rows:
         """Return the look-ahead's guesses or, without a look-ahead, the usual successors."""
         return layer.ahead or self._transitions.expects(layer)
+
+
+PREFETCH: Mapping[str, Callable[[ExpertCache], tuple[Predictor, Rule]]] = MappingProxyType(
+    {"auto": lambda cache: (Auto(cache), PAYS), "off": lambda cache: (Nobody(), PAYS)}
+)
+"""An engine's ways of copying ahead, by name: a predictor, and the rule that picks copies from its guesses."""

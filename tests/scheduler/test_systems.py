@@ -16,7 +16,7 @@ from fiddler.lab.policies import POLICIES, uniform
 from fiddler.lab.simulation import Report, Setting, _Simulation
 from fiddler.lab.systems import PLANNERS, PREFETCH, SYSTEMS, System, cache_of, planner, prefetch_of, system
 from fiddler.recording import Recording, guesses
-from fiddler.scheduler import choice
+from fiddler.scheduler import core
 from fiddler.scheduler.guesses import Nobody
 from fiddler.scheduler.messages import Command, Event
 from fiddler.trace import Kind, Span, Trace
@@ -110,9 +110,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_the_options_of_an_engine_are_those_that_there_are() -> None:
-    assert set(get_args(PlannerName)) == set(choice.PLANNERS) < set(PLANNERS)
+    assert set(get_args(PlannerName)) == set(core.PLANNERS) < set(PLANNERS)
     assert set(get_args(PolicyName)) == set(frequency.POLICIES) < set(POLICIES)
-    assert set(get_args(PrefetchMode)) == set(choice.PREFETCH) < set(PREFETCH)
+    assert set(get_args(PrefetchMode)) == set(core.PREFETCH) < set(PREFETCH)
     cache = cache_of(System(), 4, EXPERTS, SMALL.top_k)
     assert [name for name in PREFETCH if isinstance(prefetch_of(name, cache)[0], Nobody)] == ["off"]
 
