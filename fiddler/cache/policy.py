@@ -60,10 +60,6 @@ class History:
         """The layer's clock: tokens that passed it."""
         return self._layer_tokens[layer]
 
-    def layer_visits(self, layer: int) -> int:
-        """Visits to the layer."""
-        return self._layer_visits[layer]
-
     def n_rows(self, key: Key) -> int:
         """Rows that visited the expert since the beginning."""
         return self._rows[key[0]][key[1]]

@@ -152,13 +152,6 @@ class Lanes:
                 link_s += queued.left_s
         return Backlog(cpu_s, gpu_s, link_s)
 
-    def backlog_s(self, lane: LaneName) -> float:
-        """Return the seconds of work queued in a lane, as it takes alone."""
-        seconds = 0.0
-        for queued in self.queues[lane]:
-            seconds += queued.left_s
-        return seconds
-
     def ahead_s(self, job: int) -> float:
         """Return the link's seconds, as it takes alone, until a queued copy has landed; 0.0 if it is not queued."""
         ahead = 0.0

@@ -108,20 +108,6 @@ def by_popularity(table: Sequence[Sequence[float]]) -> tuple[Key, ...]:
     return tuple(sorted(keys, key=lambda key: -table[key[0]][key[1]]))
 
 
-def share_of_visits(order: Sequence[Key], n_slots: int, counts: Sequence[Sequence[float]]) -> float:
-    """Return the share of visits, counted by layer and expert, [L][E], that meets the first `n_slots` of `order`.
-
-    That is the hit rate of the placement on a text with these counts. ValueError where nothing was counted.
-    """
-    total = sum(map(sum, counts))
-    if not total:
-        raise ValueError("no visits were counted")
-    return float(sum(counts[layer][expert] for layer, expert in order[:n_slots]) / total)
-
-
-__all__ = ["POLICIES", "Options", "Policy", "make_policy"]
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """Options of policies: `half_life` in tokens, `top_k` of the router, `order` of a static placement."""

@@ -269,7 +269,6 @@ class Scheduler:
         link = self._jobs.lanes.link
         if reason == "demand" and len(link) == 1 and not link[0].urgent:
             self.prefetcher.waited(link[0].left_s)
-        self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
         return self._copies.start(reservation, reason, *waiting)
 
     def _fill_link(self, layer: Layer | None = None) -> Sequence[Command]:

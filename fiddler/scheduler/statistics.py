@@ -24,19 +24,8 @@ class Counters:
     n_promotions: int = 0
     n_fallbacks: int = 0
     """Loads that went to the CPU because their copy or the GPU failed."""
-    copied_bytes: int = 0
     _errors: deque[float] = field(default_factory=deque)
     _sorted: list[float] = field(default_factory=list)  # the same: statistics are asked for after every step
-
-    def planned(self, *, hits: int, cpu: int, fetches: int) -> None:
-        """Count a plan's loads."""
-        self.n_hits += hits
-        self.n_cpu += cpu
-        self.n_fetches += fetches
-
-    def copied(self, nbytes: int) -> None:
-        """Count a copy."""
-        self.copied_bytes += nbytes
 
     def measured(self, predicted_s: float, measured_s: float) -> None:
         """Record a layer's predicted and measured time."""

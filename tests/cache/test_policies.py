@@ -22,7 +22,7 @@ def test_history_keeps_a_clock_per_layer() -> None:
     history.observe(0, [(0, 1)], 1)
     history.observe(1, [(2, 2), (0, 1)], 4)
     assert (history.n_visits, history.n_tokens) == (3, 5)
-    assert (history.layer_tokens(0), history.layer_tokens(1), history.layer_visits(0)) == (5, 4, 2)
+    assert (history.layer_tokens(0), history.layer_tokens(1)) == (5, 4)
     assert (history.n_rows((0, 1)), history.last_visit((0, 1)), history.last_token((0, 1))) == (4, 1, 4)
     assert (history.n_rows((1, 2)), history.last_visit((1, 2)), history.last_token((1, 2))) == (2, 3, 4)
     assert (history.n_rows((1, 1)), history.last_visit((1, 1)), history.last_token((1, 1))) == (0, 0, 0)
