@@ -38,7 +38,7 @@ from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import load
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import Span
 
 DECIDED = {
     "hits": "hits",

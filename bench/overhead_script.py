@@ -21,7 +21,7 @@ from fiddler.scheduler import layer as layers
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, Report, RunExperts
 from fiddler.scheduler.routing import LayerWork
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import Span
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
 SHARE = 0.5

@@ -24,7 +24,7 @@ from fiddler.engine import assembly
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import Span
 from fiddler.steps.step import Outcome
 
 Promise = Literal["same bits", "rounding", "lossy"]

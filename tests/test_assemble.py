@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.scheduler.rows import Span, assemble, halves
+from fiddler.scheduler.waves import Span, assemble, halves
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
-from fiddler.scheduler.rows import Span, assemble, halves
+from fiddler.scheduler.waves import Span, assemble, halves
 from tests.support.tiny import save_tiny
 
 N_REQUESTS = 10_000

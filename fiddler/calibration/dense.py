@@ -29,8 +29,7 @@ from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.core import scheduler_for
 from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
-from fiddler.scheduler.rows import Span
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import Span, Waves
 from fiddler.steps.graphs import LEAST_TOKENS, Graphs
 from fiddler.steps.step import StepRunner
 from fiddler.steps.wave import Experts

@@ -20,7 +20,7 @@ from fiddler.errors import (
 from fiddler.lanes.queues import Mailbox
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
-from fiddler.scheduler.rows import Span, assemble
+from fiddler.scheduler.waves import Span, assemble
 from fiddler.steps.request import KvRoom, Request, Submission, past_bytes, token_limit
 from fiddler.steps.step import Outcome
 from fiddler.steps.stream import Admitted, Item

@@ -13,7 +13,7 @@ from fiddler.recording import Recording
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import LayerDone
 from fiddler.scheduler.routing import route
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import Span
 
 
 @dataclass(slots=True, eq=False)

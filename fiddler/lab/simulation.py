@@ -22,8 +22,7 @@ from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.rows import Span, assemble
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import Span, Waves, assemble
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 

@@ -26,8 +26,7 @@ from fiddler.scheduler.messages import (
     LayerReady,
     WaveDropped,
 )
-from fiddler.scheduler.rows import S, Span, halves
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import S, Span, Waves, halves
 
 if TYPE_CHECKING:
     from fiddler.scheduler.core import Scheduler

@@ -16,8 +16,7 @@ from fiddler.models.kv import Directness, Run, SequenceKV, WaveCache
 from fiddler.models.loaded import ServableModel
 from fiddler.models.rotary import starts_over
 from fiddler.models.seam import Forward
-from fiddler.scheduler.rows import Span
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import Span, Waves
 from fiddler.steps.recorder import Recorder, WaveRecord
 from fiddler.steps.request import Request
 from fiddler.steps.wave import Experts, ModelWave

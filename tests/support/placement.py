@@ -36,7 +36,7 @@ from fiddler.lanes.threads import ThreadLanes
 from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, JobDone, LaneDied
-from fiddler.scheduler.rows import assemble
+from fiddler.scheduler.waves import assemble
 from tests.support.fake_gpu import FakeGpu
 
 MakeLanes = Callable[[ExpertWork], LaneSet]
