@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from fiddler.lanes.runner import Runner, run_step
-from fiddler.models.captured import Row
+from fiddler.models.attention import Row
 from fiddler.models.kv import Directness, Run, SequenceKV, WaveCache
 from fiddler.models.loaded import ServableModel
 from fiddler.models.rotary import starts_over
