@@ -34,8 +34,8 @@ from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.blocks import BlockLayout, on_pages
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import MappedStore
-from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 
 

@@ -20,8 +20,8 @@ from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint, Entry
+from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import Every, ExpertParts, Select, View
-from fiddler.store.source import find_checkpoint
 
 _CGROUP = Path("/sys/fs/cgroup")
 

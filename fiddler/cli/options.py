@@ -21,7 +21,7 @@ from fiddler.config import (
     WaveMode,
 )
 from fiddler.errors import ConfigError
-from fiddler.store.source import find_checkpoint
+from fiddler.store.folder import find_checkpoint
 
 
 def choice(kind: Any, text: str, panel: str = "Engine", *, elsewhere: str = "") -> Any:

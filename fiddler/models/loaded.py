@@ -21,8 +21,8 @@ from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import load_skeleton, read_config, set_attention
 from fiddler.store.blocks import PackedStore
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import MappedStore
-from fiddler.store.source import find_checkpoint
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 
