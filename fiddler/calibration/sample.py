@@ -19,8 +19,7 @@ from fiddler.devices.cpu import DTYPES, CpuDevice
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
-from fiddler.gpu.jobs import Copying, GpuJobs
-from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.jobs import Copying, GpuJobs, StagingRing
 from fiddler.gpu.slots import SlotExperts, Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (

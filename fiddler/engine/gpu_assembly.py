@@ -26,8 +26,7 @@ from fiddler.gpu import cuda
 from fiddler.gpu.budget import Room, budget, divide, shrunk
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.jobs import Copying, GpuJobs
-from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.jobs import Copying, GpuJobs, StagingRing
 from fiddler.gpu.slots import SlotExperts, Stack
 from fiddler.gpu.streams import StreamLanes
 from fiddler.models.kv import KvArena, SequenceKV

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiddler.gpu.device import Event
-from fiddler.gpu.ring import PIECE_BYTES, POLL_S, StagingRing
+from fiddler.gpu.jobs import PIECE_BYTES, POLL_S, StagingRing
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ import torch
 
 from fiddler.gpu.cuda import CudaGpu
 from fiddler.gpu.device import Event
-from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.jobs import StagingRing
 from fiddler.models.seam import ExpertsCall, Forward
 
 MIB = 1 << 20
