@@ -20,7 +20,7 @@ from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Correction, CostModel, LaneName
 from fiddler.scheduler.guesses import PAYS, PREFETCH, Nobody, Predictor, Rule, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
-from fiddler.scheduler.layer import Came, Layer, Wave
+from fiddler.scheduler.layer import Came, Counters, Layer, Wave
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -43,7 +43,6 @@ from fiddler.scheduler.messages import (
 from fiddler.scheduler.plan import PLANNERS, Candidate, Plan, Planner, all_fetch, assign, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
-from fiddler.scheduler.statistics import Counters, LayerRecords
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 
@@ -63,7 +62,7 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.correction = Correction(costs)
-        self.counters = Counters()
+        self.counters = Counters(trace)
         self.recent: dict[int, deque[Came]] | None = None
         """The latest visits by layer, of one or two waves; kept only for `Waves`, which predicts from them."""
         self.planner = planner
@@ -75,7 +74,6 @@ class Scheduler:
         """Layers of dropped waves whose jobs are still in lanes."""
         self._copies = Copies(cache, self._jobs)
         self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
-        self._records = LayerRecords(self.counters, trace)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> Iterable[Command]:
@@ -100,8 +98,8 @@ class Scheduler:
                 return self._bury(event)
             case JobTook(lane, predicted_s, took_s):
                 self.correction.report(lane, predicted_s, took_s)
-            case LayerTook():
-                self._records.took(event)
+            case LayerTook(layer, took_s):
+                self.counters.took(layer, took_s)
             case WaveDropped(wave):
                 self._drop(wave)
         return ()
@@ -244,7 +242,7 @@ class Scheduler:
         if before is not None and not before.complete:
             return ()
         latest.reported, latest.before = True, None
-        self._records.passed(latest, self._now_s)
+        self.counters.passed(latest, self._now_s)
         wave.passed_s = self._now_s
         return (LayerDone(latest, latest.failures, before.late_failures if before is not None else {}),)
 
