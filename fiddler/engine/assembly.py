@@ -23,7 +23,6 @@ from fiddler.lanes.laneset import InlineLanes, LaneSet
 from fiddler.lanes.runner import Runner
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
-from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.waves import Waves
 from fiddler.steps.recorder import Recorder
@@ -33,6 +32,7 @@ from fiddler.trace import Trace
 
 if TYPE_CHECKING:
     from fiddler.gpu.jobs import GpuJobs
+    from fiddler.models.lookahead import Lookahead
     from fiddler.scheduler.core import Scheduler
     from fiddler.steps.graphs import Graphs, Resident
 
@@ -188,10 +188,14 @@ def _scheduler(
     return scheduler_for(config, cache, costs, trace)
 
 
-def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:
+def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> "Lookahead | None":
     """Return the look-ahead, if prefetch or a recording uses it."""
     asked = 0 < n_slots < sum(loaded.n_experts) and config.asks_routers
-    return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
+    if not asked and not config.record:
+        return None
+    from fiddler.models.lookahead import Lookahead
+
+    return Lookahead(loaded.model, loaded.experts)
 
 
 def _deferred(loaded: ServableModel, config: EngineConfig) -> int:
