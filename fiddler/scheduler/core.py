@@ -73,7 +73,7 @@ class Scheduler:
         self._orphans: set[Layer] = set()
         """Layers of dropped waves whose jobs are still in lanes."""
         self._copies = Copies(cache, self._jobs)
-        self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
+        self.prefetcher = Prefetcher(*ahead, cache)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> Iterable[Command]:
@@ -265,8 +265,8 @@ class Scheduler:
 
     def _copy(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         link = self._jobs.lanes.link
-        if reason == "demand" and len(link) == 1 and not link[0].urgent:
-            self.prefetcher.waited(link[0].left_s)
+        if reason == "demand" and len(link) == 1 and self._copies.by_job[link[0].job].reason == "ahead":
+            self.prefetcher.use.delay_s += link[0].left_s
         return self._copies.start(reservation, reason, *waiting)
 
     def _fill_link(self, layer: Layer | None = None) -> Sequence[Command]:

@@ -113,6 +113,7 @@ class Copy:
 
     job: int
     reservation: Reservation
+    reason: Reason
     waiting: list[Waiting] = field(default_factory=list)
     ordered: bool = False
     """Whether the GPU may be given what needs it."""
@@ -127,8 +128,8 @@ class Copies:
         self._cache = cache
         self._jobs = jobs
         self.by_expert: dict[Key, Copy] = {}
-        """All of them."""
-        self._by_job: dict[int, Copy] = {}
+        """All of them; `by_job` has the same."""
+        self.by_job: dict[int, Copy] = {}
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -138,8 +139,8 @@ class Copies:
     def start(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         """Queue the copy that a slot was reserved for, and let loads wait for it."""
         job = self._jobs.copy(reservation, reason)
-        copy = Copy(job.job, reservation, list(waiting))
-        self.by_expert[reservation.key] = self._by_job[job.job] = copy
+        copy = Copy(job.job, reservation, reason, list(waiting))
+        self.by_expert[reservation.key] = self.by_job[job.job] = copy
         return job
 
     def ahead_s(self, key: Key) -> float | None:
@@ -166,7 +167,7 @@ class Copies:
 
     def order(self, job: int) -> list[Waiting]:
         """Mark a copy as ordered on the GPU; returns the loads that waited for it."""
-        copy = self._by_job.get(job)
+        copy = self.by_job.get(job)
         if copy is None:
             return []
         waiting, copy.waiting = copy.waiting, []
@@ -176,7 +177,7 @@ class Copies:
     def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
         """End a copy: its slot becomes READY, or free if it failed. Returns the loads that waited for it."""
         copy = self.by_expert.pop(key)
-        del self._by_job[copy.job]
+        del self.by_job[copy.job]
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
         if not failed:
             landed(key)
@@ -194,6 +195,6 @@ class Copies:
         """Raise `AssertionError` unless every copy has one job and its slot."""
         jobs = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
         assert jobs == {copy.job: key for key, copy in self.by_expert.items()}, "copies and their jobs differ"
-        assert self._by_job == {copy.job: copy for copy in self.by_expert.values()}, "a copy is lost, by its job"
+        assert self.by_job == {copy.job: copy for copy in self.by_expert.values()}, "a copy is lost, by its job"
         for key, copy in self.by_expert.items():
             assert self._cache.loading(key) == copy.reservation, "a copy is under way into no slot"

@@ -4,7 +4,7 @@ A copy ahead hides a read but saves none, and takes host memory's bandwidth from
 made only if its chance of being used, times the seconds it saves, exceeds its cost.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fiddler.cache.cache import ExpertCache
@@ -52,24 +52,17 @@ class Usefulness:
 
 
 class Prefetcher:
-    """Owner of every wave's forecast, and of the record of how well forecasts did.
+    """Owner of every wave's forecast, and of the record of how well forecasts did."""
 
-    `left_s` returns the remaining seconds of a copy under way, as it takes alone; `None` where there is none.
-    """
-
-    def __init__(
-        self, predictor: Predictor, rule: Rule, cache: ExpertCache, left_s: Callable[[Key], float | None]
-    ) -> None:
+    def __init__(self, predictor: Predictor, rule: Rule, cache: ExpertCache) -> None:
         self.predictor = predictor
         self.use = Usefulness()
         self.resting = 0
         """Layers for which prefetch stays switched off because it did not pay."""
         self._cache = cache
-        self._left_s = left_s
         self._rule = rule
         self._due: list[Key] = []  # leased for layers that have come
         self._chances: list[float] = []  # by place in a forecast
-        self._latest: Key | None = None  # of the copies made ahead
         self.gap_s = 0.0
         """Mean seconds from the end of a layer's experts to the next layer's experts."""
         self._expecting: dict[Wave, Forecast] = {}  # in the order in which the waves came to it
@@ -155,14 +148,8 @@ class Prefetcher:
         reservation = enter((forecast.layer, guess.expert))
         if reservation is not None:
             forecast.copied[guess.expert] = cost_s
-            self._latest = reservation.key
             self.use.n_issued += 1
         return reservation
-
-    def waited(self, seconds: float) -> None:
-        """Record that a demand copy waits this long for a copy that no layer waits for."""
-        if self._latest is not None and self._left_s(self._latest) is not None:
-            self.use.delay_s += seconds
 
     def _settle(self, forecast: Forecast, visited: Mapping[int, int], costs: CostModel) -> None:
         use, layer = self.use, forecast.layer

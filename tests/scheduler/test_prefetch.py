@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import Key, Rows
+from fiddler.cache.policy import Rows
 from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
@@ -139,8 +139,7 @@ class Made:
     def __init__(self, rule: Rule = EAGER, costs: CostModel | None = None) -> None:
         self.costs = costs or model()
         self.cache = empty()
-        self.left: dict[Key, float] = {}
-        self.made = Prefetcher(LookAhead(), rule, self.cache, self.left.get)
+        self.made = Prefetcher(LookAhead(), rule, self.cache)
         self.wave = Wave()
 
     def expect(self, ahead: Rows, now_s: float = 0.0) -> None:
@@ -184,7 +183,6 @@ def test_a_copy_that_is_late_or_fails_did_not_land() -> None:
     late, failed = desk.copy(land=False), desk.copy(land=False)
     assert late is not None
     assert failed is not None
-    desk.left[late.key] = 0.5
     desk.cache.failed(failed)
     desk.visit(0, 1)
     use = desk.made.use
