@@ -353,7 +353,7 @@ async def test_an_error_inside_a_step_ends_its_requests_and_the_next_run(
                 case "start":
                     patch.setattr(type(rig.lanes), "start", raise_broken)
                 case "handle":
-                    patch.setattr(rig.scheduler, "_plan", raise_broken)
+                    patch.setattr(rig.scheduler._placing, "plan", raise_broken)
                 case _:
                     patch.setattr(ModelWave, where, raise_broken)
             for got in await outcomes(engine):

@@ -223,7 +223,7 @@ def test_an_error_of_the_schedulers_own_ends_the_run_and_not_the_runner(
 ) -> None:
     with driven(threads()) as driver:
         with monkeypatch.context() as patch:
-            patch.setattr(driver.scheduler, "_plan", raise_broken)
+            patch.setattr(driver.scheduler._placing, "plan", raise_broken)
             waves = [Walk(1, 2), Walk(2, 3)]
             with pytest.raises(RuntimeError, match="broken"):
                 driver.run(waves)

@@ -40,7 +40,8 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import PLANNERS, Candidate, Plan, Planner, all_fetch, assign, best_cut
+from fiddler.scheduler.placing import Placing
+from fiddler.scheduler.plan import PLANNERS, Plan, Planner, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
 from fiddler.trace import Trace
@@ -73,6 +74,7 @@ class Scheduler:
         self._orphans: set[Layer] = set()
         """Layers of dropped waves whose jobs are still in lanes."""
         self._copies = Copies(cache, self._jobs)
+        self._placing = Placing(cache, self._jobs, self._copies)
         self.prefetcher = Prefetcher(*ahead, cache)
         self._now_s = 0.0
 
@@ -157,12 +159,12 @@ class Scheduler:
         self, layer: Layer, loads: Sequence[Load], rows: Mapping[int, int] | None = None
     ) -> Generator[Command, None, Plan]:
         """Send loads to lanes; then, once nothing is more urgent, learn from the visit: its `rows` by expert."""
-        plan = self._plan(layer, loads)
+        plan = self._placing.plan(layer, loads, self.planner)
         slots: Mapping[Load, Reservation] = {}
         if plan.fetch:  # who may take a slot from whom depends on this visit
             self._observe(layer, rows)
             rows = None
-            plan, slots = self._reserved(layer, loads, plan)
+            plan, slots = self._placing.reserved(layer, loads, plan)
         counters = self.counters
         counters.n_hits += len(plan.gpu)
         counters.n_cpu += len(plan.cpu)
@@ -186,49 +188,6 @@ class Scheduler:
     def _observe(self, layer: Layer, rows: Mapping[int, int] | None) -> None:
         if rows is not None:
             self.cache.observe(layer.index, list(rows.items()), layer.n_tokens, layer.scores)
-
-    def _candidates(self, layer: Layer, loads: Sequence[Load]) -> list[Candidate]:
-        """Return for each load where its weights are, and its expert's worth in the cache."""
-        leased, worth, index = layer.leased, layer.worth, layer.index
-        copying = () if "gpu" in self._jobs.dead else self._copies.by_expert
-        score = self.cache.score
-        found = []
-        for load in loads:
-            expert = load.expert
-            if expert in leased:
-                found.append(Candidate(load, "hit"))
-                continue
-            key = (index, expert)
-            if key in copying:
-                found.append(Candidate(load, "landing", self._copies.ahead_s(key) or 0.0))
-            else:
-                found.append(Candidate(load, "miss", 0.0, worth[expert] if worth else score(key)))
-        return found
-
-    def _plan(self, layer: Layer, loads: Sequence[Load]) -> Plan:
-        """Return the plan of a layer."""
-        dead = self._jobs.dead
-        seen = self._candidates(layer, loads)
-        # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
-        n_fetch = len(seen) if self.cache.n_slots and not ("link" in dead or "gpu" in dead) else 0
-        planner = all_fetch if "cpu" in dead else self.planner
-        return planner(layer.index, seen, self.correction.costs, self._jobs.lanes.backlog(), n_fetch)
-
-    def _reserved(self, layer: Layer, loads: Sequence[Load], plan: Plan) -> tuple[Plan, Mapping[Load, Reservation]]:
-        """Return the slots reserved for fetches, and the plan, predicted anew where the cache refused some."""
-        reserve, index = self.cache.reserve, layer.index
-        slots: dict[Load, Reservation] = {}
-        for load in plan.fetch:
-            reservation = reserve((index, load.expert))
-            if reservation is not None:
-                slots[load] = reservation
-        if len(slots) < len(plan.fetch):
-            seen = {c.load: c for c in self._candidates(layer, [load for load in loads if load not in slots])}
-            seen |= {load: Candidate(load, "miss") for load in slots}
-            on_gpu = [seen[load] for load in (*plan.gpu, *slots)]
-            on_cpu = [c for c in seen.values() if c not in on_gpu]
-            plan = assign(layer.index, on_cpu, on_gpu, self.correction.costs, self.backlog())
-        return plan, slots
 
     def _settle(self, layer: Layer) -> Sequence[Command]:
         """Report a layer that is done, and release the slots that it leased."""

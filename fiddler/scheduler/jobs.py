@@ -26,7 +26,7 @@ class Jobs:
     def __init__(self, correction: Correction) -> None:
         self.dead: dict[LaneName, BaseException] = {}
         """Lanes that died, and the error of each."""
-        self._correction = correction
+        self.correction = correction
         self._jobs: dict[int, Job] = {}
         self._n_made = 0
         self.lanes = Lanes(correction.costs.contention)
@@ -47,20 +47,20 @@ class Jobs:
         rows = []
         for load in loads:
             rows.append(load.n_rows)  # no call of its own, here and in all that runs for every layer
-        costs = self._correction.costs
+        costs = self.correction.costs
         predicted_s = costs.cpu_s(layer.index, rows) if lane == "cpu" else costs.gpu_s(layer.index, rows)
         return self._start(lane, RunExperts(self._n_made, lane, layer, loads, slots, predicted_s))
 
     def copy(self, reservation: Reservation, reason: Reason) -> CopyExpert:
         """Queue the copy that a slot was reserved for."""
         layer, expert = reservation.key
-        copy_s = self._correction.costs.experts[layer].copy_s
+        copy_s = self.correction.costs.experts[layer].copy_s
         job = CopyExpert(self._n_made, layer, expert, reservation.slot, reason, copy_s)
         return self._start("link", job, urgent=reason == "demand")
 
     def dense(self, event: DenseQueued) -> RunDense:
         """Queue a wave's dense part."""
-        costs = self._correction.costs
+        costs = self.correction.costs
         if event.head:
             predicted_s = costs.dense.head(event.n_rows)
         else:
@@ -142,11 +142,6 @@ class Copies:
         copy = Copy(job.job, reservation, reason, list(waiting))
         self.by_expert[reservation.key] = self.by_job[job.job] = copy
         return job
-
-    def ahead_s(self, key: Key) -> float | None:
-        """Return the link's seconds, as it takes alone, until an expert has landed; `None` if it is not copied."""
-        copy = self.by_expert.get(key)
-        return None if copy is None else self._jobs.lanes.ahead_s(copy.job)
 
     def slots(self, layer: int, loads: Sequence[Load]) -> tuple[int, ...]:
         """Return the slots that a layer's loads are in, or on their way into."""
