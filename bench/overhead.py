@@ -38,7 +38,7 @@ from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import load
-from fiddler.scheduler.waves import Span
+from fiddler.scheduler.waves import RowSpan
 
 DECIDED = {
     "hits": "hits",
@@ -69,7 +69,7 @@ class Decoding:
     def span(self) -> Any:
         """Return the next token as a span."""
         self.n_past += 1
-        return Span(self, self.n_past - 1, self.n_past, last=True)
+        return RowSpan(self, self.n_past - 1, self.n_past, last=True)
 
 
 def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:

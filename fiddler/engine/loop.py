@@ -20,7 +20,7 @@ from fiddler.errors import (
 from fiddler.lanes.queues import Mailbox
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
-from fiddler.scheduler.waves import Span, assemble
+from fiddler.scheduler.waves import RowSpan, assemble
 from fiddler.steps.request import KvRoom, Request, Submission, past_bytes, token_limit
 from fiddler.steps.step import Outcome
 from fiddler.steps.stream import Admitted, Item
@@ -270,7 +270,7 @@ class EngineLoop:
         self._counters.n_steps += 1
         self._counters.step_s += now_s() - started_s
 
-    def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    def _relieved(self, spans: Sequence[RowSpan[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """If a GPU's memory ran out, give slots up and run the failed spans again, once a step."""
         short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
         if not short and not self._rig.side.work.short:
@@ -285,7 +285,7 @@ class EngineLoop:
         relieved = dict(zip(short, again, strict=True))
         return [relieved.get(i, outcome) for i, outcome in enumerate(outcomes)]
 
-    def _deliver(self, span: Span[Request], outcome: Outcome) -> None:
+    def _deliver(self, span: RowSpan[Request], outcome: Outcome) -> None:
         request = span.request
         if outcome.error is not None:
             self._fail([request], "a step failed", outcome.error)

@@ -22,7 +22,7 @@ from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.waves import Span, Waves, assemble
+from fiddler.scheduler.waves import RowSpan, Waves, assemble
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 
@@ -265,7 +265,7 @@ class _Simulation:
         self._dense_bytes += dense_bytes
         self._chain.step(len(waves), dense_bytes)
 
-    def _wave(self, spans: Sequence[Span[Script]], number: int) -> ScriptWave:
+    def _wave(self, spans: Sequence[RowSpan[Script]], number: int) -> ScriptWave:
         return ScriptWave(spans, self._n_experts, self._chain.layer)
 
     def _dense_read(self, n_context: int) -> int:

@@ -26,7 +26,7 @@ from fiddler.scheduler.messages import (
     LayerReady,
     WaveDropped,
 )
-from fiddler.scheduler.waves import S, Span, Waves, halves
+from fiddler.scheduler.waves import RowSpan, S, Waves, halves
 
 if TYPE_CHECKING:
     from fiddler.scheduler.core import Scheduler
@@ -219,12 +219,12 @@ class Runner:
 
 
 W = TypeVar("W", bound=DrivenWave)
-Make = Callable[[Sequence[Span[S]], int], W]
+Make = Callable[[Sequence[RowSpan[S]], int], W]
 
 
 def run_step(
-    runner: Runner, waves: Waves, spans: Sequence[Span[S]], make: Make[S, W], *, cut: bool
-) -> list[tuple[Sequence[Span[S]], W]]:
+    runner: Runner, waves: Waves, spans: Sequence[RowSpan[S]], make: Make[S, W], *, cut: bool
+) -> list[tuple[Sequence[RowSpan[S]], W]]:
     """Run spans to the end of the model; returns each wave, which has ended, with its spans.
 
     `make` takes the spans of a wave, and its number in the step. `cut` allows one span to be cut in two, its later

@@ -41,7 +41,7 @@ S = TypeVar("S", bound=Progress)
 
 
 @dataclass(frozen=True, slots=True)
-class Span(Generic[S]):
+class RowSpan(Generic[S]):
     """Rows `start:stop` of one sequence; `last` where a token is picked from its last row."""
 
     request: S
@@ -55,38 +55,38 @@ class Span(Generic[S]):
         return self.stop - self.start
 
 
-def assemble(running: Iterable[S], chunk_tokens: int, *, chunked: bool) -> list[Span[S]]:
+def assemble(running: Iterable[S], chunk_tokens: int, *, chunked: bool) -> list[RowSpan[S]]:
     """Choose the next step's rows.
 
     Decoding sequences always go. Prompts follow in order until `chunk_tokens` are used up; the last one is cut
     there if `chunked`, and otherwise goes whole, so at least one prompt always advances.
     """
-    spans: list[Span[S]] = []
+    spans: list[RowSpan[S]] = []
     prompts: list[S] = []
     for request in running:
         if request.prefilling:
             prompts.append(request)
         else:
-            spans.append(Span(request, request.n_past, request.n_past + 1, last=True))
+            spans.append(RowSpan(request, request.n_past, request.n_past + 1, last=True))
     room = chunk_tokens
     for request in prompts:
         if room <= 0:
             break
         stop = min(request.n_prompt, request.n_past + room) if chunked else request.n_prompt
-        spans.append(Span(request, request.n_past, stop, last=stop == request.n_prompt))
+        spans.append(RowSpan(request, request.n_past, stop, last=stop == request.n_prompt))
         room -= stop - request.n_past
     return spans
 
 
-def halves(spans: Sequence[Span[S]], *, cut: bool) -> list[list[Span[S]]]:
+def halves(spans: Sequence[RowSpan[S]], *, cut: bool) -> list[list[RowSpan[S]]]:
     """Return the spans as two waves with about as many rows each, or as one where there is nothing to halve.
 
     With `cut` the span in the middle is cut in two, the first part ending the first wave; its later rows attend
     to the earlier ones, so the second wave must not overtake the first.
     """
     half = sum(span.n_rows for span in spans) // 2
-    first: list[Span[S]] = []
-    second: list[Span[S]] = []
+    first: list[RowSpan[S]] = []
+    second: list[RowSpan[S]] = []
     for span in spans:
         room = half - sum(s.n_rows for s in first)
         if second or room <= 0:
@@ -95,8 +95,8 @@ def halves(spans: Sequence[Span[S]], *, cut: bool) -> list[list[Span[S]]]:
             first.append(span)
         elif cut:
             middle = span.start + room
-            first.append(Span(span.request, span.start, middle, last=False))
-            second.append(Span(span.request, middle, span.stop, span.last))
+            first.append(RowSpan(span.request, span.start, middle, last=False))
+            second.append(RowSpan(span.request, middle, span.stop, span.last))
         else:
             second.append(span)
     return [part for part in (first, second) if part]
