@@ -1,9 +1,9 @@
 """Slots of the accelerator's expert memory: their states, quotas by layer, staging slots, and victims.
 
-`Slots` takes each slot through FREE → LOADING → READY and counts leases, which pin it. `Room` says which layer may
-take a slot from which: a quota per layer, or one pool in which every layer keeps a floor. `Staging` lists experts
-that hold a slot only until the next one needs it. `Victims` finds the worst expert that may give way, by an array
-minimum, on demand.
+`Slots` takes each slot through FREE → LOADING → READY and counts leases, which pin it. `Quotas` says which layer
+may take a slot from which: a quota per layer, or one pool in which every layer keeps a floor. `Staging` lists
+experts that hold a slot only until the next one needs it. `Victims` finds the worst expert that may give way, by
+an array minimum, on demand.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -148,7 +148,7 @@ class Slots:
             assert reservation.generation == self._generations[reservation.slot], "a copy from another generation"
 
 
-class Room:
+class Quotas:
     """The experts that hold a slot, by layer, and how many each layer may or must keep.
 
     `per_layer` divides the slots equally, the remainder going to the first layers. Otherwise a layer with no more

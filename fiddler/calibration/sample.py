@@ -19,7 +19,7 @@ from fiddler.devices.cpu import DTYPES, CpuDevice
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
-from fiddler.gpu.jobs import Copying, GpuJobs, StagingRing
+from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
 from fiddler.gpu.slots import SlotExperts, Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (
@@ -96,7 +96,7 @@ def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]
     blocks = _Blocks(loaded.weights, gpu.pin)
     arena = _arena(loaded, blocks, SLOTS_BYTES, gpu.device)
     experts = SlotExperts(lru_cache(None)(partial(_stack, blocks, arena)), loaded.formulas)
-    copying = Copying(arena, blocks.block, blocks.pinned, StagingRing(gpu))
+    copying = Copying(arena, blocks.block, blocks.pinned, PinnedRing(gpu))
     host = CpuDevice(blocks.weights, formulas, kernels)
     try:
         yield GpuBench.of(loaded, GpuJobs(gpu, Watch(), host, experts, copying), config)
@@ -136,7 +136,7 @@ def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
 
 
 class _Blocks:
-    """Packs experts when they are first asked for: a sample of the blocks that `PackedStore` holds whole.
+    """Packs experts when they are first asked for: a sample of the blocks that `BlockStore` holds whole.
 
     Each block is offered to `pin`, if that is given, until one is refused.
     """

@@ -23,10 +23,10 @@ from fiddler.devices.cpu import CpuDevice, ExpertFormula
 from fiddler.engine.assembly import Side
 from fiddler.errors import ConfigError
 from fiddler.gpu import cuda
-from fiddler.gpu.budget import Room, budget, divide, shrunk
+from fiddler.gpu.budget import Division, budget, divide, shrunk
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.jobs import Copying, GpuJobs, StagingRing
+from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
 from fiddler.gpu.slots import SlotExperts, Stack
 from fiddler.gpu.streams import StreamLanes
 from fiddler.models.kv import KvArena, SequenceKV
@@ -34,7 +34,7 @@ from fiddler.models.loaded import ServableModel
 from fiddler.models.packing import DryStep, dry_step
 from fiddler.steps.graphs import Graphs, Resident
 from fiddler.steps.request import past_bytes
-from fiddler.store.blocks import PackedStore
+from fiddler.store.blocks import BlockStore
 from fiddler.trace import Trace
 
 logger = logging.getLogger("fiddler")
@@ -48,9 +48,9 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     gpu = cuda.open_gpu()
     gpu.enter()
     store = loaded.store
-    assert isinstance(store, PackedStore)
+    assert isinstance(store, BlockStore)
     host = replace(host, formulas=tuple(_staying(formula) for formula in host.formulas))
-    ring = StagingRing(gpu)  # first: blocks take what can be pinned, and it is for when nothing more can
+    ring = PinnedRing(gpu)  # first: blocks take what can be pinned, and it is for when nothing more can
     pinned = store.pin(gpu.pin)  # before memory is divided: the GPU keeps a list of what is locked
     try:
         room = divided(loaded, gpu, config)
@@ -84,7 +84,7 @@ class GpuMemory:
 
     loaded: ServableModel
     jobs: GpuJobs
-    room: Room
+    room: Division
     graphs: Graphs | None
     forget_stacks: Callable[[], None]
     """Drops views of the slots."""
@@ -99,7 +99,7 @@ class GpuMemory:
     def close(self) -> None:
         """Give everything back now: a closed engine may still be held for its statistics."""
         store, gpu = self.loaded.store, self.jobs.gpu
-        assert isinstance(store, PackedStore)
+        assert isinstance(store, BlockStore)
         store.unpin(gpu.unpin)
         self._empty(0)
         if self.graphs is not None:
@@ -115,12 +115,12 @@ class GpuMemory:
         self.jobs.shrink(n_slots)
 
 
-def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
+def _stack(store: BlockStore, arena: Arena, layer: int) -> Stack:
     """Return all slots as experts of a layer."""
     return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
 
 
-def _arena(room: Room, gpu: Gpu) -> Arena:
+def _arena(room: Division, gpu: Gpu) -> Arena:
     try:
         return Arena(room.slots, room.slot_bytes, gpu.device)
     except torch.OutOfMemoryError as error:
@@ -228,7 +228,7 @@ as much as a layer's dense part, which is little for the rows of a recorded step
 it."""
 
 
-def divided(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Room:
+def divided(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Division:
     """Move the dense part to the GPU, measure a step, and give the rest of the memory to slots.
 
     Raises `ConfigError`, with a table of needs and budget, where it is too little.
@@ -255,9 +255,9 @@ def divided(loaded: ServableModel, gpu: Gpu, config: EngineConfig) -> Room:
     return room
 
 
-def _room(loaded: ServableModel, config: EngineConfig, allowed: int, dense_bytes: int, taken: Needs) -> Room:
+def _room(loaded: ServableModel, config: EngineConfig, allowed: int, dense_bytes: int, taken: Needs) -> Division:
     store = loaded.store
-    assert isinstance(store, PackedStore)
+    assert isinstance(store, BlockStore)
     return divide(
         allowed,
         dense_bytes=dense_bytes,

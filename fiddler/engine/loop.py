@@ -56,7 +56,7 @@ class Close:
     """The engine must end."""
 
 
-Command = Submit | Read | End | Close
+Message = Submit | Read | End | Close
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class EngineLoop:
         self,
         loaded: ServableModel,
         rig: Rig,
-        inbox: Mailbox[Command],
+        inbox: Mailbox[Message],
         *,
         max_running: int,
         chunk_tokens: int,
@@ -150,7 +150,7 @@ class EngineLoop:
             self._step()
         self._publish()
 
-    def _apply(self, commands: Iterable[Command]) -> None:
+    def _apply(self, commands: Iterable[Message]) -> None:
         for command in commands:
             match command:
                 case Submit(submission, reading):
@@ -370,7 +370,7 @@ class EngineLoop:
         )
 
 
-def _refuse(cause: BaseException | None, command: Command) -> None:
+def _refuse(cause: BaseException | None, command: Message) -> None:
     """Answer a submission that came after the engine's end, in the thread that pushed it."""
     if isinstance(command, Submit):
         command.submission.channel.push(ended(cause))

@@ -18,7 +18,7 @@ from fiddler.lanes.laneset import LaneSet
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models.loaded import ServableModel
-from fiddler.store.blocks import PackedStore
+from fiddler.store.blocks import BlockStore
 from fiddler.trace import Trace
 
 SHARE = 0.25
@@ -37,7 +37,7 @@ def sim_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
 
 def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
     store = loaded.store
-    assert isinstance(store, PackedStore)
+    assert isinstance(store, BlockStore)
     total = sum(loaded.n_experts)
     n_slots = min(total, round(total * SHARE) if config.slots is None else config.slots)
     try:

@@ -35,7 +35,7 @@ class Copying:
     """(layer, expert) to its block on the host, `[n]` bytes."""
     pinned: Callable[[int, int], bool]
     """Whether a block is locked into RAM."""
-    ring: "StagingRing"
+    ring: "PinnedRing"
     """The ring for blocks that are not pinned."""
 
 
@@ -234,7 +234,7 @@ POLL_S = 50e-6
 """Seconds between two polls of an event. Meanwhile the link copies the other pieces: 6 MiB, 100 us at 64 GB/s."""
 
 
-class StagingRing:
+class PinnedRing:
     """`n_pieces` pinned pieces, for one thread.
 
     `sleep` is given `POLL_S` whenever every piece is still being copied. Raises `RuntimeError` where there is no

@@ -162,7 +162,7 @@ class Frequency:
 
 def eager(view: View) -> Guess | None:
     """The likeliest guess, up to two a layer."""
-    return view.absent[0] if len(view.forecast.copied) < 2 else None
+    return view.absent[0] if len(view.coming.copied) < 2 else None
 
 
 def impact(view: View) -> Guess | None:
@@ -180,9 +180,9 @@ def impact(view: View) -> Guess | None:
 def _planned(view: View, absent: set[int]) -> Plan:
     candidates = [
         Candidate(Load(guess.expert, 0, guess.n_rows), "miss" if guess.expert in absent else "hit")
-        for guess in view.forecast.guesses
+        for guess in view.coming.guesses
     ]
-    return view.planner(view.forecast.layer, candidates, view.costs, Backlog(), len(absent))
+    return view.planner(view.coming.layer, candidates, view.costs, Backlog(), len(absent))
 
 
 EAGER = Rule(eager, staged=True)

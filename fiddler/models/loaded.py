@@ -26,7 +26,7 @@ from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 
 if TYPE_CHECKING:
-    from fiddler.store.blocks import PackedStore
+    from fiddler.store.blocks import BlockStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class LoadedModel:
 class ServableModel(LoadedModel):
     """A model loaded from a checkpoint, with all the engine needs."""
 
-    store: "MappedStore | PackedStore"
+    store: "MappedStore | BlockStore"
     top_k: int
     """Experts a token visits in a layer."""
     text: Text
@@ -102,12 +102,12 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     )
 
 
-def _store(checkpoint: Checkpoint, layout: Layout, resolved: Resolved) -> "MappedStore | PackedStore":
+def _store(checkpoint: Checkpoint, layout: Layout, resolved: Resolved) -> "MappedStore | BlockStore":
     if resolved.store == "mapped":
         return MappedStore(checkpoint, layout, DTYPES[resolved.dtype])
-    from fiddler.store.blocks import PackedStore  # only what copies experts needs blocks
+    from fiddler.store.blocks import BlockStore  # only what copies experts needs blocks
 
-    return PackedStore(checkpoint, layout, DTYPES[resolved.dtype])
+    return BlockStore(checkpoint, layout, DTYPES[resolved.dtype])
 
 
 def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:

@@ -35,7 +35,7 @@ class Guess(NamedTuple):
 
 
 @dataclass(slots=True)
-class Forecast:
+class NextLayer:
     """Guesses for a wave's next layer, and the copies made for them."""
 
     layer: int
@@ -49,7 +49,7 @@ class Forecast:
 class View(NamedTuple):
     """Inputs of a rule at a moment when the link is free."""
 
-    forecast: Forecast
+    coming: NextLayer
     absent: Sequence[Guess]
     """Guesses whose expert holds no slot, likeliest first."""
     costs: CostModel
@@ -77,7 +77,7 @@ def pays(view: View) -> Guess | None:
     gap between two layers the CPU has nothing to do, and a copy costs nothing.
     """
     guess = view.absent[0]
-    layer, costs = view.forecast.layer, view.costs
+    layer, costs = view.coming.layer, view.costs
     cpu, cpu_s = costs.experts[layer].cpu.at, view.backlog.cpu_s
     now_s = max(cpu_s * costs.contention.cpu, view.backlog.gpu_s)
     then_s = 0.0

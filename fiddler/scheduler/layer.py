@@ -16,7 +16,7 @@ from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.trace import Decision, Trace
 
 if TYPE_CHECKING:
-    from fiddler.scheduler.guesses import Forecast
+    from fiddler.scheduler.guesses import NextLayer
     from fiddler.scheduler.plan import Plan
 
 Came = tuple[LayerWork, int, int]
@@ -31,7 +31,7 @@ class Wave:
         """Number of the wave, in the order in which waves began."""
         self.latest: Layer | None = None
         """The latest layer that it has reached."""
-        self.forecast: Forecast | None = None
+        self.coming: NextLayer | None = None
         """Guesses for its next layer."""
         self.passed_s: float | None = None
         """Seconds at which the latest layer's experts were done."""
