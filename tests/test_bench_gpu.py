@@ -14,7 +14,7 @@ import torch
 
 from bench import machine
 from bench.gpu import __main__ as command
-from bench.gpu import checks, decode, llama, summary, timeline
+from bench.gpu import decode, llama, summary, timeline
 from bench.gpu.context import Context
 from bench.gpu.facts import Rates
 from bench.gpu.running import Reading
@@ -38,14 +38,13 @@ SMALL = replace(
     repeats=2, patience_s=20.0, read_bytes=1 << 20, gpu_read_bytes=1 << 20, copy_bytes=1 << 20,
     slot_bytes=1 << 16,
     shapes={"tiny": (64, 32)}, rows=(1, 4), gemm=64, launches=5, passes=2,
-    tests=("checked", "absent"),
 )
 # fmt: on
 
 
 @pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let `device="cuda"` find fakes, one for each that asks, and the bench a test that is quick; measure less."""
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `device="cuda"` find fakes, one for each that asks; measure less."""
     seeds = iter(range(1000))
     monkeypatch.setattr(cuda, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -57,9 +56,6 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "BESIDE_S", 0.01)
     monkeypatch.setattr(measure_dense, "STEPS_S", 0.0)
     monkeypatch.setattr(measure_dense, "LEAST_STEPS", 1)
-    (tmp_path / "checked").mkdir()
-    (tmp_path / "checked" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert 0\n")
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
     monkeypatch.setattr(command, "QUICK", SMALL)
 
 
@@ -82,12 +78,10 @@ def test_every_part_is_measured_and_written(tmp_path: Path, capsys: pytest.Captu
         assert "failed" not in report, report
     _check_facts(out, reports["facts"])
     _check_decode(reports["decode"])
-    tests = reports["checks"]["tests"]
-    assert (tests["paths"], tests["tests"], tests["failures"], tests["exit_code"]) == (["checked"], 2, 1, 1)
     _check_timeline(out, reports["timeline"])
     for row in reports["resident"]["rows"]:
         assert row["tokens_per_s"].keys() | row["unavailable"].keys() == {"fiddler", "eager", "grouped_mm"}
-    assert len(reports["summary"]["verdicts"]) == 6
+    assert len(reports["summary"]["verdicts"]) == 5
     assert all(verdict["met"] is not None for verdict in reports["summary"]["verdicts"])
     assert "What must be true" in capsys.readouterr().out
 
@@ -182,7 +176,6 @@ def parts(
 ) -> dict[str, Any]:
     rows = [decoded("fiddler", 10.0, of_bound), decoded("fiddler", 40.0, None, 8), decoded("lru", other, 0.3)]
     return {
-        "checks": {"tests": {"tests": 5, "failures": 0, "errors": 0, "skipped": 1, "exit_code": 0}},
         "decode": {"decode": rows, "llama": {"rows": []}},
         "timeline": {"run": {"prediction": {"median": error}, "nobody_s_a_layer": overhead_s}},
         "resident": {"model": "m", "rows": [{"n_sequences": 1, "over_best": times}]},
@@ -190,21 +183,18 @@ def parts(
 
 
 def test_what_must_be_true_is_met() -> None:
-    assert [verdict.met for verdict in summary.verdicts(parts())] == [True] * 6
+    assert [verdict.met for verdict in summary.verdicts(parts())] == [True] * 5
     assert "2.00 (m, 12 GiB, 1 sequence, lru is next)" in summary.render(summary.verdicts(parts()))
 
 
 def test_what_is_not_met_is_told() -> None:
     changes = ("of_bound", 0.79), ("other", 8.0), ("error", 0.16), ("overhead_s", 61e-6), ("times", 0.99)
-    for at, change in enumerate(changes, 1):
-        assert [verdict.met for verdict in summary.verdicts(parts(**dict([change])))] == [i != at for i in range(6)]
+    for at, change in enumerate(changes):
+        assert [verdict.met for verdict in summary.verdicts(parts(**dict([change])))] == [i != at for i in range(5)]
 
 
 def test_what_was_not_measured_is_neither() -> None:
-    assert [verdict.met for verdict in summary.verdicts({})] == [None] * 6
-    skipped = parts()
-    skipped["checks"]["tests"] |= {"tests": 5, "skipped": 5}
-    assert summary.verdicts(skipped)[0].met is None
+    assert [verdict.met for verdict in summary.verdicts({})] == [None] * 5
 
 
 def test_the_bound_is_the_longest_read() -> None:

@@ -56,9 +56,6 @@ class Sizes:
     gemm: int = 8192
     launches: int = 1000
     passes: int = 5
-    # Checks
-    tests: tuple[str, ...] = ("tests/devices", "tests/gpu")
-    tests_s: float = 420.0
 
 
 FULL = Sizes()
@@ -78,6 +75,4 @@ QUICK = Sizes(
     shapes={"qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"]},
     rows=(1, 4, 16, 64),
     passes=3,
-    tests=("tests/gpu",),
-    tests_s=120.0,
 )

@@ -69,12 +69,6 @@ def render(found: Sequence[Verdict]) -> str:
     return table("What must be true", ("", "goal", "found, the worst", ""), rows)
 
 
-def _failed(checks: Part) -> Cells:
-    found = checks.get("tests") or {}
-    if found.get("tests", 0) > found.get("skipped", 0):  # tests that were all skipped have shown nothing
-        yield found["failures"] + found["errors"], f"of {found['tests']}, {found['skipped']} skipped"
-
-
 def _place(row: Part) -> str:
     n = row["n_sequences"]
     return f"{row['model']}, {row['budget_gib']:g} GiB, {n} sequence{'s' * (n > 1)}"
@@ -117,7 +111,6 @@ def _resident(resident: Part) -> Cells:
 
 _PREDICTED, _IDLE = _of_run("predicted", "prediction", "median"), _of_run("one sequence", "nobody_s_a_layer")
 GOALS = (
-    Goal("checks", "tests on this GPU that fail", 0.0, _failed, at_least=False, shown=".0f"),
     Goal("decode", "decoding, share of the physical bound", 0.80, _of_bound),
     Goal("decode", "decoding, times the best other system", 1.30, _over_best),
     Goal("timeline", "makespans, median error", 0.15, _PREDICTED, at_least=False),
