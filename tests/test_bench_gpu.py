@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 
 from bench import machine
 from bench.gpu import __main__ as command
-from bench.gpu import decode, llama, summary, timeline
+from bench.gpu import decode, summary, timeline
 from bench.gpu.context import Context
 from bench.gpu.facts import Rates
 from bench.gpu.running import Reading
@@ -33,7 +32,7 @@ from tests.support.fake_gpu import FakeGpu
 LABEL = "fake"
 # fmt: off
 SMALL = replace(
-    QUICK, minutes=60.0, models=("tiny",), few="tiny:layers=3", llama="tiny:layers=2", budgets_gib=(0.0022,),
+    QUICK, minutes=60.0, models=("tiny",), few="tiny:layers=3", budgets_gib=(0.0022,),
     kv_tokens=256, chunk_tokens=16, n_prompt=4, n_warm=4, n_new=6, n_sequences=(1, 2), first_token=(8,), rounds=1,
     repeats=2, patience_s=20.0, read_bytes=1 << 20, gpu_read_bytes=1 << 20, copy_bytes=1 << 20,
     slot_bytes=1 << 16,
@@ -109,7 +108,6 @@ def _check_decode(found: dict[str, Any]) -> None:
         (name, n) for name in SMALL.systems for n in (1, 2)
     }
     assert len(found["first_token"]) == len(SMALL.systems)
-    assert "CUDA" in found["llama"]["unavailable"] or "not installed" in found["llama"]["unavailable"]
 
 
 def _check_timeline(out: Path, found: dict[str, Any]) -> None:
@@ -176,7 +174,7 @@ def parts(
 ) -> dict[str, Any]:
     rows = [decoded("fiddler", 10.0, of_bound), decoded("fiddler", 40.0, None, 8), decoded("lru", other, 0.3)]
     return {
-        "decode": {"decode": rows, "llama": {"rows": []}},
+        "decode": {"decode": rows},
         "timeline": {"run": {"prediction": {"median": error}, "nobody_s_a_layer": overhead_s}},
         "resident": {"model": "m", "rows": [{"n_sequences": 1, "over_best": times}]},
     }
@@ -259,19 +257,3 @@ def test_a_machine_names_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert label(measured) == "16 cores, Some Chip, NVIDIA Some GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.describe()["gpu"] is None
-
-
-def test_llama_cpp_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(llama_supports_gpu_offload=lambda: True, __version__="1")
-    monkeypatch.setattr(llama, "installed", lambda *_: library)
-    sizes = replace(SMALL, llama="mixtral-8x7b")
-
-    def why(free: int, remaining_s: float) -> str:
-        monkeypatch.setattr(llama.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        left: Callable[[], float] = lambda: remaining_s  # noqa: E731
-        context: Any = SimpleNamespace(sizes=sizes, scratch=tmp_path, remaining_s=left)
-        return llama.why_not(context)
-
-    assert "GB of disk" in why(10**9, 1e6)
-    assert "are left of the run" in why(10**13, 10.0)
-    assert not why(10**13, 1e6)

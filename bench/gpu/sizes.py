@@ -22,9 +22,6 @@ class Sizes:
     models: tuple[str, ...] = ("mixtral-8x7b", "qwen3-30b-a3b")
     few: str = "qwen3-30b-a3b:layers=8"
     """A model that fits a GPU entirely."""
-    llama: str = "qwen3-30b-a3b:layers=12"
-    """What llama.cpp runs, for its files have to fit the disk; Fiddler runs it too, within `llama_gib`."""
-    llama_gib: float = 6.0
     budgets_gib: tuple[float, ...] = (12.0, 24.0, 48.0)
     systems: tuple[str, ...] = ("fiddler", "all-fetch", "all-cpu", "fiddler-2024", "hybrimoe", "ktransformers")
     kv_tokens: int = 8192
@@ -63,8 +60,6 @@ QUICK = Sizes(
     minutes=5.0,
     models=("qwen3-30b-a3b:layers=12",),
     few="qwen3-30b-a3b:layers=4",
-    llama="qwen3-30b-a3b:layers=4",
-    llama_gib=3.0,
     budgets_gib=(8.0,),
     n_warm=48,
     n_new=32,

@@ -83,7 +83,7 @@ def _of_bound(decode: Part) -> Cells:
 def _over_best(decode: Part) -> Cells:
     """Yield how many times as fast ours is as the best other system, for each place with both."""
     places: dict[str, dict[str, float]] = {}
-    for row in (*decode.get("decode", ()), *(decode.get("llama") or {}).get("rows", ())):
+    for row in decode.get("decode", ()):
         places.setdefault(_place(row), {})[row["system"]] = row["tokens_per_s"]["median"]
     for place, speeds in places.items():
         ours = speeds.pop(OURS, None)
