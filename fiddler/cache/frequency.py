@@ -1,7 +1,4 @@
-"""Policies that count visits: `aged-lfu` (counts that halve with age), `lfu`, `lru` and `layer-lru`.
-
-`AgedCounts` holds the counts: every row weighs half as much after each half-life of tokens.
-"""
+"""An engine's cache policies by name, and those of them that count visits: `aged-lfu`, `lfu` and `lru`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +12,25 @@ from fiddler.cache.policy import History, Key, Policy, Rows, number, table
 _LOG_LIMIT = 64.0  # of a count: far above any real one, far below what overflows
 
 
-class AgedCounts:
-    """Rows per expert, each weighing 2^(-age / half_life), its age in tokens of its own layer's clock.
+class AgedLfu(Policy):
+    """Score: rows, each weighing 2^(-age / half_life), its age in tokens of its own layer's clock.
 
     Kept as base-2 logarithms of the count *inflated* by 2^(clock / half_life): ageing then changes no stored
     number, the order within a layer holds between touches, and nothing overflows or needs rescaling.
     """
 
-    def __init__(self, history: History, half_life: float) -> None:
+    name: ClassVar[str] = "aged-lfu"
+
+    def __init__(self, history: History, half_life: float = 32.0) -> None:
+        self.history = history
         self.half_life = half_life
-        self._history = history
         self._logs = [[-math.inf] * n for n in history.n_experts]
         self._decays: dict[int, float] = {}
 
-    def observe(self, layer: int, rows: Rows, n_tokens: int) -> None:
+    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
         """Add one visit, after the history recorded it."""
         logs = self._logs[layer]
-        now = self.inflation(layer)
+        now = self.level(layer)
         decay = self._mean_decay(n_tokens)
         for expert, n_rows in rows:
             old, new = logs[expert], now + math.log2(n_rows * decay)
@@ -45,17 +44,21 @@ class AgedCounts:
             self._decays[n_tokens] = ratio / -math.expm1(-math.log(2) / self.half_life) / n_tokens
         return self._decays[n_tokens]
 
-    def inflated(self, key: Key) -> float:
+    def rank(self, key: Key) -> float:
         """The stored logarithm: comparable within a layer, unchanged until a touch; -inf if never touched."""
         return self._logs[key[0]][key[1]]
 
-    def inflation(self, layer: int) -> float:
-        """Return the number to subtract from the layer's `inflated` to get the logarithm of the aged count now."""
-        return self._history.layer_tokens(layer) / self.half_life
+    def level(self, layer: int) -> float:
+        """Return the number to subtract from the layer's ranks to get the logarithm of the aged count now."""
+        return self.history.layer_tokens(layer) / self.half_life
 
-    def count(self, key: Key) -> float:
+    def score(self, key: Key) -> float:
         """The aged count now, in rows: comparable between layers."""
-        return math.exp2(self._logs[key[0]][key[1]] - self.inflation(key[0]))
+        return math.exp2(self._logs[key[0]][key[1]] - self.level(key[0]))
+
+    def rate(self, key: Key) -> float:
+        """The aged count over the tokens it stands for: the mean life of a visit, half-life / ln 2."""
+        return self.score(key) * math.log(2) / self.half_life
 
     def state(self) -> dict[str, object]:
         """JSON-able; null stands for never touched."""
@@ -70,10 +73,10 @@ class AgedCounts:
         saved_half_life = number(state, "half_life")
         if saved_half_life <= 0:
             raise ValueError(f"saved half-life is {saved_half_life}")
-        logs = table(state, "logs", self._history.n_experts, blank=-math.inf)
+        logs = table(state, "logs", self.history.n_experts, blank=-math.inf)
         for layer, row in enumerate(logs):
             # exactly 0 for the half-life it was saved with, so that a restored cache names the same victims
-            clock = self._history.layer_tokens(layer)
+            clock = self.history.layer_tokens(layer)
             if max(row, default=0.0) - clock / saved_half_life > _LOG_LIMIT:
                 raise ValueError("saved counts are beyond reason")
             shift = clock / self.half_life - clock / saved_half_life
@@ -92,44 +95,6 @@ class Lfu(Policy):
     def rank(self, key: Key) -> float:
         """Return the score."""
         return self.history.n_rows(key)
-
-
-class AgedLfu(Policy):
-    """Score: rows, each halved for every `half_life` tokens its layer has seen since."""
-
-    name: ClassVar[str] = "aged-lfu"
-
-    def __init__(self, history: History, half_life: float = 32.0) -> None:
-        self.history = history
-        self.counts = AgedCounts(history, half_life)
-
-    def observe(self, layer: int, rows: Rows, n_tokens: int, scores: Sequence[float] | None = None) -> None:
-        """Add the visit's rows."""
-        self.counts.observe(layer, rows, n_tokens)
-
-    def rank(self, key: Key) -> float:
-        """The inflated count, which ageing does not touch."""
-        return self.counts.inflated(key)
-
-    def level(self, layer: int) -> float:
-        """By how many half-lives the layer's counts are inflated."""
-        return self.counts.inflation(layer)
-
-    def score(self, key: Key) -> float:
-        """The aged count."""
-        return self.counts.count(key)
-
-    def rate(self, key: Key) -> float:
-        """The aged count over the tokens it stands for: the mean life of a visit, half-life / ln 2."""
-        return self.counts.count(key) * math.log(2) / self.counts.half_life
-
-    def state(self) -> dict[str, object]:
-        """The aged counts."""
-        return self.counts.state()
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """The aged counts; a state of another half-life is converted."""
-        self.counts.restore(state)
 
 
 class Lru(Policy):

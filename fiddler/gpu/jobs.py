@@ -21,7 +21,7 @@ from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch
 from fiddler.gpu.device import Event, Gpu
 from fiddler.gpu.slots import SlotExperts, Visits
-from fiddler.lanes.experts import LaneCounters, all_or_each
+from fiddler.lanes.experts import LaneCounters, each
 from fiddler.scheduler.messages import CopyExpert, Failures, RunExperts
 from fiddler.scheduler.routing import Load
 
@@ -105,7 +105,11 @@ class GpuJobs:
             mine = [loads[i] for i in which]
             self.host.run(index, mine, self.host.experts(index, mine), rows, out)
 
-        failures = all_or_each(loads, run)
+        try:
+            run(range(len(loads)))
+            failures: Failures = {}
+        except BaseException:
+            failures = each(loads, run)
         self._count(job.lane, job)
         self.counters[job.lane].busy_s += perf_counter() - started
         ran = [(load, at) for load, at in zip(job.loads, loads, strict=True) if load.expert not in failures]

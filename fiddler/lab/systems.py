@@ -27,7 +27,7 @@ from fiddler.cost.model import CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import make_policy
 from fiddler.scheduler import guesses, plan
-from fiddler.scheduler.guesses import PAYS, Guess, LookAhead, Predictor, Rule, Transitions, View
+from fiddler.scheduler.guesses import PAYS, Guess, Predictor, Rule, Transitions, View
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign
 from fiddler.scheduler.routing import Load
@@ -139,6 +139,16 @@ def planner(name: str) -> Planner:
     if name not in PLANNERS:
         raise ConfigError(f"unknown planner {name!r}; known: {', '.join(PLANNERS)}")
     return PLANNERS[name]
+
+
+class LookAhead:
+    """Predicts by the next layer's router, applied to this layer's rows; the model's side computes it."""
+
+    name: ClassVar[str] = "look-ahead"
+
+    def expects(self, layer: Layer) -> Rows:
+        """Return the guesses that came with the layer."""
+        return layer.ahead
 
 
 class Frequency:

@@ -159,16 +159,6 @@ class Nobody:
         return ()
 
 
-class LookAhead:
-    """Predicts by the next layer's router, applied to this layer's rows; the model's side computes it."""
-
-    name: ClassVar[str] = "look-ahead"
-
-    def expects(self, layer: Layer) -> Rows:
-        """Return the guesses that came with the layer."""
-        return layer.ahead
-
-
 class Transitions:
     """Predicts by counts of how often a visit to one expert came with a visit to another in the next layer."""
 

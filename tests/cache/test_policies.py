@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.frequency import AgedLfu
 from fiddler.cache.policy import History, Policy, Rows
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import POLICIES, by_popularity, make_policy, uniform
@@ -85,12 +85,12 @@ def test_aged_lfu_ages_by_its_own_layer_only() -> None:
 
 def test_aged_counts_stay_exact_far_from_the_beginning() -> None:
     history = History((2,))
-    counts = AgedCounts(history, 32.0)
+    counts = AgedLfu(history, 32.0)
     for rows, n_tokens in (([], 10**9), ([(0, 1)], 1), ([(1, 1)], 1), ([(0, 1)], 1)):
         history.observe(0, rows, n_tokens)
         counts.observe(0, rows, n_tokens)
-    assert counts.count((0, 0)) == pytest.approx(1 + 2 ** (-2 / 32), rel=1e-6)
-    assert counts.count((0, 1)) == pytest.approx(2 ** (-1 / 32), rel=1e-6)
+    assert counts.score((0, 0)) == pytest.approx(1 + 2 ** (-2 / 32), rel=1e-6)
+    assert counts.score((0, 1)) == pytest.approx(2 ** (-1 / 32), rel=1e-6)
 
 
 def test_hybrimoe_keeps_the_largest_probabilities_and_halves_the_past() -> None:

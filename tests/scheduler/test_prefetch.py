@@ -13,8 +13,8 @@ from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
-from fiddler.lab.systems import EAGER, IMPACT, eager, impact
-from fiddler.scheduler.guesses import PAYS, Guess, LookAhead, NextLayer, Rule, View, pays, price_s, saved_s
+from fiddler.lab.systems import EAGER, IMPACT, LookAhead, eager, impact
+from fiddler.scheduler.guesses import PAYS, Guess, NextLayer, Rule, View, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
