@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from fiddler.cache.frequency import make_cache
+from fiddler.cache.policies import make_cache
 from fiddler.calibration.measure import rising, typical
 from fiddler.config import EngineConfig
 from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.frequency import make_cache
+from fiddler.cache.policies import make_cache
 from fiddler.calibration.kernels import compute_lane
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel, no_costs

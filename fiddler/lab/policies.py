@@ -12,8 +12,8 @@ from heapq import nlargest
 from types import MappingProxyType
 from typing import ClassVar
 
-from fiddler.cache import frequency
-from fiddler.cache.frequency import Lru
+from fiddler.cache import policies
+from fiddler.cache.policies import Lru
 from fiddler.cache.policy import History, Key, Policy, Rows, table
 from fiddler.errors import ConfigError
 
@@ -123,7 +123,7 @@ def _own(make: Callable[[History, float], Policy], history: History, options: Op
 
 
 _POLICIES: dict[str, Callable[[History, Options], Policy]] = {
-    **{name: partial(_own, make) for name, make in frequency.POLICIES.items()},
+    **{name: partial(_own, make) for name, make in policies.POLICIES.items()},
     HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
     LayerLru.name: lambda history, options: LayerLru(history),
     Lfru.name: lambda history, options: Lfru(history),

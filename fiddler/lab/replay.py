@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.frequency import AgedLfu
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Key, Policy, Visit
 
 

@@ -18,7 +18,7 @@ from math import inf
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fiddler.cache import frequency
+from fiddler.cache import policies
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key, Rows
 from fiddler.config import WaveMode
@@ -226,7 +226,7 @@ class System:
     planner: str = "auto"
     policy: str = "forecast"
     half_life: float = 32.0
-    admission: float = frequency.ADMISSION
+    admission: float = policies.ADMISSION
     prefetch: str = "auto"
     promote: bool = True
     waves: WaveMode = "auto"
@@ -298,5 +298,5 @@ def cache_of(
         order = []
     policy = make_policy(placed.policy, n_experts, half_life=placed.half_life, top_k=top_k, order=order)
     beyond = 2 * max(n_experts) if placed.staging == "layer" else 0
-    n_staging = beyond or (frequency.n_staging(n_slots, n_experts) if placed.staging == "some" else 0)
+    n_staging = beyond or (policies.n_staging(n_slots, n_experts) if placed.staging == "some" else 0)
     return ExpertCache(n_slots + beyond, n_experts, policy, admission=placed.admission, n_staging=n_staging)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.frequency import AgedLfu
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Key, Visit
 from fiddler.lab.policies import POLICIES, make_policy
 from fiddler.lab.replay import BELADY, BOUNDS, FORESIGHTS, Foresight, Replay, belady, compare, replay

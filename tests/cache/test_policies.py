@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fiddler.cache.frequency import AgedLfu
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Policy, Rows
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import POLICIES, by_popularity, make_policy, uniform
