@@ -12,7 +12,7 @@ import anyio
 from anyio import lowlevel
 
 from fiddler.cli.options import DEFAULT_NEW_TOKENS
-from fiddler.cli.prompts import Named
+from fiddler.cli.record import Named
 from fiddler.cli.terminal import leave_at_once, on_sigint
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
