@@ -115,12 +115,15 @@ def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
     operations on a long context, and windows that bound its reads (its seconds are the bytes of keys and values).
     """
     expert = expert_costs(machine, shape.expert_bytes, shape.expert_flops_per_row)
-    there_and_back = 2 * shape.hidden * DENSE_BYTES
+    return _costs(machine, (expert,) * shape.n_layers, shape.hidden * DENSE_BYTES, _dense(shape, machine))
+
+
+def _costs(machine: Machine, experts: tuple[ExpertCosts, ...], row_bytes: int, dense: Dense) -> CostModel:
     return CostModel(
-        experts=(expert,) * shape.n_layers,
+        experts=experts,
         contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
-        moves=Moves(machine.move_fixed_s, there_and_back / machine.link_bytes_per_s),
-        dense=_dense(shape, machine),
+        moves=Moves(machine.move_fixed_s, 2 * row_bytes / machine.link_bytes_per_s),  # there and back
+        dense=dense,
         host_s=machine.host_layer_s,
     )
 
@@ -202,13 +205,8 @@ def described_costs(name_or_file: str, loaded: "LoadedModel") -> CostModel:
     ends = {id(embeddings.weight), id(head.weight)}
     per_layer = sum(p.nbytes for p in loaded.model.parameters() if id(p) not in ends) / len(experts)
     row_bytes = embeddings.weight.shape[1] * embeddings.weight.itemsize
-    return CostModel(
-        experts=experts,
-        contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
-        moves=Moves(machine.move_fixed_s, 2 * row_bytes / machine.link_bytes_per_s),
-        dense=Dense(rows=_dense_on(machine, per_layer), head=_dense_on(machine, head.weight.nbytes)),
-        host_s=machine.host_layer_s,
-    )
+    dense = Dense(rows=_dense_on(machine, per_layer), head=_dense_on(machine, head.weight.nbytes))
+    return _costs(machine, experts, row_bytes, dense)
 
 
 def _dense_on(machine: Machine, nbytes: float) -> Curve:
