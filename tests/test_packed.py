@@ -127,7 +127,7 @@ class TestBlockLayout:
         assert bool((block == 7).all())
 
 
-class TestPackedStore:
+class TestBlockStore:
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
     def test_every_expert_is_the_mapped_one(self, saved: Path, dtype: str) -> None:
         stores = both(saved, dtype)
