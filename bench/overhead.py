@@ -34,13 +34,12 @@ from fiddler.calibration.kernels import choose_kernels, compute_lane
 from fiddler.config import EngineConfig
 from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.lab.policies import POLICIES
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import System
+from fiddler.lab.systems import PREFETCH, System
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import load
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import RowSpan
 
 DECIDED = {
     "hits": "hits",
@@ -73,7 +72,7 @@ class Decoding:
     def span(self) -> Any:
         """Return the next token as a span."""
         self.n_past += 1
-        return Span(self, self.n_past - 1, self.n_past, last=True)
+        return RowSpan(self, self.n_past - 1, self.n_past, last=True)
 
 
 def model_step_us(model: Path, n_steps: int) -> dict[str, Spread]:

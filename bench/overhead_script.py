@@ -10,11 +10,10 @@ from time import perf_counter
 from bench.report import Spread
 from fiddler.cost.model import Contention
 from fiddler.lab.machine import Machine, cost_model
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.synthetic import SyntheticRouting
-from fiddler.lab.systems import System, cache_of, planner
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.recording import Recording, guesses
@@ -22,7 +21,7 @@ from fiddler.scheduler import layer as layers
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, Report, RunExperts
 from fiddler.scheduler.routing import LayerWork
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import RowSpan
 
 MODEL, MACHINE = "qwen3-30b-a3b", "rtx4090-desktop"
 SHARE = 0.5
@@ -90,7 +89,7 @@ def layer(system: System, n_layers: int, n_steps: int) -> Layer:
     script = Script(Recording("scripted", 0, routing, ahead=guesses(routing)))
     times = []
     for token in range(n_steps):
-        wave = ScriptWave([Span(script, token, token + 1, last=True)], (shape.n_experts,) * n_layers)
+        wave = ScriptWave([RowSpan(script, token, token + 1, last=True)], (shape.n_experts,) * n_layers)
         started = perf_counter()
         runner.run([wave])
         times.append(1e6 * (perf_counter() - started) / n_layers)

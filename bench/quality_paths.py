@@ -24,7 +24,7 @@ from fiddler.engine import assembly
 from fiddler.models import dense
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel, load
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import RowSpan
 from fiddler.steps.step import Outcome
 
 Promise = Literal["same bits", "rounding", "lossy"]
@@ -77,7 +77,7 @@ def _by_engine(texts: Texts, config: EngineConfig, chunk: int, defer: int) -> Te
     read = []
     for start in range(0, len(texts[0]) - chunk, chunk):
         stop = start + chunk
-        outcomes = machine.steps.run([Span(one, start, stop, last=True) for one in sequences])
+        outcomes = machine.steps.run([RowSpan(one, start, stop, last=True) for one in sequences])
         read.append([_logprob(outcome, one.ids[stop]) for one, outcome in zip(sequences, outcomes, strict=True)])
     machine.close()
     return torch.tensor(read).t()

@@ -13,13 +13,12 @@ from torch.nn.functional import silu
 
 from fiddler.config import EngineConfig
 from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice, empty_results
-from fiddler.devices.formula import ExpertFormula
+from fiddler.devices.cpu import CpuDevice, ExpertFormula, empty_results
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from fiddler.scheduler.routing import Load
-from fiddler.store.blocks import ALIGNMENT, BlockLayout, PackedStore
+from fiddler.store.blocks import ALIGNMENT, BlockLayout, BlockStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore, View
@@ -124,12 +123,12 @@ class Places:
     """One layer's experts in the three places they can be."""
 
     mapped: MappedStore
-    packed: PackedStore
+    packed: BlockStore
     formulas: tuple[ExpertFormula, ...]
 
     @classmethod
     def of(cls, mapped: MappedStore, formulas: tuple[ExpertFormula, ...]) -> "Places":
-        return cls(mapped, PackedStore(mapped.checkpoint, mapped.layout, mapped.dtype), formulas)
+        return cls(mapped, BlockStore(mapped.checkpoint, mapped.layout, mapped.dtype), formulas)
 
     def outputs(self, layer: int, n_rows: int, kernel: KernelName) -> list[Tensor]:
         """What every expert of a layer makes of the same random rows `[n_rows, H]`: mapped, packed, in a slot."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.scheduler.rows import Span, assemble, halves
+from fiddler.scheduler.waves import RowSpan, assemble, halves
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Running:
     def finished(self) -> bool:
         return self.n_made == self.n_wanted
 
-    def run(self, span: Span["Running"]) -> None:
+    def run(self, span: RowSpan["Running"]) -> None:
         """Do what a step does to a request: the span's rows become past, its last row makes a token."""
         self.ran += range(span.start, span.stop)
         self.n_past = span.stop
@@ -50,7 +50,7 @@ def test_every_decoding_sequence_goes_with_one_row(running: list[Running], budge
     spans = assemble(running, budget, chunked=chunked)
     decoding = [r for r in running if not r.prefilling]
     assert [s for s in spans if not s.request.prefilling] == [
-        Span(r, r.n_past, r.n_past + 1, last=True) for r in decoding
+        RowSpan(r, r.n_past, r.n_past + 1, last=True) for r in decoding
     ]
 
 
@@ -115,19 +115,19 @@ def test_prompts_come_after_decoding_and_the_last_is_cut() -> None:
     first, decoding, second = Running(5, n_past=2), Running(4, n_past=6), Running(9)
     spans = assemble([first, decoding, second], 7, chunked=True)
     assert spans == [
-        Span(decoding, 6, 7, last=True),
-        Span(first, 2, 5, last=True),
-        Span(second, 0, 4, last=False),
+        RowSpan(decoding, 6, 7, last=True),
+        RowSpan(first, 2, 5, last=True),
+        RowSpan(second, 0, 4, last=False),
     ]
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> list[Span[Running]]:
+def steps(draw: st.DrawFn) -> list[RowSpan[Running]]:
     running = draw(st.lists(requests(), min_size=1, max_size=6))
     return assemble(running, draw(budgets), chunked=draw(st.booleans()))
 
 
-def rows(spans: Sequence[Span[Running]]) -> dict[int, list[int]]:
+def rows(spans: Sequence[RowSpan[Running]]) -> dict[int, list[int]]:
     """The rows of each request, in the order they are run."""
     found: dict[int, list[int]] = {}
     for span in spans:
@@ -137,7 +137,7 @@ def rows(spans: Sequence[Span[Running]]) -> dict[int, list[int]]:
 
 @given(steps(), st.booleans())
 @settings(deadline=None)
-def test_halves_hold_every_row_once_and_in_order(spans: list[Span[Running]], cut: bool) -> None:
+def test_halves_hold_every_row_once_and_in_order(spans: list[RowSpan[Running]], cut: bool) -> None:
     parts = halves(spans, cut=cut)
     assert 1 <= len(parts) <= 2
     assert all(parts)
@@ -148,7 +148,7 @@ def test_halves_hold_every_row_once_and_in_order(spans: list[Span[Running]], cut
 
 @given(steps())
 @settings(deadline=None)
-def test_halves_are_equal_where_a_span_may_be_cut(spans: list[Span[Running]]) -> None:
+def test_halves_are_equal_where_a_span_may_be_cut(spans: list[RowSpan[Running]]) -> None:
     sizes = [sum(span.n_rows for span in part) for part in halves(spans, cut=True)]
     assert len(sizes) == min(2, sum(span.n_rows for span in spans))
     assert max(sizes) - min(sizes) <= 1
@@ -156,7 +156,7 @@ def test_halves_are_equal_where_a_span_may_be_cut(spans: list[Span[Running]]) ->
 
 @given(steps(), st.booleans())
 @settings(deadline=None)
-def test_only_the_last_span_of_the_first_half_is_cut(spans: list[Span[Running]], cut: bool) -> None:
+def test_only_the_last_span_of_the_first_half_is_cut(spans: list[RowSpan[Running]], cut: bool) -> None:
     first, *later = halves(spans, cut=cut)
     (second,) = later or ([],)
     whole = [span for span in [*first, *second] if span in spans]
@@ -171,8 +171,8 @@ def test_only_the_last_span_of_the_first_half_is_cut(spans: list[Span[Running]],
 
 @given(steps(), st.booleans())
 @settings(deadline=None)
-def test_a_token_is_picked_once_from_halves(spans: list[Span[Running]], cut: bool) -> None:
-    def picked(step: Sequence[Span[Running]]) -> list[tuple[int, int]]:
+def test_a_token_is_picked_once_from_halves(spans: list[RowSpan[Running]], cut: bool) -> None:
+    def picked(step: Sequence[RowSpan[Running]]) -> list[tuple[int, int]]:
         return [(id(span.request), span.stop) for span in step if span.last]
 
     assert picked([span for part in halves(spans, cut=cut) for span in part]) == picked(spans)
@@ -181,11 +181,11 @@ def test_a_token_is_picked_once_from_halves(spans: list[Span[Running]], cut: boo
 def test_halves_by_example() -> None:
     decoding = [Running(4, n_past=4 + i) for i in range(3)]
     prompt = Running(9)
-    spans = [*(Span(r, r.n_past, r.n_past + 1, last=True) for r in decoding), Span(prompt, 0, 9, last=True)]
+    spans = [*(RowSpan(r, r.n_past, r.n_past + 1, last=True) for r in decoding), RowSpan(prompt, 0, 9, last=True)]
     assert halves(spans, cut=False) == [spans[:3], spans[3:]]
     assert halves(spans, cut=True) == [
-        [*spans[:3], Span(prompt, 0, 3, last=False)],
-        [Span(prompt, 3, 9, last=True)],
+        [*spans[:3], RowSpan(prompt, 0, 3, last=False)],
+        [RowSpan(prompt, 3, 9, last=True)],
     ]
     assert halves(spans[:1], cut=True) == [spans[:1]]
     assert halves(spans[3:], cut=False) == [spans[3:]]

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 
 from bench import machine
 from bench.gpu import __main__ as command
-from bench.gpu import checks, decode, llama, summary, timeline
+from bench.gpu import decode, summary, timeline
 from bench.gpu.context import Context
 from bench.gpu.facts import Rates
 from bench.gpu.running import Reading
@@ -23,7 +22,7 @@ from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.calibration import dense as measure_dense
 from fiddler.calibration import measure
-from fiddler.engine import gpu_memory
+from fiddler.engine import gpu_assembly
 from fiddler.gpu import cuda
 from fiddler.lab.machine import Machine
 from fiddler.lab.shape import ModelShape
@@ -33,23 +32,22 @@ from tests.support.fake_gpu import FakeGpu
 LABEL = "fake"
 # fmt: off
 SMALL = replace(
-    QUICK, minutes=60.0, models=("tiny",), few="tiny:layers=3", llama="tiny:layers=2", budgets_gib=(0.0022,),
+    QUICK, minutes=60.0, models=("tiny",), few="tiny:layers=3", budgets_gib=(0.0022,),
     kv_tokens=256, chunk_tokens=16, n_prompt=4, n_warm=4, n_new=6, n_sequences=(1, 2), first_token=(8,), rounds=1,
     repeats=2, patience_s=20.0, read_bytes=1 << 20, gpu_read_bytes=1 << 20, copy_bytes=1 << 20,
     slot_bytes=1 << 16,
     shapes={"tiny": (64, 32)}, rows=(1, 4), gemm=64, launches=5, passes=2,
-    tests=("checked", "absent"),
 )
 # fmt: on
 
 
 @pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let `device="cuda"` find fakes, one for each that asks, and the bench a test that is quick; measure less."""
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `device="cuda"` find fakes, one for each that asks; measure less."""
     seeds = iter(range(1000))
     monkeypatch.setattr(cuda, "open_gpu", lambda: FakeGpu(next(seeds)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_memory, "GRAPHS_BYTES", 0)
+    monkeypatch.setattr(gpu_assembly, "GRAPHS_BYTES", 0)
     # Where another test has had Triton's interpreter, kernels would run in it, and take minutes.
     monkeypatch.setitem(sys.modules, "fiddler.gpu.triton_kernels", None)
     monkeypatch.setattr(measure, "CURVE_S", 0.0)
@@ -57,9 +55,6 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "BESIDE_S", 0.01)
     monkeypatch.setattr(measure_dense, "STEPS_S", 0.0)
     monkeypatch.setattr(measure_dense, "LEAST_STEPS", 1)
-    (tmp_path / "checked").mkdir()
-    (tmp_path / "checked" / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert 0\n")
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
     monkeypatch.setattr(command, "QUICK", SMALL)
 
 
@@ -82,12 +77,10 @@ def test_every_part_is_measured_and_written(tmp_path: Path, capsys: pytest.Captu
         assert "failed" not in report, report
     _check_facts(out, reports["facts"])
     _check_decode(reports["decode"])
-    tests = reports["checks"]["tests"]
-    assert (tests["paths"], tests["tests"], tests["failures"], tests["exit_code"]) == (["checked"], 2, 1, 1)
     _check_timeline(out, reports["timeline"])
     for row in reports["resident"]["rows"]:
         assert row["tokens_per_s"].keys() | row["unavailable"].keys() == {"fiddler", "eager", "grouped_mm"}
-    assert len(reports["summary"]["verdicts"]) == 6
+    assert len(reports["summary"]["verdicts"]) == 5
     assert all(verdict["met"] is not None for verdict in reports["summary"]["verdicts"])
     assert "What must be true" in capsys.readouterr().out
 
@@ -115,7 +108,6 @@ def _check_decode(found: dict[str, Any]) -> None:
         (name, n) for name in SMALL.systems for n in (1, 2)
     }
     assert len(found["first_token"]) == len(SMALL.systems)
-    assert "CUDA" in found["llama"]["unavailable"] or "not installed" in found["llama"]["unavailable"]
 
 
 def _check_timeline(out: Path, found: dict[str, Any]) -> None:
@@ -182,29 +174,25 @@ def parts(
 ) -> dict[str, Any]:
     rows = [decoded("fiddler", 10.0, of_bound), decoded("fiddler", 40.0, None, 8), decoded("lru", other, 0.3)]
     return {
-        "checks": {"tests": {"tests": 5, "failures": 0, "errors": 0, "skipped": 1, "exit_code": 0}},
-        "decode": {"decode": rows, "llama": {"rows": []}},
+        "decode": {"decode": rows},
         "timeline": {"run": {"prediction": {"median": error}, "nobody_s_a_layer": overhead_s}},
         "resident": {"model": "m", "rows": [{"n_sequences": 1, "over_best": times}]},
     }
 
 
 def test_what_must_be_true_is_met() -> None:
-    assert [verdict.met for verdict in summary.verdicts(parts())] == [True] * 6
+    assert [verdict.met for verdict in summary.verdicts(parts())] == [True] * 5
     assert "2.00 (m, 12 GiB, 1 sequence, lru is next)" in summary.render(summary.verdicts(parts()))
 
 
 def test_what_is_not_met_is_told() -> None:
     changes = ("of_bound", 0.79), ("other", 8.0), ("error", 0.16), ("overhead_s", 61e-6), ("times", 0.99)
-    for at, change in enumerate(changes, 1):
-        assert [verdict.met for verdict in summary.verdicts(parts(**dict([change])))] == [i != at for i in range(6)]
+    for at, change in enumerate(changes):
+        assert [verdict.met for verdict in summary.verdicts(parts(**dict([change])))] == [i != at for i in range(5)]
 
 
 def test_what_was_not_measured_is_neither() -> None:
-    assert [verdict.met for verdict in summary.verdicts({})] == [None] * 6
-    skipped = parts()
-    skipped["checks"]["tests"] |= {"tests": 5, "skipped": 5}
-    assert summary.verdicts(skipped)[0].met is None
+    assert [verdict.met for verdict in summary.verdicts({})] == [None] * 5
 
 
 def test_the_bound_is_the_longest_read() -> None:
@@ -269,19 +257,3 @@ def test_a_machine_names_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert label(measured) == "16 cores, Some Chip, NVIDIA Some GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.describe()["gpu"] is None
-
-
-def test_llama_cpp_says_why_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(llama_supports_gpu_offload=lambda: True, __version__="1")
-    monkeypatch.setattr(llama, "installed", lambda *_: library)
-    sizes = replace(SMALL, llama="mixtral-8x7b")
-
-    def why(free: int, remaining_s: float) -> str:
-        monkeypatch.setattr(llama.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        left: Callable[[], float] = lambda: remaining_s  # noqa: E731
-        context: Any = SimpleNamespace(sizes=sizes, scratch=tmp_path, remaining_s=left)
-        return llama.why_not(context)
-
-    assert "GB of disk" in why(10**9, 1e6)
-    assert "are left of the run" in why(10**13, 10.0)
-    assert not why(10**13, 1e6)

@@ -10,7 +10,7 @@ import pytest
 from anyio import lowlevel
 from anyio.abc import TaskStatus
 
-from fiddler.lanes.channel import Channel
+from fiddler.lanes.queues import Channel
 
 pytestmark = pytest.mark.anyio
 WAIT_S = 20

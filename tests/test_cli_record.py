@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fiddler.cli import app, session
-from fiddler.cli.prompts import DEMO_PROMPTS, read_prompts
+from fiddler.cli.record import DEMO_PROMPTS, read_prompts
 from fiddler.errors import ConfigError, PromptError
 from fiddler.lab.traces import load
 from fiddler.recording import Recording, RoutingTrace, foreseen, recurrence

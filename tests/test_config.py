@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fiddler
-from fiddler import errors
+from fiddler import errors, lab
 from fiddler.config import (
     KV_TOKENS,
     DeviceKind,
@@ -34,10 +34,8 @@ from fiddler.config import (
     resolve,
 )
 from fiddler.errors import ConfigError, FiddlerError
-from fiddler.lab import names
 from fiddler.lab.policies import POLICIES
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import PLANNERS
+from fiddler.lab.systems import PLANNERS, PREFETCH
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")
@@ -471,6 +469,6 @@ class TestErrors:
 
 
 def test_the_labs_names_are_those_of_its_registries() -> None:
-    assert get_args(names.PolicyName) == tuple(POLICIES)
-    assert get_args(names.PrefetchName) == tuple(PREFETCH)
-    assert get_args(names.PlannerName) == tuple(PLANNERS)
+    assert get_args(lab.PolicyName) == tuple(POLICIES)
+    assert get_args(lab.PrefetchName) == tuple(PREFETCH)
+    assert get_args(lab.PlannerName) == tuple(PLANNERS)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from fiddler.errors import CheckpointError, GenerationError, PromptError, UnsupportedModelError
 from fiddler.models import generation as module
 from fiddler.models.generation import Defaults, SamplingOptions, check_folder, read_options
-from fiddler.models.option_values import HONOURED
+from fiddler.models.options import HONOURED
 from fiddler.steps.request import token_limit
 
 VOCABULARY = 40

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fiddler import Engine
 from fiddler.config import EngineConfig, PolicyName, PrefetchMode, WaveMode
-from fiddler.devices.formula import gated
+from fiddler.devices.cpu import gated
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
 from fiddler.gpu.slots import SlotExperts, Visits

@@ -12,9 +12,9 @@ from anyio import lowlevel
 from torch import Tensor
 
 from fiddler import Engine, EngineClosedError, EngineConfig, EngineFailedError, GenerationConfig
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
+from fiddler.devices.arena import SimDevice
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.sim import SimDevice
 from fiddler.lanes.experts import ExpertWork
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer
@@ -353,7 +353,7 @@ async def test_an_error_inside_a_step_ends_its_requests_and_the_next_run(
                 case "start":
                     patch.setattr(type(rig.lanes), "start", raise_broken)
                 case "handle":
-                    patch.setattr(rig.scheduler, "_plan", raise_broken)
+                    patch.setattr(rig.scheduler._placing, "plan", raise_broken)
                 case _:
                     patch.setattr(ModelWave, where, raise_broken)
             for got in await outcomes(engine):

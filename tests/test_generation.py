@@ -12,7 +12,7 @@ from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, Waterm
 
 from fiddler.errors import GenerationError
 from fiddler.models.generation import Defaults, SamplingOptions, read_options
-from fiddler.models.option_values import HONOURED
+from fiddler.models.options import HONOURED
 
 VOCABULARY = 40
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fiddler.calibration import kernels as calibrate
 from fiddler.calibration.kernels import MARGIN, MIN_BYTES, calibrated_kernels, calibration_file
 from fiddler.config import EngineConfig
-from fiddler.devices.formula import Matmul
 from fiddler.devices.kernels import (
     BUCKETS,
     FEW,
@@ -21,6 +20,7 @@ from fiddler.devices.kernels import (
     TORCH,
     KernelName,
     Kernels,
+    Matmul,
     ShapeKey,
     bucket,
     linear,

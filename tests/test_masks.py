@@ -18,7 +18,7 @@ import fiddler
 from fiddler import Engine, EngineConfig, UnsupportedModelError
 from fiddler.cli.facts import read_facts
 from fiddler.models import attention, masks
-from fiddler.models.captured import CapturedCache, StaticInputs
+from fiddler.models.attention import CapturedCache, StaticInputs
 from fiddler.models.kv import KvArena
 from fiddler.models.loaded import load
 from fiddler.models.masks import Sight

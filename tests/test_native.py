@@ -21,8 +21,7 @@ from fiddler.calibration.kernels import calibrated_kernels, calibration_file
 from fiddler.config import EngineConfig
 from fiddler.devices import library as compiler
 from fiddler.devices import native as kernels_of_ours
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.formula import ExpertFormula
+from fiddler.devices.cpu import CpuDevice, ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.devices.library import compiled, keep, kept, loaded, private_room
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native

@@ -26,8 +26,7 @@ from fiddler.cli.facts import read_facts
 from fiddler.models.loaded import ServableModel, load
 from fiddler.models.seam import find_experts
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.folder import SINGLE
-from fiddler.store.source import find_checkpoint
+from fiddler.store.folder import SINGLE, find_checkpoint
 from tests.architectures import architectures, build
 from tests.support.tiny import save_tiny
 

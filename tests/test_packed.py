@@ -18,7 +18,7 @@ from torch import Tensor
 from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models.loaded import load
-from fiddler.store.blocks import ALIGNMENT, BlockLayout, PackedStore
+from fiddler.store.blocks import ALIGNMENT, BlockLayout, BlockStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore, Select, View
@@ -35,12 +35,12 @@ class Both:
     """A checkpoint's two stores."""
 
     mapped: MappedStore
-    packed: PackedStore
+    packed: BlockStore
 
 
 def both(folder: Path, dtype: Any = "auto") -> Both:
     mapped: Any = load(folder, EngineConfig(dtype=dtype)).weights.__self__  # type: ignore[attr-defined]
-    return Both(mapped, PackedStore(mapped.checkpoint, mapped.layout, mapped.dtype))
+    return Both(mapped, BlockStore(mapped.checkpoint, mapped.layout, mapped.dtype))
 
 
 @pytest.fixture(scope="module", params=[(kind, dtype) for kind in KINDS for dtype in DTYPES], ids="-".join)
@@ -127,7 +127,7 @@ class TestBlockLayout:
         assert bool((block == 7).all())
 
 
-class TestPackedStore:
+class TestBlockStore:
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
     def test_every_expert_is_the_mapped_one(self, saved: Path, dtype: str) -> None:
         stores = both(saved, dtype)
@@ -167,7 +167,7 @@ class TestPackedStore:
         checkpoint, layout = Checkpoint.open(tmp_path), Layout((experts,))
         mapped = MappedStore(checkpoint, layout, torch.float32)
         assert [len(mapped.weights(0, e).up) for e in range(3)] == [1, 2, 1]
-        packed = PackedStore(checkpoint, layout, torch.float32)
+        packed = BlockStore(checkpoint, layout, torch.float32)
         for e in range(3):
             (up,) = packed.weights(0, e).up
             assert torch.equal(up, torch.cat([tensors[f"{e}.gate"], tensors[f"{e}.up"]]))
@@ -195,9 +195,9 @@ class TestPackedStore:
             single(tmp_path, tensors, experts)
 
 
-def single(folder: Path, tensors: dict[str, Tensor], *layers: tuple[ExpertParts, ...]) -> PackedStore:
+def single(folder: Path, tensors: dict[str, Tensor], *layers: tuple[ExpertParts, ...]) -> BlockStore:
     save_file(tensors, folder / SINGLE)
-    return PackedStore(Checkpoint.open(folder), Layout(layers), torch.float32)
+    return BlockStore(Checkpoint.open(folder), Layout(layers), torch.float32)
 
 
 def resident() -> tuple[int, int]:
@@ -261,7 +261,7 @@ class TestMemory:
         self, opened: tuple[Checkpoint, Layout], peaks: Callable[[], tuple[int, int]], dtype: torch.dtype
     ) -> None:
         _, before = resident()
-        store = PackedStore(*opened, dtype)
+        store = BlockStore(*opened, dtype)
         own, mapped = peaks()
         assert store.nbytes == self.N * self.EXPERT * dtype.itemsize // 4
         assert own < store.nbytes + self.FEW
@@ -280,7 +280,7 @@ class TestMemory:
             return found
 
         monkeypatch.setattr(MappedStore, "weights", watched)
-        store = PackedStore(*opened, torch.bfloat16)
+        store = BlockStore(*opened, torch.bfloat16)
         assert len(alive) == self.N + 1
         assert set(alive) == {0}
         assert store.weights(0, 0).down.dtype == torch.bfloat16

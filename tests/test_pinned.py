@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiddler.store.blocks import ALIGNMENT, PAGE_BYTES, PIECE_BYTES, PackedStore, Pinned, cut, on_pages
+from fiddler.store.blocks import ALIGNMENT, PAGE_BYTES, PIECE_BYTES, BlockStore, Pinned, cut, on_pages
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
 from fiddler.store.mapped import ExpertParts, Layout, Select, View
@@ -78,8 +78,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Layout]
     return Checkpoint.open(folder), Layout(tuple(experts))
 
 
-def packed(saved: tuple[Checkpoint, Layout], piece_bytes: int = PIECE_BYTES) -> PackedStore:
-    return PackedStore(*saved, torch.float32, piece_bytes=piece_bytes)
+def packed(saved: tuple[Checkpoint, Layout], piece_bytes: int = PIECE_BYTES) -> BlockStore:
+    return BlockStore(*saved, torch.float32, piece_bytes=piece_bytes)
 
 
 class TestPieces:

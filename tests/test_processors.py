@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fiddler import CheckpointError, Engine, EngineConfig, GenerationError, UnsupportedModelError, attach
-from fiddler.models.option_values import PROCESSORS, WARPERS
+from fiddler.models.options import PROCESSORS, WARPERS
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.anyio

@@ -20,7 +20,7 @@ from fiddler import (
     PromptError,
     Statistics,
 )
-from fiddler.engine import readings
+from fiddler.engine import waiting
 from fiddler.text import reading
 from tests.support.tiny import CONTEXT, TEMPLATE, save_tiny
 from tests.test_reading import ENDLESS, exists
@@ -120,8 +120,8 @@ async def test_an_engine_closed_at_once_leaves_nothing(tiny: Path) -> None:
 
 
 async def test_requests_run_in_the_order_in_which_they_came(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "PATIENCE_S", 30.0)  # on a busy machine any reading may be slow
-    monkeypatch.setattr(readings, "QUEUE_PATIENCE_S", 30.0)
+    monkeypatch.setattr(waiting, "PATIENCE_S", 30.0)  # on a busy machine any reading may be slow
+    monkeypatch.setattr(waiting, "QUEUE_PATIENCE_S", 30.0)
     prompts: list[Any] = ["a" * 400, CHAT, [5, 6, 7], "b", [{"role": "user", "content": "word " * 80}], [9]]
     async with opened(tiny, max_running=1, record=True) as engine:
         n_tokens = [await anyio.to_thread.run_sync(engine.count_tokens, prompt) for prompt in prompts]
@@ -217,7 +217,7 @@ async def test_without_threads_the_error_is_typed_and_the_next_prompt_is_read(
             raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(readings, "Thread", NoThread)
+        patch.setattr(waiting, "Thread", NoThread)
         async with Engine(tiny) as engine:
             with anyio.fail_after(30), pytest.raises(EngineFailedError, match="no thread can be started"):
                 await engine.generate("Hello", greedy(2))

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import EngineFailedError
-from fiddler.lanes.inline import InlineLanes
-from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.laneset import InlineLanes, LaneSet
 from fiddler.lanes.runner import DrivenWave, Runner
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
@@ -224,7 +223,7 @@ def test_an_error_of_the_schedulers_own_ends_the_run_and_not_the_runner(
 ) -> None:
     with driven(threads()) as driver:
         with monkeypatch.context() as patch:
-            patch.setattr(driver.scheduler, "_plan", raise_broken)
+            patch.setattr(driver.scheduler._placing, "plan", raise_broken)
             waves = [Walk(1, 2), Walk(2, 3)]
             with pytest.raises(RuntimeError, match="broken"):
                 driver.run(waves)

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 
 from fiddler.errors import GenerationError
 from fiddler.models.generation import Defaults, read_options
-from fiddler.models.option_values import PROCESSORS
+from fiddler.models.options import PROCESSORS
 from fiddler.models.sampling import Sampler
 from tests.support.default_dtype import default_dtype
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fiddler.cost.lanes import LANES
+from fiddler.cost.model import LANES
 from fiddler.errors import ConfigError
 from fiddler.lab.machine import Machine
 from fiddler.lab.shape import ModelShape

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fiddler.lab.prefetch import PREFETCH
 from fiddler.lab.simulation import simulate
+from fiddler.lab.systems import PREFETCH
 from fiddler.recording import Recording, guesses
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics

@@ -14,15 +14,15 @@ import torch
 from fiddler.cache.cache import ExpertCache
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
+from fiddler.lab.systems import prefetch_of
 from fiddler.lanes.runner import Runner
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
-from fiddler.scheduler.rows import Span, assemble, halves
+from fiddler.scheduler.waves import RowSpan, assemble, halves
 from tests.support.tiny import save_tiny
 
 N_REQUESTS = 10_000
@@ -44,7 +44,7 @@ COSTS = CostModel(
 class FailingWave(ScriptWave):
     """A wave whose forward raises at a layer."""
 
-    def __init__(self, spans: list[Span[Script]], at: int) -> None:
+    def __init__(self, spans: list[RowSpan[Script]], at: int) -> None:
         super().__init__(spans, N_EXPERTS)
         self._at = at
 
@@ -115,12 +115,12 @@ class Soak:
             span.request.n_past = max(span.request.n_past, span.stop)
         self.end([script for script in self.running if script.finished], "finished")
 
-    def wave(self, spans: list[Span[Script]]) -> ScriptWave:
+    def wave(self, spans: list[RowSpan[Script]]) -> ScriptWave:
         if self.rng.random() < P_WAVE_FAILS:
             return FailingWave(spans, self.rng.randint(0, len(N_EXPERTS)))
         return ScriptWave(spans, N_EXPERTS)
 
-    def concerned(self, wave: ScriptWave, spans: list[Span[Script]]) -> list[Script]:
+    def concerned(self, wave: ScriptWave, spans: list[RowSpan[Script]]) -> list[Script]:
         """The requests with rows that visited an expert which failed."""
         found = []
         for span in spans:

@@ -19,8 +19,7 @@ from fiddler import CheckpointError, UnsupportedModelError
 from fiddler.config import EngineConfig
 from fiddler.errors import ModelError
 from fiddler.models.loaded import load
-from fiddler.store.folder import INDEX, SINGLE
-from fiddler.store.source import find_checkpoint
+from fiddler.store.folder import INDEX, SINGLE, find_checkpoint
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 17\n"
 

@@ -23,7 +23,7 @@ from fiddler.lab.shape import ModelShape
 from fiddler.models.loaded import ServableModel, load
 from fiddler.recording import RoutingTrace
 from fiddler.steps import graphs
-from fiddler.store.blocks import PackedStore
+from fiddler.store.blocks import BlockStore
 from tests.support.fake_gpu import FakeGpu
 from tools import synthesize
 
@@ -55,8 +55,8 @@ def made(of: Shape, **options: Any) -> ServableModel:
     return in_memory(of, EngineConfig(**options))
 
 
-def store_of(loaded: ServableModel) -> PackedStore:
-    assert isinstance(loaded.store, PackedStore)
+def store_of(loaded: ServableModel) -> BlockStore:
+    assert isinstance(loaded.store, BlockStore)
     return loaded.store
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench.workload import Run, Step, Workload
 from fiddler import Engine
 from fiddler.devices.cpu import CpuDevice, empty_results
-from fiddler.lanes.channel import Channel
 from fiddler.lanes.experts import ExpertWork, gather
+from fiddler.lanes.queues import Channel
 from fiddler.models.loaded import ServableModel
 from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.routing import route

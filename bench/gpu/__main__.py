@@ -22,7 +22,6 @@ from typing import Any
 import transformers
 
 from bench import machine
-from bench.gpu.checks import checks
 from bench.gpu.context import Context, said
 from bench.gpu.decode import decode
 from bench.gpu.facts import facts
@@ -37,7 +36,6 @@ from fiddler.gpu import cuda
 
 Part = Callable[[Context], Mapping[str, Any]]
 PARTS: Mapping[str, Part] = {
-    "checks": checks,
     "facts": facts,
     "decode": decode,
     "timeline": timeline,  # with the model that decoding has left in memory

@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import anyio
 
-from bench.gpu import llama
 from bench.gpu.clock import spread
 from bench.gpu.context import Context, said
 from bench.gpu.facts import Rates, rates_of
@@ -24,13 +23,12 @@ from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
 from fiddler.cache.cache import ExpertCache
-from fiddler.cost.lanes import LANES
+from fiddler.cost.model import LANES
 from fiddler.engine import assembly
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.shape import ModelShape
 from fiddler.lab.simulation import Bound
-from fiddler.lab.systems import System, cache_of, planner, system
-from fiddler.scheduler import choice
+from fiddler.lab.systems import System, cache_of, planner, prefetch_of, system
+from fiddler.scheduler import core
 
 RESERVE_S = 240.0
 """Left of the run for the parts after this one; of a shorter run no more than a third."""
@@ -84,17 +82,9 @@ class Decoding:
             if perf_counter() + (perf_counter() - began_s) > until_s:
                 return
 
-    def beside_llama(self) -> dict[str, Any]:
-        """Run llama.cpp, and ours with the same model and memory, if it can run here."""
-        if why_not := llama.why_not(self.ctx):
-            return {"model": self.ctx.sizes.llama, "rows": [], "unavailable": why_not}
-        place = self.ctx.sizes.llama, self.ctx.sizes.llama_gib
-        self._turn(place, OURS, first=True)
-        return llama.llama(self.ctx, self.cells[*place, OURS].gpu_bytes)
-
-    def write(self, **fields: Any) -> None:
+    def write(self) -> None:
         """Write what is known so far."""
-        self.ctx.keep("decode", **fields, **self.rows())
+        self.ctx.keep("decode", **self.rows())
 
     def rows(self) -> dict[str, Any]:
         """Return every cell's rows."""
@@ -199,14 +189,13 @@ async def _firsts(asking: _Asking, ctx: Context, cell: _Cell) -> None:
 
 
 def decode(ctx: Context) -> dict[str, Any]:
-    """Measure every place, those of one model together, and llama.cpp at the same memory."""
+    """Measure every place, those of one model together."""
     decoding = Decoding(ctx, rates_of(ctx))
     places = [(spec, budget) for spec in ctx.sizes.models for budget in ctx.sizes.budgets_gib]
     reserve_s = min(RESERVE_S, ctx.sizes.minutes * 20.0)
     for number, place in enumerate(places):
         left_s = ctx.remaining_s(reserve_s)
         decoding.place(place, perf_counter() + left_s / (len(places) - number))
-    decoding.write(llama=decoding.beside_llama())
     return decoding.rows()
 
 
@@ -224,7 +213,7 @@ def deciding_as(name: str, top_k: int) -> Generator[None]:
     One engine, one cache, one set of kernels, other decisions. Not as in the originals: fiddler-2024 overlaps CPU
     and GPU, and places experts uniformly and not by popularity; who streams experts through buffers of its own
     passes them through our cache, which admits by its policy; ktransformers' one graph a step, AMX kernels
-    and deferral are not there. The real llama.cpp is `bench.gpu.llama`.
+    and deferral are not there.
     """
     placed = system(name)
 
@@ -234,8 +223,8 @@ def deciding_as(name: str, top_k: int) -> Generator[None]:
 
     with (
         patch.object(assembly, "make_cache", cache),
-        patch.object(choice, "PLANNERS", {"auto": planner(placed.planner)}),
-        patch.object(choice, "PREFETCH", {"auto": lambda cache: prefetch_of(placed.prefetch, cache)}),
+        patch.object(core, "PLANNERS", {"auto": planner(placed.planner)}),
+        patch.object(core, "PREFETCH", {"auto": lambda cache: prefetch_of(placed.prefetch, cache)}),
     ):
         yield
 

@@ -21,7 +21,7 @@ from fiddler.gpu.device import Gpu
 from fiddler.lab.shape import ModelShape
 from fiddler.models.loaded import ServableModel
 from fiddler.recording import RoutingTrace
-from fiddler.store.blocks import PackedStore
+from fiddler.store.blocks import BlockStore
 
 N_SEQUENCES, N_TOKENS = 32, 256
 """Of the routing that is replayed, over and over."""
@@ -61,8 +61,8 @@ class Shelf:
         """Let go of the model and of what it has locked."""
         if self._kept is not None:
             store, self._kept = self._kept[2].store, None
-            assert isinstance(store, PackedStore)
-            PackedStore.unpin(store, self._gpu.unpin)
+            assert isinstance(store, BlockStore)
+            BlockStore.unpin(store, self._gpu.unpin)
         self.tidy()
 
     def tidy(self) -> None:
@@ -91,7 +91,7 @@ class Shelf:
 
 
 def _stay_locked(unpin: Callable[[torch.Tensor], None]) -> None:
-    """In place of `PackedStore.unpin`, until the model goes."""
+    """In place of `BlockStore.unpin`, until the model goes."""
 
 
 def _routing(of: Shape) -> RoutingTrace:

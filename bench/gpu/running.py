@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from fiddler import Engine, Statistics
-from fiddler.cost.lanes import LANES
+from fiddler.cost.model import LANES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,6 @@ class Sizes:
     models: tuple[str, ...] = ("mixtral-8x7b", "qwen3-30b-a3b")
     few: str = "qwen3-30b-a3b:layers=8"
     """A model that fits a GPU entirely."""
-    llama: str = "qwen3-30b-a3b:layers=12"
-    """What llama.cpp runs, for its files have to fit the disk; Fiddler runs it too, within `llama_gib`."""
-    llama_gib: float = 6.0
     budgets_gib: tuple[float, ...] = (12.0, 24.0, 48.0)
     systems: tuple[str, ...] = ("fiddler", "all-fetch", "all-cpu", "fiddler-2024", "hybrimoe", "ktransformers")
     kv_tokens: int = 8192
@@ -56,9 +53,6 @@ class Sizes:
     gemm: int = 8192
     launches: int = 1000
     passes: int = 5
-    # Checks
-    tests: tuple[str, ...] = ("tests/devices", "tests/gpu")
-    tests_s: float = 420.0
 
 
 FULL = Sizes()
@@ -66,8 +60,6 @@ QUICK = Sizes(
     minutes=5.0,
     models=("qwen3-30b-a3b:layers=12",),
     few="qwen3-30b-a3b:layers=4",
-    llama="qwen3-30b-a3b:layers=4",
-    llama_gib=3.0,
     budgets_gib=(8.0,),
     n_warm=48,
     n_new=32,
@@ -78,6 +70,4 @@ QUICK = Sizes(
     shapes={"qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"]},
     rows=(1, 4, 16, 64),
     passes=3,
-    tests=("tests/gpu",),
-    tests_s=120.0,
 )

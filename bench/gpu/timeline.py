@@ -15,7 +15,7 @@ from bench.gpu.models import sizes_of, vocabulary
 from bench.gpu.running import Reading, prompts, read
 from fiddler import Engine
 from fiddler.cli import timeline as drawing
-from fiddler.cost.lanes import LANES
+from fiddler.cost.model import LANES
 from fiddler.trace import Decision, Trace
 
 

@@ -20,7 +20,7 @@ from bench import machine
 from bench.synthetic.replayed import Replay
 from bench.synthetic.shapes import Shape
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.formula import DTYPES
+from fiddler.devices.cpu import DTYPES
 from fiddler.engine.engine import Loader
 from fiddler.engine.sim_assembly import SHARE
 from fiddler.errors import ConfigError
@@ -28,7 +28,7 @@ from fiddler.models import attention, seam
 from fiddler.models.loaded import ServableModel, experts_per_token, model_context
 from fiddler.models.skeleton import meta_skeleton
 from fiddler.recording import RoutingTrace
-from fiddler.store.blocks import BlockLayout, PackedStore
+from fiddler.store.blocks import BlockLayout, BlockStore
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 
@@ -74,7 +74,7 @@ def in_memory(
     _check_memory(shape.name, dense_bytes, sum(n_experts) * block_bytes, n_slots * block_bytes)
     _fill_dense(model, seed)
     noise = Noise.of(layouts, n_experts, dtype, std=config.initializer_range, seed=seed)
-    store = PackedStore.filled(layouts, n_experts, noise.fill)
+    store = BlockStore.filled(layouts, n_experts, noise.fill)
     if replay is not None:
         replay.install(model, modules)
     return ServableModel(

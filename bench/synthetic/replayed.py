@@ -26,7 +26,7 @@ from bench.synthetic.shapes import Shape
 from fiddler.errors import ConfigError
 from fiddler.lab.synthetic import PUBLISHED, SyntheticRouting
 from fiddler.lab.traces import load
-from fiddler.models.captured import CapturedCache
+from fiddler.models.attention import CapturedCache
 from fiddler.models.kv import KvArena, SequenceKV, WaveCache
 from fiddler.models.seam import ExpertsModule, Forward
 from fiddler.recording import Recording, RoutingTrace, guesses

@@ -1,16 +1,13 @@
-"""The expert cache: reserves slots for experts, evicts the one worth least, and keeps the policy's scores between
-runs.
+"""The expert cache: reserves slots for experts, evicts the one worth least, and keeps scores between runs.
 
-It combines three owners: `Slots` (a slot's state), `Room` (which layer may take a slot) and `Victims` (who gives
+It combines three owners: `Slots` (a slot's state), `Quotas` (which layer may take a slot) and `Victims` (who gives
 way). `state` and `restore` save and load what the policy and its history have learned.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from fiddler.cache.policy import Key, Policy, Rows
-from fiddler.cache.saved import counts, part, text
-from fiddler.cache.slots import Reservation, Room, Slots, Staging
-from fiddler.cache.victims import Place, Victims
+from fiddler.cache.policy import Key, Policy, Rows, counts, part, text
+from fiddler.cache.slots import Place, Quotas, Reservation, Slots, Staging, Victims
 from fiddler.given import shown
 
 
@@ -66,9 +63,9 @@ class ExpertCache:
         self._slots = Slots(n_slots)
         self.ready: Mapping[Key, int] = self._slots.ready
         """The slot of each expert that is READY."""
-        self._room = Room(self._n_kept, len(self._keys), per_layer=self.policy.per_layer, floor=self._floor)
+        self._quotas = Quotas(self._n_kept, len(self._keys), per_layer=self.policy.per_layer, floor=self._floor)
         self._staging = Staging(n_staging)
-        self._victims = Victims(self.policy, self._room.spares)
+        self._victims = Victims(self.policy, self._quotas.spares)
 
     @property
     def n_free(self) -> int:
@@ -96,11 +93,11 @@ class ExpertCache:
 
     def holds(self, key: Key) -> bool:
         """Whether the expert has a slot, LOADING or READY."""
-        return key in self._room.held[key[0]] or key in self._staging.held
+        return key in self._quotas.held[key[0]] or key in self._staging.held
 
     def held(self, layer: int) -> tuple[Collection[Key], Collection[Key]]:
         """The layer's experts that have a slot to keep, LOADING or READY, and those of all layers in passing."""
-        return self._room.held[layer], self._staging.held
+        return self._quotas.held[layer], self._staging.held
 
     def loading(self, key: Key) -> Reservation | None:
         """Return the copy under way for an expert."""
@@ -191,7 +188,7 @@ class ExpertCache:
         if self.policy.score(best) <= 0:
             return None
         rate = self.policy.rate(best)
-        if self._room.vacant(best[0]):
+        if self._quotas.vacant(best[0]):
             return best, rate
         victim = self._gives_way(best, promotion=True)
         return None if victim is None else (best, rate - self.policy.rate(victim))
@@ -200,7 +197,7 @@ class ExpertCache:
         """Reserve free slots for absent experts, in this order, before the first request."""
         reservations = []
         for key in keys:
-            if not self.holds(key) and self.policy.admits(key, self._n_kept) and self._room.vacant(key[0]):
+            if not self.holds(key) and self.policy.admits(key, self._n_kept) and self._quotas.vacant(key[0]):
                 self._replace(None, key)
                 reservations.append(self._slots.begin(key))
         return reservations
@@ -208,7 +205,7 @@ class ExpertCache:
     def best(self, n: int) -> list[Key]:
         """Return the `n` experts of highest worth that may be resident together, best first."""
         chosen: list[Key] = []
-        left = [self._room.quota(layer) for layer in range(len(self._keys))]
+        left = [self._quotas.quota(layer) for layer in range(len(self._keys))]
         for key in sorted((key for keys in self._keys for key in keys), key=self._highest):
             if len(chosen) < n and left[key[0]] and self.policy.admits(key, self._n_kept):
                 left[key[0]] -= 1
@@ -217,20 +214,35 @@ class ExpertCache:
 
     def state(self) -> dict[str, object]:
         """Return the learned scores, JSON-able; not which experts are resident."""
-        return state(self.policy)
+        return {
+            "policy": self.policy.name,
+            "n_experts": [list(self.history.n_experts)],
+            "history": self.history.state(),
+            "worth": self.policy.state(),
+        }
 
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Load the scores of another run. Raises `ValueError` for another policy's or another model's state."""
-        restore(self.policy, state)
-        for layer in range(len(self._keys)):
-            self._victims.stale.add(layer)
+    def restore(self, saved: Mapping[str, object]) -> None:
+        """Load what `state` returned; raises `ValueError`, with nothing changed, for another policy or model."""
+        saved = part({"state": saved}, "state")
+        shape = self.history.n_experts
+        found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
+        if found != (self.policy.name, [list(shape)]):
+            raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
+        before = self.history.state()
+        try:
+            self.history.restore(part(saved, "history"))
+            self.policy.restore(part(saved, "worth"))
+        except ValueError:
+            self.history.restore(before)
+            raise
+        self._victims.stale.update(range(len(self._keys)))
 
     def check(self) -> None:
         """Raise `AssertionError` where the books do not agree, or the worst expert differs from a full search's."""
         self._slots.check()
         held = self._slots.held()
         self._staging.check(held)
-        self._room.check({key for key in held if key not in self._staging.held})
+        self._quotas.check({key for key in held if key not in self._staging.held})
         self._victims.check({key for key in held if key not in self._staging.held and self._slots.idle(key)})
 
     def _admitted(self, key: Key, *, promotion: bool = False) -> tuple[bool, Key | None]:
@@ -239,7 +251,7 @@ class ExpertCache:
             raise ValueError(f"expert {key} has a slot already")
         if not self.policy.admits(key, self._n_kept):
             return False, None
-        if self._room.vacant(key[0]):
+        if self._quotas.vacant(key[0]):
             return True, None
         victim = self._gives_way(key, promotion=promotion)
         return victim is not None, victim
@@ -248,8 +260,8 @@ class ExpertCache:
         """Swap a staged expert after use with a resident that is worth less; the loser is evicted."""
         leaving: Key | None = key
         if self.policy.admits(key, self._n_kept):
-            victim = None if self._room.vacant(key[0]) else self._victim(key)
-            if self._room.vacant(key[0]) or (
+            victim = None if self._quotas.vacant(key[0]) else self._victim(key)
+            if self._quotas.vacant(key[0]) or (
                 victim is not None and self.policy.score(victim) < self.policy.score(key)
             ):
                 self._replace(victim, key)
@@ -260,15 +272,15 @@ class ExpertCache:
 
     def _replace(self, leaving: Key | None, entering: Key | None) -> None:
         if leaving is not None:
-            self._room.leave(leaving)
+            self._quotas.leave(leaving)
             self._victims.put(leaving[0], (leaving[1],), may_go=False)
         if entering is not None:  # which may not give way: its copy is yet to land, or its place to be told
-            self._room.enter(entering)
+            self._quotas.enter(entering)
 
     def _place(self, key: Key) -> None:
         """Tell the victims' list whether an expert may be evicted."""
         layer, slots = key[0], self._slots
-        may_go = key in slots.ready and key not in slots.leases and key in self._room.held[layer]
+        may_go = key in slots.ready and key not in slots.leases and key in self._quotas.held[layer]
         self._victims.put(layer, (key[1],), may_go=may_go)
 
     def _victim(self, newcomer: Key) -> Key | None:
@@ -277,7 +289,7 @@ class ExpertCache:
         if self.policy.per_layer:
             return self._victims.worst_of(layer)
         worst = self._victims.worst()
-        if self._room.spares(layer):
+        if self._quotas.spares(layer):
             return worst
         firsts = [key for key in (self._victims.worst_of(layer), worst) if key is not None]
         return min(firsts, key=self._victims.place, default=None)
@@ -293,29 +305,3 @@ class ExpertCache:
     def _highest(self, key: Key) -> Place:
         worth = self.policy.level(key[0]) - self.policy.rank(key)
         return worth, -self.history.last_visit(key), key[1], key[0]
-
-
-def state(policy: Policy) -> dict[str, object]:
-    """Return what the policy and the history have learned, JSON-able."""
-    return {
-        "policy": policy.name,
-        "n_experts": [list(policy.history.n_experts)],
-        "history": policy.history.state(),
-        "worth": policy.state(),
-    }
-
-
-def restore(policy: Policy, saved: Mapping[str, object]) -> None:
-    """Load what `state` returned; raises `ValueError`, with nothing changed, for another policy or model."""
-    saved = part({"state": saved}, "state")
-    shape = policy.history.n_experts
-    found = text(saved, "policy"), counts(saved, "n_experts", [len(shape)])
-    if found != (policy.name, [list(shape)]):
-        raise ValueError(f"the saved state is of {shown(found)}, not of this policy and model")
-    before = policy.history.state()
-    try:
-        policy.history.restore(part(saved, "history"))
-        policy.restore(part(saved, "worth"))
-    except ValueError:
-        policy.history.restore(before)
-        raise

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from fiddler.cache.frequency import make_cache
+from fiddler.cache.policies import make_cache
 from fiddler.calibration.measure import rising, typical
 from fiddler.config import EngineConfig
 from fiddler.cost.model import NO_TIME, CostModel, Curve, Dense
@@ -27,10 +27,9 @@ from fiddler.lanes.runner import Runner
 from fiddler.models.kv import KvArena, Run
 from fiddler.models.loaded import ServableModel
 from fiddler.models.lookahead import Lookahead
-from fiddler.scheduler.choice import scheduler_for
+from fiddler.scheduler.core import scheduler_for
 from fiddler.scheduler.messages import Job, JobDone, Report, RunDense
-from fiddler.scheduler.rows import Span
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import RowSpan, Waves
 from fiddler.steps.graphs import LEAST_TOKENS, Graphs
 from fiddler.steps.step import StepRunner
 from fiddler.steps.wave import Experts
@@ -250,12 +249,12 @@ class DenseBench:
         start, runs = context - 1, [self._reserved(context) for _ in range(n_rows)]
         sequences = [_Sequence(self._steps.new_past(run)) for run in runs]
 
-        def spans(n_before: int) -> list[Span[Any]]:
+        def spans(n_before: int) -> list[RowSpan[Any]]:
             at = start if self._packed else start + n_before  # caches of transformers' own cannot be cut
             for sequence in sequences:
                 if self._packed:
                     sequence.past.truncate(at)
-            return [Span(sequence, at, at + 1, last=True) for sequence in sequences]
+            return [RowSpan(sequence, at, at + 1, last=True) for sequence in sequences]
 
         try:
             self._fill(sequences, start)
@@ -266,26 +265,26 @@ class DenseBench:
     def _fill(self, sequences: Sequence[_Sequence], n_tokens: int) -> None:
         """Give sequences a past of `n_tokens` tokens; in an arena it is zeros, which are read all the same."""
         if self._packed:
-            self._step([Span(sequence, 0, _FIRST, last=True) for sequence in sequences])
+            self._step([RowSpan(sequence, 0, _FIRST, last=True) for sequence in sequences])
             for sequence in sequences:
                 sequence.past.extend(n_tokens)
         elif n_tokens:
             for sequence in sequences:
-                self._step([Span(sequence, 0, n_tokens, last=True)])
+                self._step([RowSpan(sequence, 0, n_tokens, last=True)])
 
     def _chunk(self, n_rows: int) -> Step:
         """Run a prompt of `n_rows` tokens."""
         run = self._reserved(n_rows)
 
-        def spans(n_before: int) -> list[Span[Any]]:
-            return [Span(_Sequence(self._steps.new_past(run)), 0, n_rows, last=True)]
+        def spans(n_before: int) -> list[RowSpan[Any]]:
+            return [RowSpan(_Sequence(self._steps.new_past(run)), 0, n_rows, last=True)]
 
         try:
             return self._typical(spans)
         finally:
             self._release([run])
 
-    def _typical(self, spans: Callable[[int], list[Span[Any]]]) -> Step:
+    def _typical(self, spans: Callable[[int], list[RowSpan[Any]]]) -> Step:
         """Run steps of one kind and return typical times; `spans` is given the number of steps before."""
         for n_before in range(WARM):
             self._step(spans(n_before))
@@ -294,7 +293,7 @@ class DenseBench:
             steps.append(self._step(spans(WARM + len(steps))))
         return Step(*(typical([getattr(step, name) for step in steps]) for name in ("layer_s", "head_s", "host_s")))
 
-    def _step(self, spans: list[Span[Any]]) -> Step:
+    def _step(self, spans: list[RowSpan[Any]]) -> Step:
         lanes = self._lanes
         lanes.begin(self._gpu.main.mark())
         began_s = perf_counter()

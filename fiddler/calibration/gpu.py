@@ -136,7 +136,7 @@ class GpuExperts:
         )
 
     def _copies(self, keys: Sequence[Key], budget_s: float | None) -> Generator[float]:
-        """Copy experts into slots, one behind the other; see `measure.Copies`. Seconds are the link's."""
+        """Copy experts into slots, one behind the other; see `measure.CopyLoop`. Seconds are the link's."""
         deadline = None if budget_s is None else perf_counter() + budget_s
         slots, queued = cycle(range(self.n_slots)), deque[tuple[Event, Event]]()
         try:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fiddler.calibration.kernels import set_own_threads
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
+from fiddler.devices.arena import SimDevice
 from fiddler.devices.cpu import CpuDevice, empty_results
-from fiddler.devices.sim import SimDevice
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -45,8 +45,8 @@ _MOST = 1000
 
 Points = tuple[tuple[float, float], ...]
 """(rows, seconds)."""
-Copies = Callable[[float | None], Iterator[float]]
-"""Copies experts into slots for some seconds, or for ever; yields the seconds of each copy, at least two."""
+CopyLoop = Callable[[float | None], Iterator[float]]
+"""CopyLoop experts into slots for some seconds, or for ever; yields the seconds of each copy, at least two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,9 @@ class Bench:
         experts, rows = cycle(sample), self._rows(layer, max(FITTED))
         return curve_of(lambda n: self._run(layer, n, next(experts), rows))
 
-    def contention(self, layer: int, sample: Sequence[ExpertWeights], copies: Copies, copy_s: float) -> Contention:
+    def contention(
+        self, layer: int, sample: Sequence[ExpertWeights], copies: CopyLoop, copy_s: float
+    ) -> Contention:
         """Run one-row experts here, alone and beside copies in a second thread; returns how much both are slowed.
 
         `copy_s` is the time of a copy alone.
@@ -194,7 +196,7 @@ def curve_of(run: Callable[[int], float]) -> tuple[Curve, Points]:
 
 
 @contextmanager
-def _beside(copies: Copies) -> Iterator[list[float]]:
+def _beside(copies: CopyLoop) -> Iterator[list[float]]:
     """Copy in another thread while the context lasts; gives the seconds of the copies that are done."""
     stop, begun, taken, n_threads = Event(), Event(), list[float](), torch.get_num_threads()
 

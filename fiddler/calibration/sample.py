@@ -14,15 +14,12 @@ from fiddler.calibration.gpu import SLOTS_BYTES, GpuBench
 from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane
 from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.formula import DTYPES
+from fiddler.devices.arena import Arena, SimDevice
+from fiddler.devices.cpu import DTYPES, CpuDevice
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.sim import SimDevice
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
-from fiddler.gpu.jobs import Copying, GpuJobs
-from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
 from fiddler.gpu.slots import SlotExperts, Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (
@@ -36,8 +33,8 @@ from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.blocks import BlockLayout, on_pages
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import MappedStore
-from fiddler.store.source import find_checkpoint
 from fiddler.types import ExpertWeights
 
 
@@ -99,7 +96,7 @@ def open_bench(loaded: LoadedModel, config: EngineConfig) -> Generator[Measures]
     blocks = _Blocks(loaded.weights, gpu.pin)
     arena = _arena(loaded, blocks, SLOTS_BYTES, gpu.device)
     experts = SlotExperts(lru_cache(None)(partial(_stack, blocks, arena)), loaded.formulas)
-    copying = Copying(arena, blocks.block, blocks.pinned, StagingRing(gpu))
+    copying = Copying(arena, blocks.block, blocks.pinned, PinnedRing(gpu))
     host = CpuDevice(blocks.weights, formulas, kernels)
     try:
         yield GpuBench.of(loaded, GpuJobs(gpu, Watch(), host, experts, copying), config)
@@ -139,7 +136,7 @@ def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
 
 
 class _Blocks:
-    """Packs experts when they are first asked for: a sample of the blocks that `PackedStore` holds whole.
+    """Packs experts when they are first asked for: a sample of the blocks that `BlockStore` holds whole.
 
     Each block is offered to `pin`, if that is given, until one is refused.
     """

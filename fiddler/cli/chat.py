@@ -11,13 +11,13 @@ import typer
 
 from fiddler.cli.flags import spoken
 from fiddler.cli.notes import Notes, speed, virtual_speed
-from fiddler.cli.options import CheckpointOptions, EngineOptions, SamplingOptions
+from fiddler.cli.options import DEFAULT_NEW_TOKENS, CheckpointOptions, EngineOptions, SamplingOptions
 from fiddler.cli.terminal import complain, guarded, on_sigint
 from fiddler.errors import RequestError
 
 if TYPE_CHECKING:
-    from fiddler.cli.history import History
     from fiddler.engine.engine import Engine
+
 
 HINT = "/reset forgets the conversation, /exit or ctrl-D leaves, ctrl-C stops an answer"
 
@@ -31,6 +31,60 @@ class ChatOptions:
         bool, typer.Option("--json", help="Read a message a line; print a JSON object an answer.")
     ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answers only.")] = False
+
+
+class History:
+    """The messages so far, within the model's context: the oldest turns go, the system message stays.
+
+    `n_wanted` is the length of answers that room is kept for, as far as a quarter of the context.
+    Raises `PromptError` where the checkpoint has no chat template.
+    """
+
+    def __init__(self, engine: "Engine", system: str | None, n_wanted: int | None) -> None:
+        self._engine = engine
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[dict[str, str]] = []
+        self._n_wanted = DEFAULT_NEW_TOKENS if n_wanted is None else n_wanted
+        engine.count_tokens([{"role": "user", "content": "?"}])
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The messages for the model."""
+        return [*self._system, *self._turns]
+
+    @property
+    def n_answer(self) -> int:
+        """Tokens the next answer may have; at least 1, so that an impossible prompt is refused by the engine."""
+        return max(min(self._n_wanted, self._room()), 1)
+
+    def ask(self, question: str) -> int:
+        """Add the user's message; returns how many old messages were dropped for it."""
+        self._turns.append({"role": "user", "content": question})
+        n_kept_free = min(self._n_wanted, self._engine.max_context // 4)
+        n_dropped = 0
+        while len(self._turns) > 1 and self._room() < n_kept_free:
+            del self._turns[:2]
+            n_dropped += 2
+        return n_dropped
+
+    def reply(self, text: str, *, kept: bool) -> None:
+        """Add the model's message, or forget the question if nothing is to be `kept`."""
+        if kept:
+            self._turns.append({"role": "assistant", "content": text})
+        else:
+            self.forget_question()
+
+    def forget_question(self) -> None:
+        """Take back a question that was not answered."""
+        if self._turns and self._turns[-1]["role"] == "user":
+            self._turns.pop()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self._turns.clear()
+
+    def _room(self) -> int:
+        return self._engine.max_context - self._engine.count_tokens(self.messages)
 
 
 def chat(
@@ -47,7 +101,6 @@ def chat(
             checkpoint.find()
             import anyio
 
-            from fiddler.cli.history import History
             from fiddler.engine.engine import Engine
 
             async def run() -> None:
@@ -60,7 +113,7 @@ def chat(
 
 
 async def _converse(
-    engine: "Engine", history: "History", overrides: dict[str, Any], notes: Notes, options: ChatOptions
+    engine: "Engine", history: History, overrides: dict[str, Any], notes: Notes, options: ChatOptions
 ) -> None:
     if sys.stdin.isatty():
         notes.say(HINT)
@@ -80,7 +133,7 @@ async def _converse(
 
 async def _answer(
     engine: "Engine",
-    history: "History",
+    history: History,
     message: str,
     overrides: dict[str, Any],
     notes: Notes,

@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig, resolve
-from fiddler.devices.formula import DTYPES
+from fiddler.devices.cpu import DTYPES
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint, Entry
+from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import Every, ExpertParts, Select, View
-from fiddler.store.source import find_checkpoint
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -144,7 +144,7 @@ def _top_k(skeleton: PreTrainedModel, path: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Fit:
     """How the model fits this machine's memory."""
 
     ram_available_bytes: int
@@ -170,7 +170,7 @@ class Facts:
     file_bytes: int
     """Bytes of every stored tensor, unused ones (such as multi-token prediction) included."""
     sizes: Sizes
-    machine: Machine
+    machine: Fit
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields, those of `sizes` beside the others."""
@@ -205,9 +205,9 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
     )
 
 
-def _machine(sizes: Sizes, available: int) -> Machine:
+def _machine(sizes: Sizes, available: int) -> Fit:
     room = available - sizes.dense.bytes
     if room < 0:
-        return Machine(available, "no", 0)
+        return Fit(available, "no", 0)
     fits: Literal["ram", "disk"] = "ram" if room >= sizes.experts.bytes else "disk"
-    return Machine(available, fits, min(room, sizes.experts.bytes))
+    return Fit(available, fits, min(room, sizes.experts.bytes))

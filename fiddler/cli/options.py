@@ -21,7 +21,10 @@ from fiddler.config import (
     WaveMode,
 )
 from fiddler.errors import ConfigError
-from fiddler.store.source import find_checkpoint
+from fiddler.store.folder import find_checkpoint
+
+DEFAULT_NEW_TOKENS = 256
+"""Tokens of an answer if no length was given; fewer where the context holds no more."""
 
 
 def choice(kind: Any, text: str, panel: str = "Engine", *, elsewhere: str = "") -> Any:
@@ -190,7 +193,9 @@ class EngineOptions:
 class SamplingOptions:
     """How tokens are picked; options left out are as the checkpoint's `generation_config.json` says."""
 
-    max_new_tokens: Annotated[int | None, _sampling("Tokens to generate at most; 256 if left out.", min=1)] = None
+    max_new_tokens: Annotated[
+        int | None, _sampling(f"Tokens to generate at most; {DEFAULT_NEW_TOKENS} if left out.", min=1)
+    ] = None
     greedy: Annotated[
         bool, _sampling("Always take the likeliest token, whatever the options below say.", "--greedy")
     ] = False

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fiddler.cli.notes import copied_ahead, size
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.lab.machine import FIGURES, Machine, machines
 from fiddler.lab.shape import ModelShape, shapes
 from fiddler.lab.simulation import Report, Setting

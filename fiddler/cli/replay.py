@@ -16,7 +16,7 @@ from fiddler.cli.simulate import SHAPE, check_length, make_up
 from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
-from fiddler.lab.names import PolicyName
+from fiddler.lab import PolicyName
 
 if TYPE_CHECKING:
     from fiddler.cli.curves import Replayed

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import anyio
 from anyio import lowlevel
 
-from fiddler.cli.prompts import Named
+from fiddler.cli.options import DEFAULT_NEW_TOKENS
+from fiddler.cli.record import Named
 from fiddler.cli.terminal import leave_at_once, on_sigint
 from fiddler.config import EngineConfig
 from fiddler.engine.engine import Engine
@@ -19,9 +20,6 @@ from fiddler.errors import PromptError
 from fiddler.recording import RoutingTrace
 from fiddler.text.prompts import Prompt
 from fiddler.types import FinishReason, Statistics, Timing, Token, Usage
-
-DEFAULT_NEW_TOKENS = 256
-"""Tokens of an answer if no length was given; fewer where the context holds no more."""
 
 
 @dataclass(frozen=True, slots=True)

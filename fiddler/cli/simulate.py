@@ -15,7 +15,7 @@ from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
-from fiddler.lab.names import PlannerName, PolicyName, PrefetchName
+from fiddler.lab import PlannerName, PolicyName, PrefetchName
 
 if TYPE_CHECKING:
     from numpy import float64

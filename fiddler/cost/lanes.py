@@ -7,12 +7,9 @@ backlogs.
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from fiddler.cost.model import NO_CONTENTION, Contention
-
-LaneName = Literal["cpu", "gpu", "link"]
-LANES: tuple[LaneName, ...] = ("cpu", "gpu", "link")
+from fiddler.cost.model import NO_CONTENTION, Contention, LaneName
 
 
 class Backlog(NamedTuple):
@@ -154,13 +151,6 @@ class Lanes:
             if queued.urgent or queued.started:
                 link_s += queued.left_s
         return Backlog(cpu_s, gpu_s, link_s)
-
-    def backlog_s(self, lane: LaneName) -> float:
-        """Return the seconds of work queued in a lane, as it takes alone."""
-        seconds = 0.0
-        for queued in self.queues[lane]:
-            seconds += queued.left_s
-        return seconds
 
     def ahead_s(self, job: int) -> float:
         """Return the link's seconds, as it takes alone, until a queued copy has landed; 0.0 if it is not queued."""

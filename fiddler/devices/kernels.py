@@ -12,7 +12,7 @@ and its rows are not padded.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.formula import Matmul
 from fiddler.devices.native import MOST_ROWS, Native
+
+Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`."""
 
 ROOMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that are multiplied."""

@@ -3,28 +3,26 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.frequency import make_cache
+from fiddler.cache.policies import make_cache
 from fiddler.calibration.kernels import compute_lane
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel, no_costs
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import Kernels
-from fiddler.engine.side import Side
 from fiddler.errors import ConfigError
 from fiddler.given import read_json
-from fiddler.lanes.experts import ExpertWork, HostCrossing
-from fiddler.lanes.inline import InlineLanes
-from fiddler.lanes.laneset import LaneSet
+from fiddler.lanes.experts import Crossing, ExpertWork, HostCrossing
+from fiddler.lanes.laneset import InlineLanes, LaneSet
 from fiddler.lanes.runner import Runner
 from fiddler.models import seam
 from fiddler.models.loaded import ServableModel
-from fiddler.models.lookahead import Lookahead
 from fiddler.scheduler.cpu_only import CpuOnly
 from fiddler.scheduler.waves import Waves
 from fiddler.steps.recorder import Recorder
@@ -33,7 +31,11 @@ from fiddler.steps.wave import Experts
 from fiddler.trace import Trace
 
 if TYPE_CHECKING:
+    from fiddler.gpu.jobs import GpuJobs
+    from fiddler.models.lookahead import Lookahead
     from fiddler.scheduler.core import Scheduler
+    from fiddler.steps.graphs import Graphs, Resident
+
 
 logger = logging.getLogger("fiddler")
 
@@ -60,6 +62,36 @@ def restore(cache: ExpertCache, file: Path | None) -> None:
                 cache.restore(read_json(file))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"warm_start={str(file)!r} cannot be used: {error}; give another file") from error
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The parts of an engine that differ by device: they run a model's experts.
+
+    The model's own side only knows the crossing.
+    """
+
+    crossing: Callable[[], Crossing]
+    """Makes a wave's own crossing."""
+    work: "ExpertWork | GpuJobs"
+    """Runs the lanes' jobs."""
+    costs: CostModel
+    n_slots: int
+    lanes: Callable[[], LaneSet]
+    """Starts the lanes and their threads."""
+    graphs: "Graphs | None" = None
+    """Records decoding steps, and knows where keys and values lie: for packed models on a GPU."""
+    residents: "Callable[[ExpertCache], Callable[[], Resident | None]] | None" = None
+    """Given the cache, returns a function that yields the `Resident` runner while every expert is in a slot, else
+    `None`."""
+    shrink: Callable[[], int] | None = None
+    """Gives slots up when a GPU's memory has run out, while no lane works; returns how many are left, all empty."""
+    close: Callable[[], None] = _nothing
+    """Releases everything; call it once the lanes have ended."""
 
 
 DEFER_FROM = 6
@@ -151,15 +183,19 @@ def _scheduler(
 ) -> "Scheduler | CpuOnly":
     if loaded.resolved.device == "cpu":
         return CpuOnly(cache, costs, trace)
-    from fiddler.scheduler.choice import scheduler_for
+    from fiddler.scheduler.core import scheduler_for
 
     return scheduler_for(config, cache, costs, trace)
 
 
-def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> Lookahead | None:
+def _lookahead(loaded: ServableModel, n_slots: int, config: EngineConfig) -> "Lookahead | None":
     """Return the look-ahead, if prefetch or a recording uses it."""
     asked = 0 < n_slots < sum(loaded.n_experts) and config.asks_routers
-    return Lookahead(loaded.model, loaded.experts) if asked or config.record else None
+    if not asked and not config.record:
+        return None
+    from fiddler.models.lookahead import Lookahead
+
+    return Lookahead(loaded.model, loaded.experts)
 
 
 def _deferred(loaded: ServableModel, config: EngineConfig) -> int:

@@ -1,24 +1,30 @@
-"""Fiddler's experts under plain transformers: `model.generate()` with everything it can do."""
+"""Fiddler's experts under plain transformers: `model.generate()` with everything it can do.
 
-from collections.abc import Sequence
+The experts of a model from a folder lie outside of it, in the checkpoint's files: their parameters are not
+attributes of its modules, so saving, converting, moving or replacing them would silently miss them. Such a model
+can run and be copied; its dense part can learn and be adapted; operations that need the experts inside are
+refused.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fiddler.calibration.kernels import checked, choose_kernels, compute_lane
 from fiddler.config import EngineConfig
-from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.formula import ExpertFormula
+from fiddler.devices.cpu import CpuDevice, ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import native
 from fiddler.errors import ModelError
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam
 from fiddler.models.loaded import adopt, load
-from fiddler.models.outside import is_outside, keep_outside
 
 _State = tuple[ExpertFormula, list[tuple[int, torch.dtype]]]
 """A module's formula, the addresses of its parameters, and their dtypes."""
@@ -113,3 +119,191 @@ def _fit(hidden: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 def _learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+WHOLE = "load the model with transformers and give it to fiddler.attach(model): it keeps its own weights then"
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
+
+def keep_outside(model: PreTrainedModel, folder: str) -> None:
+    """From now on, refuse operations that need a model's experts inside it; they lie in `folder`."""
+    for experts in seam.find_experts(model).values():
+        _derive(experts, _Experts)
+        experts._whole = weakref.ref(model)  # a copy of a part does not copy the whole
+        experts._folder, experts._probe = folder, torch.empty(0, dtype=model.dtype, device="cpu")
+        for name in seam.PARAMETERS:
+            experts.__dict__.pop(name, None)
+    for module in list(model.modules()):
+        inside = tuple(each for each in module.modules() if isinstance(each, _Experts))
+        if inside and not isinstance(module, _Experts):
+            _derive(module, _Model if module is model else _Holder)
+            module.__dict__["_outside"] = inside
+
+
+def is_outside(model: PreTrainedModel) -> bool:
+    """Whether a model's experts lie outside of it."""
+    return isinstance(model, _Model)
+
+
+def _derive(module: Any, guard: type) -> None:
+    """Make a module's class a subclass of its own class and of `guard`."""
+    own = type(module)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    module.__class__ = type(own.__name__, (guard, own), names)
+
+
+class _OutsideError(ModelError, AttributeError):
+    """An `AttributeError`, so that `hasattr` says no and defaults are taken."""
+
+
+class _Missing(torch.Tensor):
+    """A parameter that lies outside: it has a name, and any use raises the reason."""
+
+    why = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise ModelError(next((each.why for each in args if isinstance(each, cls)), WHOLE))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<{self.why}>"
+
+
+class _Copied(nn.Module):
+    """A module that is copied but not pickled; copies share the experts, which never change."""
+
+    def __copy__(self) -> Any:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update({n: v if n == "_fiddler" else deepcopy(v, memo) for n, v in vars(self).items()})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.refuse("pickling the model", "would leave them out", "attach to that folder again where it is needed")
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        raise NotImplementedError
+
+
+class _Experts(_Copied):
+    """An experts module without its experts."""
+
+    _whole: "weakref.ref[PreTrainedModel]"
+    _folder: str
+    _probe: torch.Tensor
+    _shapes: Mapping[str, tuple[int, ...]]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in seam.PARAMETERS:
+            raise _OutsideError(self._missing(name).why)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in (*seam.PARAMETERS, *seam.FORMULA):
+            self.refuse(f"setting {name}", "would have no effect")
+        super().__setattr__(name, value)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name the outside parameters too if the module's own are asked for: an adapter is then refused."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if not recurse:
+            for name, shape in self._shapes.items():
+                missing = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+                yield (f"{prefix}.{name}" if prefix else name), missing
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in seam.PARAMETERS:
+            self.refuse(f"setting {name}", "would have no effect")
+        super().register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not hasattr(self._whole(), "peft_config"):
+            self.refuse("state_dict()", "would leave them out", f"copy that folder, or {WHOLE}")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update((prefix + name, self._missing(name)) for name in self._shapes)  # peft takes its own
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(name.startswith(prefix) and name.removeprefix(prefix) in seam.PARAMETERS for name in state_dict):
+            self.refuse("load_state_dict()", "would leave them as they are")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Any:
+        self.check(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _missing(self, name: str) -> "_Missing":
+        missing = torch.empty(self._shapes[name], dtype=self._probe.dtype, device="meta").as_subclass(_Missing)
+        missing.why = f"{name} is not in the model but in {self._folder}; {WHOLE}"
+        return missing
+
+    def check(self, convert: Convert) -> None:
+        """Refuse a conversion to another dtype or device."""
+        probe = self._probe
+        try:
+            made = convert(probe)
+        except Exception as error:
+            raise ModelError(f"the experts lie in {self._folder} and cannot be converted: {error}") from error
+        if made.device != probe.device:
+            self.refuse(f"moving the model to {made.device}", "would leave them on the CPU")
+        if made.dtype != probe.dtype:
+            dtype = str(made.dtype).removeprefix("torch.")
+            remedy = f"open it anew with EngineConfig(dtype={dtype!r}), or {WHOLE}"
+            self.refuse(f"converting the model to {dtype}", "would leave them as they are", remedy)
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        raise ModelError(f"the experts lie in {self._folder}: {action} {why}; {remedy}")
+
+
+class _Holder(_Copied):
+    """A module that holds experts modules without experts."""
+
+    _outside: tuple[_Experts, ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = value.modules() if isinstance(value, nn.Module) else ()
+        if hasattr(value, "modules_to_save") and any(isinstance(each, _Experts) for each in inside):  # peft's copy
+            self.refuse(f"adapting {name} with modules_to_save", "would neither train nor save them")
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Any:
+        self._outside[0].check(fn)  # before anything is converted
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
+        """Raise `ModelError`."""
+        self._outside[0].refuse(action, why, remedy)
+
+
+class _Model(_Holder, PreTrainedModel):
+    """A whole model with such modules."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = super().__deepcopy__(memo)
+        for experts in made._outside:
+            experts._whole = weakref.ref(made)
+        return made
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if not getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the adapters alone
+            self.refuse("save_pretrained()", "would leave them out", f"copy that folder, or {WHOLE}")
+        super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.refuse("push_to_hub()", "would leave them out", f"upload that folder, or {WHOLE}")
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        self.refuse("set_experts_implementation()", "would not find them")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the experts' parameters too, which never learn."""
+        inside = super().num_parameters(only_trainable, exclude_embeddings)
+        sizes = (torch.Size(shape).numel() for module in self._outside for shape in module._shapes.values())
+        return inside if only_trainable else inside + sum(sizes)

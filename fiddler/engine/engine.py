@@ -18,7 +18,7 @@ from fiddler.engine.loop import EngineLoop, ended
 from fiddler.engine.thread import EngineThread, Loader
 from fiddler.errors import CheckpointError, ConfigError, EngineClosedError, PromptError
 from fiddler.given import shown
-from fiddler.lanes.channel import Channel
+from fiddler.lanes.queues import Channel
 from fiddler.models.generation import read_options
 from fiddler.models.loaded import ServableModel
 from fiddler.recording import RoutingTrace

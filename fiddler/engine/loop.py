@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fiddler.engine.assembly import Rig
-from fiddler.engine.line import Line
-from fiddler.engine.readings import PATIENCE_S, Found, Reading, Readings
+from fiddler.engine.waiting import PATIENCE_S, Found, Line, Reading, Readings
 from fiddler.errors import (
     EngineClosedError,
     EngineError,
@@ -18,10 +17,10 @@ from fiddler.errors import (
     PromptError,
     RequestError,
 )
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Mailbox
 from fiddler.models.loaded import ServableModel
 from fiddler.models.sampling import Sampler
-from fiddler.scheduler.rows import Span, assemble
+from fiddler.scheduler.waves import RowSpan, assemble
 from fiddler.steps.request import KvRoom, Request, Submission, past_bytes, token_limit
 from fiddler.steps.step import Outcome
 from fiddler.steps.stream import Admitted, Item
@@ -57,7 +56,7 @@ class Close:
     """The engine must end."""
 
 
-Command = Submit | Read | End | Close
+Message = Submit | Read | End | Close
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ class EngineLoop:
         self,
         loaded: ServableModel,
         rig: Rig,
-        inbox: Mailbox[Command],
+        inbox: Mailbox[Message],
         *,
         max_running: int,
         chunk_tokens: int,
@@ -151,7 +150,7 @@ class EngineLoop:
             self._step()
         self._publish()
 
-    def _apply(self, commands: Iterable[Command]) -> None:
+    def _apply(self, commands: Iterable[Message]) -> None:
         for command in commands:
             match command:
                 case Submit(submission, reading):
@@ -271,7 +270,7 @@ class EngineLoop:
         self._counters.n_steps += 1
         self._counters.step_s += now_s() - started_s
 
-    def _relieved(self, spans: Sequence[Span[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    def _relieved(self, spans: Sequence[RowSpan[Request]], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """If a GPU's memory ran out, give slots up and run the failed spans again, once a step."""
         short = [i for i, outcome in enumerate(outcomes) if isinstance(outcome.error, torch.OutOfMemoryError)]
         if not short and not self._rig.side.work.short:
@@ -286,7 +285,7 @@ class EngineLoop:
         relieved = dict(zip(short, again, strict=True))
         return [relieved.get(i, outcome) for i, outcome in enumerate(outcomes)]
 
-    def _deliver(self, span: Span[Request], outcome: Outcome) -> None:
+    def _deliver(self, span: RowSpan[Request], outcome: Outcome) -> None:
         request = span.request
         if outcome.error is not None:
             self._fail([request], "a step failed", outcome.error)
@@ -371,7 +370,7 @@ class EngineLoop:
         )
 
 
-def _refuse(cause: BaseException | None, command: Command) -> None:
+def _refuse(cause: BaseException | None, command: Message) -> None:
     """Answer a submission that came after the engine's end, in the thread that pushed it."""
     if isinstance(command, Submit):
         command.submission.channel.push(ended(cause))

@@ -9,17 +9,16 @@ from fiddler.calibration.kernels import torch_worker
 from fiddler.calibration.measure import Bench
 from fiddler.config import EngineConfig, Resolved
 from fiddler.cost.model import CostModel, no_costs
-from fiddler.devices.arena import Arena
+from fiddler.devices.arena import Arena, SimDevice
 from fiddler.devices.cpu import CpuDevice
-from fiddler.devices.sim import SimDevice
-from fiddler.engine.side import Side
+from fiddler.engine.assembly import Side
 from fiddler.errors import ConfigError
 from fiddler.lanes.experts import ExpertWork, HostCrossing
 from fiddler.lanes.laneset import LaneSet
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.models.loaded import ServableModel
-from fiddler.store.blocks import PackedStore
+from fiddler.store.blocks import BlockStore
 from fiddler.trace import Trace
 
 SHARE = 0.25
@@ -38,7 +37,7 @@ def sim_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
 
 def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
     store = loaded.store
-    assert isinstance(store, PackedStore)
+    assert isinstance(store, BlockStore)
     total = sum(loaded.n_experts)
     n_slots = min(total, round(total * SHARE) if config.slots is None else config.slots)
     try:
@@ -53,7 +52,7 @@ def _accelerator(loaded: ServableModel, config: EngineConfig) -> SimDevice:
 def _costs(loaded: ServableModel, host: CpuDevice, accelerator: SimDevice, config: EngineConfig) -> CostModel:
     if loaded.resolved.machine is not None:
         # the one place where an engine takes something from the lab
-        from fiddler.lab.hosted import described_costs
+        from fiddler.lab.machine import described_costs
 
         return described_costs(loaded.resolved.machine, loaded)
     if not accelerator.arena.n_slots:

@@ -18,11 +18,10 @@ import torch
 from fiddler.calibration.kernels import choose_kernels, choose_threads
 from fiddler.config import EngineConfig
 from fiddler.engine.assembly import assemble_rig
-from fiddler.engine.loop import Close, Command, End, EngineLoop, Submit
-from fiddler.engine.readings import Reading
+from fiddler.engine.loop import Close, End, EngineLoop, Message, Submit
+from fiddler.engine.waiting import Reading
 from fiddler.errors import EngineClosedError, EngineFailedError
-from fiddler.lanes.channel import Latch
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Latch, Mailbox
 from fiddler.models import dense
 from fiddler.models.alone import check_before
 from fiddler.models.generation import Defaults
@@ -43,7 +42,7 @@ class EngineThread:
     """One engine's life, from loading to the end. `booted` and `ended` are always set in the end."""
 
     def __init__(self, model: str | Path | Loader, config: EngineConfig) -> None:
-        self.inbox: Mailbox[Command] = Mailbox()
+        self.inbox: Mailbox[Message] = Mailbox()
         self.booted = Latch()
         """Set once requests may come, or never will."""
         self.ended = Latch()

@@ -13,7 +13,7 @@ GIVEN_UP = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Division:
     """Parts of a budget; bytes, but for `slots`."""
 
     budget: int
@@ -63,7 +63,7 @@ def divide(
     slot_bytes: int,
     n_experts: int,
     asked_slots: int | None,
-) -> Room:
+) -> Division:
     """Divide a budget; slots are as many as fit, but no more than there are experts or were asked for.
 
     `kv_token_bytes` are the bytes of one token's keys and values over all layers. Raises `ConfigError`, with a
@@ -72,13 +72,13 @@ def divide(
     """
     most = n_experts if asked_slots is None else min(asked_slots, n_experts)
     least = min(most, 1)
-    wanted = Room(budget_bytes, dense_bytes, kv_tokens * kv_token_bytes, workspace_bytes, least, slot_bytes)
+    wanted = Division(budget_bytes, dense_bytes, kv_tokens * kv_token_bytes, workspace_bytes, least, slot_bytes)
     if wanted.free < 0:
         raise ConfigError(_too_small(wanted, kv_token_bytes))
     return replace(wanted, slots=min(most, least + wanted.free // slot_bytes))
 
 
-def shrunk(room: Room, by_bytes: int) -> Room:
+def shrunk(room: Division, by_bytes: int) -> Division:
     """Return the room after memory ran out by `by_bytes`: slots are given up, and the workspace has their bytes.
 
     At least one of `GIVEN_UP` slots goes, and all go where that is not enough. Without slots there is nothing to
@@ -88,7 +88,7 @@ def shrunk(room: Room, by_bytes: int) -> Room:
     return replace(room, slots=room.slots - n_given, workspace=room.workspace + n_given * room.slot_bytes)
 
 
-def _too_small(wanted: Room, kv_token_bytes: int) -> str:
+def _too_small(wanted: Division, kv_token_bytes: int) -> str:
     missing = -wanted.free
     what = "one slot" if wanted.slots else "a model without slots"
     return "\n".join(
@@ -100,7 +100,7 @@ def _too_small(wanted: Room, kv_token_bytes: int) -> str:
     )
 
 
-def _advice(wanted: Room, missing: int, kv_token_bytes: int) -> str:
+def _advice(wanted: Division, missing: int, kv_token_bytes: int) -> str:
     """Return which options to change, and to what; only changes that would help."""
     ways = [f"vram_budget to at least {wanted.budget + missing}, if the GPU has as much free"]
     slot_bytes = wanted.slots * wanted.slot_bytes
@@ -118,7 +118,7 @@ def _tokens(n_bytes: int, token_bytes: int) -> int:
     return n_bytes // token_bytes if token_bytes else 0
 
 
-def _table(room: Room, left: str, left_bytes: int) -> str:
+def _table(room: Division, left: str, left_bytes: int) -> str:
     rows = [
         ("budget", room.budget, ""),
         ("dense weights", room.dense, ""),

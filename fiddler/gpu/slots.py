@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
+from fiddler.devices.cpu import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
 from fiddler.types import ExpertWeights
 
 logger = logging.getLogger("fiddler")
 
-Path = Literal["auto", "triton", "grouped", "loop"]
+Method = Literal["auto", "triton", "grouped", "loop"]
 """The ways to run experts; `auto` picks one of the others for each call."""
 Picked = Literal["triton", "grouped", "loop"]
 
@@ -181,7 +181,7 @@ class SlotExperts:
     """
 
     def __init__(
-        self, stacks: Callable[[int], Stack], formulas: tuple[ExpertFormula, ...], *, path: Path = "auto"
+        self, stacks: Callable[[int], Stack], formulas: tuple[ExpertFormula, ...], *, path: Method = "auto"
     ) -> None:
         self._stacks = stacks
         self._formulas = formulas

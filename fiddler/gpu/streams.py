@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import torch
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.gpu.crossing import Due
 from fiddler.gpu.device import Event
 from fiddler.gpu.jobs import Computed, GpuJobs
 from fiddler.lanes.laneset import span
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Mailbox
 from fiddler.lanes.threads import Worker
 from fiddler.scheduler.messages import (
     CopyExpert,

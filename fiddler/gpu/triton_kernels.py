@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fiddler.devices.formula import ExpertFormula, gated
+from fiddler.devices.cpu import ExpertFormula, gated
 from fiddler.gpu.slots import Stack, Visits
 
 TILE_ROWS = 16

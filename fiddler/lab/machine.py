@@ -1,16 +1,24 @@
-"""A described machine: its figures with their sources, and the costs of a model shape on it."""
+"""A described machine: its figures with their sources, and the costs on it of a model shape or of a loaded model.
+
+The latter is for `device="sim:MACHINE"`: all that an engine takes from the lab.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
 from fiddler.errors import ConfigError
 from fiddler.lab import shape as profile
 from fiddler.lab.shape import DENSE_BYTES, ModelShape
+from fiddler.types import ExpertWeights
+
+if TYPE_CHECKING:
+    from fiddler.models.loaded import LoadedModel
+
 
 FOLDER = Path(__file__).parent.parent / "machines"
 RESERVE_BYTES = 2**30
@@ -107,12 +115,15 @@ def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
     operations on a long context, and windows that bound its reads (its seconds are the bytes of keys and values).
     """
     expert = expert_costs(machine, shape.expert_bytes, shape.expert_flops_per_row)
-    there_and_back = 2 * shape.hidden * DENSE_BYTES
+    return _costs(machine, (expert,) * shape.n_layers, shape.hidden * DENSE_BYTES, _dense(shape, machine))
+
+
+def _costs(machine: Machine, experts: tuple[ExpertCosts, ...], row_bytes: int, dense: Dense) -> CostModel:
     return CostModel(
-        experts=(expert,) * shape.n_layers,
+        experts=experts,
         contention=Contention(machine.cpu_slowdown_beside_link, machine.link_slowdown_beside_cpu),
-        moves=Moves(machine.move_fixed_s, there_and_back / machine.link_bytes_per_s),
-        dense=_dense(shape, machine),
+        moves=Moves(machine.move_fixed_s, 2 * row_bytes / machine.link_bytes_per_s),  # there and back
+        dense=dense,
         host_s=machine.host_layer_s,
     )
 
@@ -179,3 +190,30 @@ def _dense(shape: ModelShape, machine: Machine) -> Dense:
             2.0 * shape.vocab * shape.hidden / machine.gpu_flop_per_s,
         ),
     )
+
+
+def described_costs(name_or_file: str, loaded: "LoadedModel") -> CostModel:
+    """Return what a loaded model takes on a described machine: rooflines of its bytes and operations.
+
+    Attention to the context is not counted: its time does not grow with the past. Raises `ConfigError` for an
+    unknown machine.
+    """
+    machine = Machine.load(name_or_file)
+    experts = tuple(_expert_on(machine, loaded.weights(layer, 0)) for layer in range(len(loaded.n_experts)))
+    embeddings: Any = loaded.model.get_input_embeddings()
+    head: Any = loaded.model.get_output_embeddings() or embeddings
+    ends = {id(embeddings.weight), id(head.weight)}
+    per_layer = sum(p.nbytes for p in loaded.model.parameters() if id(p) not in ends) / len(experts)
+    row_bytes = embeddings.weight.shape[1] * embeddings.weight.itemsize
+    dense = Dense(rows=_dense_on(machine, per_layer), head=_dense_on(machine, head.weight.nbytes))
+    return _costs(machine, experts, row_bytes, dense)
+
+
+def _dense_on(machine: Machine, nbytes: float) -> Curve:
+    # Two operations a weight and row; dense weights are counted as 16-bit ones, whatever they are here.
+    read_s, row_s = nbytes / machine.gpu_read_bytes_per_s, nbytes / machine.gpu_flop_per_s
+    return Curve.roofline(machine.dense_launch_s, read_s, row_s)
+
+
+def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
+    return expert_costs(machine, weights.nbytes, 2.0 * sum(m.numel() for m in (*weights.up, weights.down)))

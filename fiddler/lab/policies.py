@@ -12,10 +12,9 @@ from heapq import nlargest
 from types import MappingProxyType
 from typing import ClassVar
 
-from fiddler.cache import frequency
-from fiddler.cache.frequency import Lru
-from fiddler.cache.policy import History, Key, Policy, Rows
-from fiddler.cache.saved import table
+from fiddler.cache import policies
+from fiddler.cache.policies import Lru
+from fiddler.cache.policy import History, Key, Policy, Rows, table
 from fiddler.errors import ConfigError
 
 
@@ -109,20 +108,6 @@ def by_popularity(table: Sequence[Sequence[float]]) -> tuple[Key, ...]:
     return tuple(sorted(keys, key=lambda key: -table[key[0]][key[1]]))
 
 
-def share_of_visits(order: Sequence[Key], n_slots: int, counts: Sequence[Sequence[float]]) -> float:
-    """Return the share of visits, counted by layer and expert, [L][E], that meets the first `n_slots` of `order`.
-
-    That is the hit rate of the placement on a text with these counts. ValueError where nothing was counted.
-    """
-    total = sum(map(sum, counts))
-    if not total:
-        raise ValueError("no visits were counted")
-    return float(sum(counts[layer][expert] for layer, expert in order[:n_slots]) / total)
-
-
-__all__ = ["POLICIES", "Options", "Policy", "make_policy"]
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """Options of policies: `half_life` in tokens, `top_k` of the router, `order` of a static placement."""
@@ -138,7 +123,7 @@ def _own(make: Callable[[History, float], Policy], history: History, options: Op
 
 
 _POLICIES: dict[str, Callable[[History, Options], Policy]] = {
-    **{name: partial(_own, make) for name, make in frequency.POLICIES.items()},
+    **{name: partial(_own, make) for name, make in policies.POLICIES.items()},
     HybriMoe.name: lambda history, options: HybriMoe(history, options.top_k),
     LayerLru.name: lambda history, options: LayerLru(history),
     Lfru.name: lambda history, options: Lfru(history),

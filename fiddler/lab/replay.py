@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Key, Policy, Visit
 
 
@@ -179,7 +179,7 @@ def _drop(
 def _uses(trace: Sequence[Visit], half_life: float) -> Iterator[tuple[int, list[_Use]]]:
     """Yield for every visit the number of tokens that have begun by then, and the experts it used."""
     history = History(_n_experts(trace))
-    counts = AgedCounts(history, half_life)
+    counts = AgedLfu(history, half_life)
     before: dict[float, float] = {inf: inf}
     clocks = [0] * len(history.n_experts)
     for number, (layer, _, n_tokens) in enumerate(trace):
@@ -190,7 +190,7 @@ def _uses(trace: Sequence[Visit], half_life: float) -> Iterator[tuple[int, list[
         history.observe(layer, rows, n_tokens)
         counts.observe(layer, rows, n_tokens)
         keys = [(layer, expert) for expert, _ in rows]
-        used = [(key, n, before[n], counts.inflated(key)) for key, n in zip(keys, nexts, strict=True)]
+        used = [(key, n, before[n], counts.rank(key)) for key, n in zip(keys, nexts, strict=True)]
         now = max(now, history.layer_tokens(layer))
         yield now, used
 

@@ -13,7 +13,7 @@ from fiddler.recording import Recording
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import LayerDone
 from fiddler.scheduler.routing import route
-from fiddler.scheduler.rows import Span
+from fiddler.scheduler.waves import RowSpan
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class ScriptWave(DrivenWave):
 
     def __init__(
         self,
-        spans: Sequence[Span[Script]],
+        spans: Sequence[RowSpan[Script]],
         n_experts: tuple[int, ...],
         passed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -98,6 +98,6 @@ class ScriptWave(DrivenWave):
         self.error = error
 
 
-def _joined(parts: Sequence[tuple[Span[Script], NDArray[np.int16]]]) -> NDArray[np.int16]:
+def _joined(parts: Sequence[tuple[RowSpan[Script], NDArray[np.int16]]]) -> NDArray[np.int16]:
     """Return the rows of some spans, `[ΣT, L, K]`."""
     return np.concatenate([rows[span.start : span.stop] for span, rows in parts])

@@ -169,11 +169,6 @@ class ModelShape:
         return self.dense_weights * DENSE_BYTES
 
     @property
-    def dense_flops_per_row(self) -> int:
-        """Operations of one token in `dense_weights`; attention to the context is not among them."""
-        return 2 * self.dense_weights
-
-    @property
     def plain_weights(self) -> int:
         """Weights of a layer without experts: attention and MLP."""
         return self._attention() + self._mlp(self.dense_intermediate)

@@ -12,19 +12,17 @@ from numpy.typing import NDArray
 
 from fiddler.cache.policy import Key
 from fiddler.config import WaveMode
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import ConfigError, EngineFailedError
 from fiddler.lab.machine import Machine, cost_model
-from fiddler.lab.prefetch import prefetch_of
 from fiddler.lab.script import Script, ScriptWave
 from fiddler.lab.shape import ModelShape
-from fiddler.lab.systems import SYSTEMS, System, cache_of, planner
+from fiddler.lab.systems import SYSTEMS, System, cache_of, planner, prefetch_of
 from fiddler.lanes.runner import Runner, run_step
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.recording import Recording
 from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.rows import Span, assemble
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import RowSpan, Waves, assemble
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 
@@ -267,7 +265,7 @@ class _Simulation:
         self._dense_bytes += dense_bytes
         self._chain.step(len(waves), dense_bytes)
 
-    def _wave(self, spans: Sequence[Span[Script]], number: int) -> ScriptWave:
+    def _wave(self, spans: Sequence[RowSpan[Script]], number: int) -> ScriptWave:
         return ScriptWave(spans, self._n_experts, self._chain.layer)
 
     def _dense_read(self, n_context: int) -> int:

@@ -5,28 +5,32 @@ decisions are compared. Where an original streams experts through buffers of its
 its slots, at no charge.
 
 The planners divide a layer's loads as published; none of them looks at a lane's backlog. Sources: Kamahori et al.,
-"Fiddler", ICLR 2025 (`cheapest_each`); Zhong et al., "HybriMoE", 2025 (`two_ended`); FreeToken, 2026
-(`bandwidth_split`); KTransformers, SOSP 2025 (`cpu_or_stream`).
+"Fiddler", ICLR 2025 (`cheapest_each`); Zhong et al., "HybriMoE", 2025 (`two_ended`, `impact`); FreeToken, 2026
+(`bandwidth_split`); KTransformers, SOSP 2025 (`cpu_or_stream`); Eliseev and Mazur, "Fast Inference of
+Mixture-of-Experts Language Models with Offloading", 2023 (`eager`).
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
-from fiddler.cache import frequency
+from fiddler.cache import policies
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import Key
+from fiddler.cache.policy import Key, Rows
 from fiddler.config import WaveMode
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import make_policy
-from fiddler.scheduler import choice
+from fiddler.scheduler import guesses, plan
+from fiddler.scheduler.guesses import PAYS, Guess, Predictor, Rule, Transitions, View
+from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.plan import Candidate, Plan, Planner, all_cpu, all_fetch, assign
+from fiddler.scheduler.routing import Load
 
 PROMPT_ROWS = 8
 """Mean rows of a layer's loads from which on FreeToken's rule takes a step for a prompt, which it streams."""
@@ -107,8 +111,8 @@ def cpu_or_stream(
     layer: int, candidates: Sequence[Candidate], costs: CostModel, backlog: Backlog, n_fetch: int
 ) -> Plan:
     """Run every miss on the CPU; in a long prompt copy all of them in."""
-    plan = all_fetch if _mean_rows(candidates) >= STREAM_ROWS else all_cpu
-    return plan(layer, candidates, costs, backlog, n_fetch)
+    chosen = all_fetch if _mean_rows(candidates) >= STREAM_ROWS else all_cpu
+    return chosen(layer, candidates, costs, backlog, n_fetch)
 
 
 def _by_rows(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -121,7 +125,7 @@ def _mean_rows(candidates: Sequence[Candidate]) -> float:
 
 PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {
-        **choice.PLANNERS,
+        **plan.PLANNERS,
         "bandwidth-split": bandwidth_split,
         "cheapest-each": cheapest_each,
         "cpu-or-stream": cpu_or_stream,
@@ -137,6 +141,83 @@ def planner(name: str) -> Planner:
     return PLANNERS[name]
 
 
+class LookAhead:
+    """Predicts by the next layer's router, applied to this layer's rows; the model's side computes it."""
+
+    name: ClassVar[str] = "look-ahead"
+
+    def expects(self, layer: Layer) -> Rows:
+        """Return the guesses that came with the layer."""
+        return layer.ahead
+
+
+class Frequency:
+    """The next layer's experts by what the cache holds them to be worth; as many as the wave visits now."""
+
+    name: ClassVar[str] = "frequency"
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self._cache = cache
+
+    def expects(self, layer: Layer) -> Rows:
+        """The dearest, with one row each."""
+        index = layer.index + 1
+        n_experts = self._cache.history.n_experts
+        if index == len(n_experts):
+            return ()
+        worth = {expert: self._cache.score((index, expert)) for expert in range(n_experts[index])}
+        best = sorted((e for e in worth if worth[e] > 0.0), key=lambda e: -worth[e])
+        return [(expert, 1) for expert in best[: len(layer.work.loads)]]
+
+
+def eager(view: View) -> Guess | None:
+    """The likeliest guess, up to two a layer."""
+    return view.absent[0] if len(view.coming.copied) < 2 else None
+
+
+def impact(view: View) -> Guess | None:
+    """The guess whose presence shortens the next layer's plan most."""
+    absent = {guess.expert for guess in view.absent}
+    best, gain_s = None, 0.0
+    without_s = _planned(view, absent).predicted_s
+    for guess in {guess.n_rows: guess for guess in reversed(view.absent)}.values():  # equal rows gain the same
+        gained_s = without_s - _planned(view, absent - {guess.expert}).predicted_s
+        if gained_s > gain_s:
+            best, gain_s = guess, gained_s
+    return best
+
+
+def _planned(view: View, absent: set[int]) -> Plan:
+    candidates = [
+        Candidate(Load(guess.expert, 0, guess.n_rows), "miss" if guess.expert in absent else "hit")
+        for guess in view.coming.guesses
+    ]
+    return view.planner(view.coming.layer, candidates, view.costs, Backlog(), len(absent))
+
+
+EAGER = Rule(eager, staged=True)
+"""mixtral-offloading copies into buffers for guesses."""
+IMPACT = Rule(impact)
+
+PREFETCH: Mapping[str, Callable[[ExpertCache], tuple[Predictor, Rule]]] = MappingProxyType(
+    {
+        **guesses.PREFETCH,
+        "look-ahead": lambda cache: (LookAhead(), PAYS),
+        "transitions": lambda cache: (Transitions(cache), PAYS),
+        "frequency": lambda cache: (Frequency(cache), PAYS),
+        "eager": lambda cache: (LookAhead(), EAGER),
+        "impact": lambda cache: (LookAhead(), IMPACT),
+    }
+)
+
+
+def prefetch_of(name: str, cache: ExpertCache) -> tuple[Predictor, Rule]:
+    """Return what guesses, and what is copied of its guesses. Raises `ConfigError` for an unknown name."""
+    if name not in PREFETCH:
+        raise ConfigError(f"unknown prefetch {name!r}; known: {', '.join(PREFETCH)}")
+    return PREFETCH[name](cache)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """How experts are placed. The defaults are Fiddler's own."""
@@ -145,7 +226,7 @@ class System:
     planner: str = "auto"
     policy: str = "forecast"
     half_life: float = 32.0
-    admission: float = frequency.ADMISSION
+    admission: float = policies.ADMISSION
     prefetch: str = "auto"
     promote: bool = True
     waves: WaveMode = "auto"
@@ -217,5 +298,5 @@ def cache_of(
         order = []
     policy = make_policy(placed.policy, n_experts, half_life=placed.half_life, top_k=top_k, order=order)
     beyond = 2 * max(n_experts) if placed.staging == "layer" else 0
-    n_staging = beyond or (frequency.n_staging(n_slots, n_experts) if placed.staging == "some" else 0)
+    n_staging = beyond or (policies.n_staging(n_slots, n_experts) if placed.staging == "some" else 0)
     return ExpertCache(n_slots + beyond, n_experts, policy, admission=placed.admission, n_staging=n_staging)

@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, RunExperts
 from fiddler.scheduler.routing import LayerWork, Load, route
 from fiddler.types import ExpertWeights, LaneStatistics
+
+if TYPE_CHECKING:
+    from fiddler.devices.arena import SimDevice
 
 
 def gather(hidden: Tensor, work: LayerWork, top_k: int) -> Tensor:
@@ -54,18 +57,6 @@ def summed(visits: Tensor, weights: Tensor) -> Tensor:
     return weighted.sum(dim=1).to(visits.dtype)
 
 
-class Accelerator(Protocol):
-    """A memory of slots beside the host's."""
-
-    def copy(self, layer: int, expert: int, slot: int) -> None:
-        """Copy an expert's block into a slot."""
-        ...
-
-    def weights(self, layer: int, slots: Sequence[int]) -> Sequence[ExpertWeights]:
-        """Return the weights in slots as experts of `layer`."""
-        ...
-
-
 @dataclass(slots=True)
 class LaneCounters:
     """Counts of one lane's work; its worker is the only writer."""
@@ -97,7 +88,7 @@ class ExpertWork:
     """
 
     host: CpuDevice
-    accelerator: Accelerator | None = None
+    accelerator: "SimDevice | None" = None
     counters: dict[LaneName, LaneCounters] = field(default_factory=lambda: {lane: LaneCounters() for lane in LANES})
     short: bool = False
     """Whether memory ran out; the engine resets it when it has freed some."""
@@ -150,15 +141,6 @@ class ExpertWork:
         counters.n_loads += 1
         counters.n_bytes += copied.nbytes
         return {}
-
-
-def all_or_each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:
-    """Run loads by their places; returns failures by expert. If any fails, each is run alone to see which."""
-    try:
-        run(range(len(loads)))
-    except BaseException:
-        return each(loads, run)
-    return {}
 
 
 def each(loads: Sequence[Load], run: Callable[[Sequence[int]], None]) -> Failures:

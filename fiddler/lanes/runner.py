@@ -10,7 +10,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiddler.cache.policy import Key
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import LaneSet
 from fiddler.scheduler.cpu_only import CpuOnly
@@ -26,8 +26,7 @@ from fiddler.scheduler.messages import (
     LayerReady,
     WaveDropped,
 )
-from fiddler.scheduler.rows import S, Span, halves
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import RowSpan, S, Waves, halves
 
 if TYPE_CHECKING:
     from fiddler.scheduler.core import Scheduler
@@ -220,12 +219,12 @@ class Runner:
 
 
 W = TypeVar("W", bound=DrivenWave)
-Make = Callable[[Sequence[Span[S]], int], W]
+Make = Callable[[Sequence[RowSpan[S]], int], W]
 
 
 def run_step(
-    runner: Runner, waves: Waves, spans: Sequence[Span[S]], make: Make[S, W], *, cut: bool
-) -> list[tuple[Sequence[Span[S]], W]]:
+    runner: Runner, waves: Waves, spans: Sequence[RowSpan[S]], make: Make[S, W], *, cut: bool
+) -> list[tuple[Sequence[RowSpan[S]], W]]:
     """Run spans to the end of the model; returns each wave, which has ended, with its spans.
 
     `make` takes the spans of a wave, and its number in the step. `cut` allows one span to be cut in two, its later

@@ -9,10 +9,10 @@ from threading import Thread
 from time import perf_counter
 from typing import Generic, TypeVar
 
-from fiddler.cost.lanes import LANES, LaneName
+from fiddler.cost.model import LANES, LaneName
 from fiddler.errors import EngineFailedError
 from fiddler.lanes.laneset import Execute, span
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Mailbox
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report
 from fiddler.trace import Trace
 

@@ -5,8 +5,8 @@ A job's numbers are computed when it ends, in the engine's thread, so no job can
 
 from collections import deque
 
-from fiddler.cost.lanes import LANES, LaneName, Lanes
-from fiddler.cost.model import CostModel
+from fiddler.cost.lanes import Lanes
+from fiddler.cost.model import LANES, CostModel, LaneName
 from fiddler.lanes.laneset import Execute, span
 from fiddler.scheduler.messages import CopyExpert, Job, JobDone, LaneDied, Report, RunDense, RunExperts
 from fiddler.trace import Trace

@@ -14,8 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 
 from fiddler.errors import CheckpointError, GenerationError, UnsupportedModelError
 from fiddler.given import flag, read_json, real_number, shown, whole_number
-from fiddler.models.option_values import HONOURED, PROCESSORS, WARPERS
-from fiddler.models.processors import logits_processors
+from fiddler.models.options import HONOURED, PROCESSORS, WARPERS, logits_processors
 
 _FILE = "generation_config.json"
 _TURN_SAMPLING_ON = ("temperature", "top_k", "top_p", "min_p", "seed")

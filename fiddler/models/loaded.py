@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.formula import DTYPES, ExpertFormula
+from fiddler.devices.cpu import DTYPES, ExpertFormula
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
@@ -19,12 +19,14 @@ from fiddler.models.naming import expert_layout
 from fiddler.models.packing import PACKED, check_runs, dry_step, why_apart
 from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import load_skeleton, read_config, set_attention
-from fiddler.store.blocks import PackedStore
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.mapped import MappedStore
-from fiddler.store.source import find_checkpoint
+from fiddler.store.folder import find_checkpoint
+from fiddler.store.mapped import Layout, MappedStore
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
+
+if TYPE_CHECKING:
+    from fiddler.store.blocks import BlockStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class LoadedModel:
 class ServableModel(LoadedModel):
     """A model loaded from a checkpoint, with all the engine needs."""
 
-    store: MappedStore | PackedStore
+    store: "MappedStore | BlockStore"
     top_k: int
     """Experts a token visits in a layer."""
     text: Text
@@ -81,8 +83,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
-    make_store = PackedStore if resolved.store == "packed" else MappedStore
-    store = make_store(checkpoint, layout, dtype)
+    store = _store(checkpoint, layout, resolved)
     checkpoint.check()  # what was read until now is what the headers say
     with alone():
         text = Text.open(folder, trust_remote_code=options.trust_remote_code)
@@ -99,6 +100,14 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         packed=packed,
         rotary=find_rotary(skeleton, resolved.longest) if served else None,
     )
+
+
+def _store(checkpoint: Checkpoint, layout: Layout, resolved: Resolved) -> "MappedStore | BlockStore":
+    if resolved.store == "mapped":
+        return MappedStore(checkpoint, layout, DTYPES[resolved.dtype])
+    from fiddler.store.blocks import BlockStore  # only what copies experts needs blocks
+
+    return BlockStore(checkpoint, layout, DTYPES[resolved.dtype])
 
 
 def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:

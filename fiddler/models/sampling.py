@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fiddler.errors import GenerationError
 from fiddler.models.generation import SamplingOptions, named
-from fiddler.models.processors import logits_processors
+from fiddler.models.options import logits_processors
 
 
 class Sampler:

@@ -15,12 +15,12 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import Backlog, LaneName
-from fiddler.cost.model import CostModel
-from fiddler.scheduler.guesses import PAYS, Nobody, Predictor, Rule, promotion
+from fiddler.config import EngineConfig
+from fiddler.cost.lanes import Backlog
+from fiddler.cost.model import Correction, CostModel, LaneName
+from fiddler.scheduler.guesses import PAYS, PREFETCH, Nobody, Predictor, Rule, promotion
 from fiddler.scheduler.jobs import Copies, Jobs, Waiting, undone
-from fiddler.scheduler.layer import Came, Layer, Wave
+from fiddler.scheduler.layer import Came, Counters, Layer, Wave
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -40,10 +40,10 @@ from fiddler.scheduler.messages import (
     RunExperts,
     WaveDropped,
 )
-from fiddler.scheduler.plan import Candidate, Plan, Planner, all_fetch, assign, best_cut
+from fiddler.scheduler.placing import Placing
+from fiddler.scheduler.plan import PLANNERS, Plan, Planner, best_cut
 from fiddler.scheduler.prefetch import Prefetcher
 from fiddler.scheduler.routing import Load
-from fiddler.scheduler.statistics import Counters, LayerRecords
 from fiddler.trace import Trace
 from fiddler.types import PrefetchStatistics
 
@@ -63,7 +63,7 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.correction = Correction(costs)
-        self.counters = Counters()
+        self.counters = Counters(trace)
         self.recent: dict[int, deque[Came]] | None = None
         """The latest visits by layer, of one or two waves; kept only for `Waves`, which predicts from them."""
         self.planner = planner
@@ -74,8 +74,8 @@ class Scheduler:
         self._orphans: set[Layer] = set()
         """Layers of dropped waves whose jobs are still in lanes."""
         self._copies = Copies(cache, self._jobs)
-        self.prefetcher = Prefetcher(*ahead, cache, self._copies.ahead_s)
-        self._records = LayerRecords(self.counters, trace)
+        self._placing = Placing(cache, self._jobs, self._copies)
+        self.prefetcher = Prefetcher(*ahead, cache)
         self._now_s = 0.0
 
     def handle(self, event: Event, now_s: float) -> Iterable[Command]:
@@ -100,8 +100,8 @@ class Scheduler:
                 return self._bury(event)
             case JobTook(lane, predicted_s, took_s):
                 self.correction.report(lane, predicted_s, took_s)
-            case LayerTook():
-                self._records.took(event)
+            case LayerTook(layer, took_s):
+                self.counters.took(layer, took_s)
             case WaveDropped(wave):
                 self._drop(wave)
         return ()
@@ -159,12 +159,12 @@ class Scheduler:
         self, layer: Layer, loads: Sequence[Load], rows: Mapping[int, int] | None = None
     ) -> Generator[Command, None, Plan]:
         """Send loads to lanes; then, once nothing is more urgent, learn from the visit: its `rows` by expert."""
-        plan = self._plan(layer, loads)
+        plan = self._placing.plan(layer, loads, self.planner)
         slots: Mapping[Load, Reservation] = {}
         if plan.fetch:  # who may take a slot from whom depends on this visit
             self._observe(layer, rows)
             rows = None
-            plan, slots = self._reserved(layer, loads, plan)
+            plan, slots = self._placing.reserved(layer, loads, plan)
         counters = self.counters
         counters.n_hits += len(plan.gpu)
         counters.n_cpu += len(plan.cpu)
@@ -189,49 +189,6 @@ class Scheduler:
         if rows is not None:
             self.cache.observe(layer.index, list(rows.items()), layer.n_tokens, layer.scores)
 
-    def _candidates(self, layer: Layer, loads: Sequence[Load]) -> list[Candidate]:
-        """Return for each load where its weights are, and its expert's worth in the cache."""
-        leased, worth, index = layer.leased, layer.worth, layer.index
-        copying = () if "gpu" in self._jobs.dead else self._copies.by_expert
-        score = self.cache.score
-        found = []
-        for load in loads:
-            expert = load.expert
-            if expert in leased:
-                found.append(Candidate(load, "hit"))
-                continue
-            key = (index, expert)
-            if key in copying:
-                found.append(Candidate(load, "landing", self._copies.ahead_s(key) or 0.0))
-            else:
-                found.append(Candidate(load, "miss", 0.0, worth[expert] if worth else score(key)))
-        return found
-
-    def _plan(self, layer: Layer, loads: Sequence[Load]) -> Plan:
-        """Return the plan of a layer."""
-        dead = self._jobs.dead
-        seen = self._candidates(layer, loads)
-        # How many the cache would admit is not asked beforehand: the few that it refuses run on the CPU.
-        n_fetch = len(seen) if self.cache.n_slots and not ("link" in dead or "gpu" in dead) else 0
-        planner = all_fetch if "cpu" in dead else self.planner
-        return planner(layer.index, seen, self.correction.costs, self._jobs.lanes.backlog(), n_fetch)
-
-    def _reserved(self, layer: Layer, loads: Sequence[Load], plan: Plan) -> tuple[Plan, Mapping[Load, Reservation]]:
-        """Return the slots reserved for fetches, and the plan, predicted anew where the cache refused some."""
-        reserve, index = self.cache.reserve, layer.index
-        slots: dict[Load, Reservation] = {}
-        for load in plan.fetch:
-            reservation = reserve((index, load.expert))
-            if reservation is not None:
-                slots[load] = reservation
-        if len(slots) < len(plan.fetch):
-            seen = {c.load: c for c in self._candidates(layer, [load for load in loads if load not in slots])}
-            seen |= {load: Candidate(load, "miss") for load in slots}
-            on_gpu = [seen[load] for load in (*plan.gpu, *slots)]
-            on_cpu = [c for c in seen.values() if c not in on_gpu]
-            plan = assign(layer.index, on_cpu, on_gpu, self.correction.costs, self.backlog())
-        return plan, slots
-
     def _settle(self, layer: Layer) -> Sequence[Command]:
         """Report a layer that is done, and release the slots that it leased."""
         if not layer.pending and not layer.late:
@@ -244,7 +201,7 @@ class Scheduler:
         if before is not None and not before.complete:
             return ()
         latest.reported, latest.before = True, None
-        self._records.passed(latest, self._now_s)
+        self.counters.passed(latest, self._now_s)
         wave.passed_s = self._now_s
         return (LayerDone(latest, latest.failures, before.late_failures if before is not None else {}),)
 
@@ -267,9 +224,8 @@ class Scheduler:
 
     def _copy(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         link = self._jobs.lanes.link
-        if reason == "demand" and len(link) == 1 and not link[0].urgent:
-            self.prefetcher.waited(link[0].left_s)
-        self.counters.copied_bytes += self.correction.costs.experts[reservation.key[0]].nbytes
+        if reason == "demand" and len(link) == 1 and self._copies.by_job[link[0].job].reason == "ahead":
+            self.prefetcher.use.delay_s += link[0].left_s
         return self._copies.start(reservation, reason, *waiting)
 
     def _fill_link(self, layer: Layer | None = None) -> Sequence[Command]:
@@ -398,3 +354,13 @@ class Scheduler:
         """Every layer on its way, or passed by a wave that has not gone on."""
         latest = [wave.latest for wave in self._waves if wave.latest is not None]
         return [*latest, *(layer.before for layer in latest if layer.before is not None), *self._orphans]
+
+
+def scheduler_for(
+    config: EngineConfig, cache: ExpertCache, costs: CostModel, trace: Trace | None = None
+) -> Scheduler:
+    """Return the scheduler of an engine with an accelerator."""
+    ahead = PREFETCH[config.prefetch](cache)
+    return Scheduler(
+        cache, costs, planner=PLANNERS[config.planner], promote=config.promote, ahead=ahead, trace=trace
+    )

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LaneName
-from fiddler.cost.model import CostModel
-from fiddler.scheduler.layer import Came, Layer
+from fiddler.cost.model import Correction, CostModel, LaneName
+from fiddler.scheduler.layer import Came, Counters, Layer
 from fiddler.scheduler.messages import (
     Command,
     CopyExpert,
@@ -27,7 +25,6 @@ from fiddler.scheduler.messages import (
     WaveDropped,
 )
 from fiddler.scheduler.plan import Planner, all_cpu
-from fiddler.scheduler.statistics import Counters
 from fiddler.trace import Decision, Trace
 from fiddler.types import PrefetchStatistics
 

@@ -4,9 +4,10 @@ A `Predictor` returns (expert, rows) guesses, likeliest first. A `Rule` picks at
 copy while the link is idle; `promotion` picks an expert that a layer misses often.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ class Guess(NamedTuple):
 
 
 @dataclass(slots=True)
-class Forecast:
+class NextLayer:
     """Guesses for a wave's next layer, and the copies made for them."""
 
     layer: int
@@ -48,7 +49,7 @@ class Forecast:
 class View(NamedTuple):
     """Inputs of a rule at a moment when the link is free."""
 
-    forecast: Forecast
+    coming: NextLayer
     absent: Sequence[Guess]
     """Guesses whose expert holds no slot, likeliest first."""
     costs: CostModel
@@ -76,7 +77,7 @@ def pays(view: View) -> Guess | None:
     gap between two layers the CPU has nothing to do, and a copy costs nothing.
     """
     guess = view.absent[0]
-    layer, costs = view.forecast.layer, view.costs
+    layer, costs = view.coming.layer, view.costs
     cpu, cpu_s = costs.experts[layer].cpu.at, view.backlog.cpu_s
     now_s = max(cpu_s * costs.contention.cpu, view.backlog.gpu_s)
     then_s = 0.0
@@ -158,16 +159,6 @@ class Nobody:
         return ()
 
 
-class LookAhead:
-    """Predicts by the next layer's router, applied to this layer's rows; the model's side computes it."""
-
-    name: ClassVar[str] = "look-ahead"
-
-    def expects(self, layer: Layer) -> Rows:
-        """Return the guesses that came with the layer."""
-        return layer.ahead
-
-
 class Transitions:
     """Predicts by counts of how often a visit to one expert came with a visit to another in the next layer."""
 
@@ -213,3 +204,9 @@ class Auto:
     def expects(self, layer: Layer) -> Rows:
         """Return the look-ahead's guesses or, without a look-ahead, the usual successors."""
         return layer.ahead or self._transitions.expects(layer)
+
+
+PREFETCH: Mapping[str, Callable[[ExpertCache], tuple[Predictor, Rule]]] = MappingProxyType(
+    {"auto": lambda cache: (Auto(cache), PAYS), "off": lambda cache: (Nobody(), PAYS)}
+)
+"""An engine's ways of copying ahead, by name: a predictor, and the rule that picks copies from its guesses."""

@@ -11,8 +11,8 @@ from typing import Literal, TypeVar
 from fiddler.cache.cache import ExpertCache
 from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
-from fiddler.cost.correction import Correction
-from fiddler.cost.lanes import LANES, LaneName, Lanes
+from fiddler.cost.lanes import Lanes
+from fiddler.cost.model import LANES, Correction, LaneName
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import CopyExpert, DenseQueued, Failures, Job, Reason, RunDense, RunExperts
 from fiddler.scheduler.routing import Load
@@ -26,7 +26,7 @@ class Jobs:
     def __init__(self, correction: Correction) -> None:
         self.dead: dict[LaneName, BaseException] = {}
         """Lanes that died, and the error of each."""
-        self._correction = correction
+        self.correction = correction
         self._jobs: dict[int, Job] = {}
         self._n_made = 0
         self.lanes = Lanes(correction.costs.contention)
@@ -47,20 +47,20 @@ class Jobs:
         rows = []
         for load in loads:
             rows.append(load.n_rows)  # no call of its own, here and in all that runs for every layer
-        costs = self._correction.costs
+        costs = self.correction.costs
         predicted_s = costs.cpu_s(layer.index, rows) if lane == "cpu" else costs.gpu_s(layer.index, rows)
         return self._start(lane, RunExperts(self._n_made, lane, layer, loads, slots, predicted_s))
 
     def copy(self, reservation: Reservation, reason: Reason) -> CopyExpert:
         """Queue the copy that a slot was reserved for."""
         layer, expert = reservation.key
-        copy_s = self._correction.costs.experts[layer].copy_s
+        copy_s = self.correction.costs.experts[layer].copy_s
         job = CopyExpert(self._n_made, layer, expert, reservation.slot, reason, copy_s)
         return self._start("link", job, urgent=reason == "demand")
 
     def dense(self, event: DenseQueued) -> RunDense:
         """Queue a wave's dense part."""
-        costs = self._correction.costs
+        costs = self.correction.costs
         if event.head:
             predicted_s = costs.dense.head(event.n_rows)
         else:
@@ -113,6 +113,7 @@ class Copy:
 
     job: int
     reservation: Reservation
+    reason: Reason
     waiting: list[Waiting] = field(default_factory=list)
     ordered: bool = False
     """Whether the GPU may be given what needs it."""
@@ -127,8 +128,8 @@ class Copies:
         self._cache = cache
         self._jobs = jobs
         self.by_expert: dict[Key, Copy] = {}
-        """All of them."""
-        self._by_job: dict[int, Copy] = {}
+        """All of them; `by_job` has the same."""
+        self.by_job: dict[int, Copy] = {}
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -138,14 +139,9 @@ class Copies:
     def start(self, reservation: Reservation, reason: Reason, *waiting: Waiting) -> CopyExpert:
         """Queue the copy that a slot was reserved for, and let loads wait for it."""
         job = self._jobs.copy(reservation, reason)
-        copy = Copy(job.job, reservation, list(waiting))
-        self.by_expert[reservation.key] = self._by_job[job.job] = copy
+        copy = Copy(job.job, reservation, reason, list(waiting))
+        self.by_expert[reservation.key] = self.by_job[job.job] = copy
         return job
-
-    def ahead_s(self, key: Key) -> float | None:
-        """Return the link's seconds, as it takes alone, until an expert has landed; `None` if it is not copied."""
-        copy = self.by_expert.get(key)
-        return None if copy is None else self._jobs.lanes.ahead_s(copy.job)
 
     def slots(self, layer: int, loads: Sequence[Load]) -> tuple[int, ...]:
         """Return the slots that a layer's loads are in, or on their way into."""
@@ -166,7 +162,7 @@ class Copies:
 
     def order(self, job: int) -> list[Waiting]:
         """Mark a copy as ordered on the GPU; returns the loads that waited for it."""
-        copy = self._by_job.get(job)
+        copy = self.by_job.get(job)
         if copy is None:
             return []
         waiting, copy.waiting = copy.waiting, []
@@ -176,7 +172,7 @@ class Copies:
     def end(self, key: Key, landed: Callable[[Key], None], *, failed: bool) -> list[Waiting]:
         """End a copy: its slot becomes READY, or free if it failed. Returns the loads that waited for it."""
         copy = self.by_expert.pop(key)
-        del self._by_job[copy.job]
+        del self.by_job[copy.job]
         (self._cache.failed if failed else self._cache.landed)(copy.reservation)
         if not failed:
             landed(key)
@@ -194,6 +190,6 @@ class Copies:
         """Raise `AssertionError` unless every copy has one job and its slot."""
         jobs = {job.job: (job.layer, job.expert) for job in self._jobs.all if isinstance(job, CopyExpert)}
         assert jobs == {copy.job: key for key, copy in self.by_expert.items()}, "copies and their jobs differ"
-        assert self._by_job == {copy.job: copy for copy in self.by_expert.values()}, "a copy is lost, by its job"
+        assert self.by_job == {copy.job: copy for copy in self.by_expert.values()}, "a copy is lost, by its job"
         for key, copy in self.by_expert.items():
             assert self._cache.loading(key) == copy.reservation, "a copy is under way into no slot"

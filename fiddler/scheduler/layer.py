@@ -1,19 +1,22 @@
 """`Wave` and `Layer`: the state of rows in flight, made where a layer's routing arrives.
 
-A `Layer` travels in events, jobs and reports and holds all that is known of it, so there are no tables by wave. The
-scheduler writes the fields that it decides by; `tensors` belong to the lanes, and the scheduler does not look at
-them.
+A `Layer` travels in events, jobs and reports and holds all that is known of it, so there are no tables by wave.
+The scheduler writes the fields that it decides by; `tensors` belong to the lanes, and the scheduler does not look
+at them. `Counters` counts what was decided for layers, and compares predicted with measured times.
 """
 
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fiddler.cache.policy import Rows
 from fiddler.scheduler.routing import LayerWork, Load
-from fiddler.trace import Decision
+from fiddler.trace import Decision, Trace
 
 if TYPE_CHECKING:
-    from fiddler.scheduler.guesses import Forecast
+    from fiddler.scheduler.guesses import NextLayer
     from fiddler.scheduler.plan import Plan
 
 Came = tuple[LayerWork, int, int]
@@ -28,7 +31,7 @@ class Wave:
         """Number of the wave, in the order in which waves began."""
         self.latest: Layer | None = None
         """The latest layer that it has reached."""
-        self.forecast: Forecast | None = None
+        self.coming: NextLayer | None = None
         """Guesses for its next layer."""
         self.passed_s: float | None = None
         """Seconds at which the latest layer's experts were done."""
@@ -130,8 +133,10 @@ class Layer:
         failures[load.expert] = error
         self.ran([load])
 
-    def decided(self, plan: "Plan", now_s: float) -> Decision:
+    def decided(self, now_s: float) -> Decision:
         """Return the decision, with the planned and the measured time."""
+        plan = self.plan
+        assert plan is not None
         return Decision(
             at_s=self.started_s,
             wave=self.wave.number,
@@ -143,3 +148,58 @@ class Layer:
             predicted_s=plan.predicted_s,
             measured_s=now_s - self.started_s,
         )
+
+
+KEEP = 4096
+"""Number of latest prediction errors that the median is taken of."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts of layers and loads, and predicted beside measured times. The scheduler is its only writer."""
+
+    trace: Trace | None = None
+    n_layers: int = 0
+    n_hits: int = 0
+    """Loads sent to a slot that was READY or LOADING when the layer came."""
+    n_cpu: int = 0
+    n_fetches: int = 0
+    n_promotions: int = 0
+    n_fallbacks: int = 0
+    """Loads that went to the CPU because their copy or the GPU failed."""
+    _errors: deque[float] = field(default_factory=deque)
+    _sorted: list[float] = field(default_factory=list)  # the same: statistics are asked for after every step
+
+    def passed(self, layer: Layer, now_s: float) -> None:
+        """Record a layer whose forward goes on; its time is measured now, or arrives later through `took`."""
+        if layer.unended:
+            layer.decision = layer.decided(now_s)
+        elif self.trace is not None:
+            self._keep(layer.decided(now_s))
+        else:
+            assert layer.plan is not None
+            self._measured(layer.plan.predicted_s, now_s - layer.started_s)
+
+    def took(self, layer: Layer, took_s: float) -> None:
+        """Record a layer's time; nothing happens if it is known already or the wave was dropped."""
+        decision, layer.decision = layer.decision, None
+        if decision is not None and not layer.wave.gone:
+            self._keep(replace(decision, measured_s=took_s))
+
+    def median_error(self) -> float:
+        """Return the median of `|predicted / measured - 1|` over the latest layers; 0.0 for none."""
+        return self._sorted[len(self._sorted) // 2] if self._sorted else 0.0
+
+    def _keep(self, decision: Decision) -> None:
+        self._measured(decision.predicted_s, decision.measured_s)
+        if self.trace is not None:
+            self.trace.decision(decision)
+
+    def _measured(self, predicted_s: float, measured_s: float) -> None:
+        self.n_layers += 1
+        if predicted_s > 0.0 and measured_s > 0.0:
+            if len(self._errors) == KEEP:
+                del self._sorted[bisect_left(self._sorted, self._errors.popleft())]
+            error = abs(predicted_s / measured_s - 1.0)
+            self._errors.append(error)
+            insort(self._sorted, error)

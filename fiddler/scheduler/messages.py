@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.routing import Load
 

@@ -4,11 +4,12 @@
 by job.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from math import inf
 from operator import attrgetter, not_
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from fiddler.cost.lanes import Backlog
@@ -122,6 +123,10 @@ def all_fetch(
     order = _in_order(candidates)
     n_gpu = sum(c.place != "miss" for c in order) + n_fetch
     return assign(layer, order[n_gpu:], order[:n_gpu], costs, backlog)
+
+
+PLANNERS: Mapping[str, Planner] = MappingProxyType({"auto": best_cut, "all-cpu": all_cpu, "all-fetch": all_fetch})
+"""Those of an engine, by name; the lab has more, for `fiddler simulate`."""
 
 
 def assign(

@@ -4,7 +4,7 @@ A copy ahead hides a read but saves none, and takes host memory's bandwidth from
 made only if its chance of being used, times the seconds it saves, exceeds its cost.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fiddler.cache.cache import ExpertCache
@@ -12,7 +12,7 @@ from fiddler.cache.policy import Key
 from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import CostModel
-from fiddler.scheduler.guesses import Forecast, Guess, Predictor, Rule, View, price_s, saved_s
+from fiddler.scheduler.guesses import Guess, NextLayer, Predictor, Rule, View, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Planner
 from fiddler.types import PrefetchStatistics
@@ -52,27 +52,20 @@ class Usefulness:
 
 
 class Prefetcher:
-    """Owner of every wave's forecast, and of the record of how well forecasts did.
+    """Owner of the guesses for every wave's coming layer, and of the record of how well guesses did."""
 
-    `left_s` returns the remaining seconds of a copy under way, as it takes alone; `None` where there is none.
-    """
-
-    def __init__(
-        self, predictor: Predictor, rule: Rule, cache: ExpertCache, left_s: Callable[[Key], float | None]
-    ) -> None:
+    def __init__(self, predictor: Predictor, rule: Rule, cache: ExpertCache) -> None:
         self.predictor = predictor
         self.use = Usefulness()
         self.resting = 0
         """Layers for which prefetch stays switched off because it did not pay."""
         self._cache = cache
-        self._left_s = left_s
         self._rule = rule
         self._due: list[Key] = []  # leased for layers that have come
-        self._chances: list[float] = []  # by place in a forecast
-        self._latest: Key | None = None  # of the copies made ahead
+        self._chances: list[float] = []  # by place among the guesses
         self.gap_s = 0.0
         """Mean seconds from the end of a layer's experts to the next layer's experts."""
-        self._expecting: dict[Wave, Forecast] = {}  # in the order in which the waves came to it
+        self._expecting: dict[Wave, NextLayer] = {}  # in the order in which the waves came to it
         self._balance_s = 0.0  # gained less lost by the latest copies
         self._n_tried = 0
 
@@ -88,9 +81,9 @@ class Prefetcher:
         passed_s, wave.passed_s = wave.passed_s, None
         if passed_s is not None:
             self.gap_s += (now_s - passed_s - self.gap_s) * (WEIGHT if self.gap_s else 1.0)
-        forecast = self._end(wave)
-        if forecast is not None and forecast.layer == layer.index:
-            self._settle(forecast, rows, costs)
+        coming = self._end(wave)
+        if coming is not None and coming.layer == layer.index:
+            self._settle(coming, rows, costs)
         if self.resting:
             self.resting -= 1
         expected = self.predictor.expects(layer)
@@ -100,21 +93,21 @@ class Prefetcher:
                 chances.append(TRUST)
             for (expert, n_rows), chance in zip(expected, chances, strict=False):
                 guesses.append(Guess(expert, n_rows, chance))
-            wave.forecast = self._expecting[wave] = Forecast(layer.index + 1, tuple(guesses))
+            wave.coming = self._expecting[wave] = NextLayer(layer.index + 1, tuple(guesses))
 
     def drop(self, wave: Wave) -> None:
         """Forget a wave."""
         self._end(wave)
         self.let_go()
 
-    def _end(self, wave: Wave) -> Forecast | None:
-        """Take a wave's forecast; its slots are released later."""
-        forecast, wave.forecast = wave.forecast, None
-        if forecast is not None:
+    def _end(self, wave: Wave) -> NextLayer | None:
+        """Take a wave's coming layer; its slots are released later."""
+        coming, wave.coming = wave.coming, None
+        if coming is not None:
             del self._expecting[wave]
-            for expert in forecast.leased:
-                self._due.append((forecast.layer, expert))
-        return forecast
+            for expert in coming.leased:
+                self._due.append((coming.layer, expert))
+        return coming
 
     def let_go(self) -> None:
         """Release the slots that were kept for layers that have come; these have leased the ones they use."""
@@ -125,55 +118,49 @@ class Prefetcher:
     def landed(self, key: Key) -> None:
         """Lease the slot of a copy ahead until its layer comes, so that the next copy ahead does not evict it."""
         layer, expert = key
-        for forecast in self._expecting.values():
-            if forecast.layer == layer and expert in forecast.copied and expert not in forecast.leased:
+        for coming in self._expecting.values():
+            if coming.layer == layer and expert in coming.copied and expert not in coming.leased:
                 self._cache.lease(key)
-                forecast.leased.append(expert)
+                coming.leased.append(expert)
 
     def choose(self, costs: CostModel, backlog: Backlog, planner: Planner) -> Reservation | None:
         """Return the reservation of the expert to copy now that the link is idle; `None` for none."""
         if self.resting:
             return None
-        for forecast in self._expecting.values():
-            layer, copied, absent = forecast.layer, forecast.copied, []
+        for coming in self._expecting.values():
+            layer, copied, absent = coming.layer, coming.copied, []
             kept, passing = self._cache.held(layer)
-            for guess in forecast.guesses:  # one that was copied and evicted since would be copied to and fro
+            for guess in coming.guesses:  # one that was copied and evicted since would be copied to and fro
                 key = layer, guess.expert
                 if guess.expert not in copied and key not in kept and key not in passing:
                     absent.append(guess)
             chosen = (
-                self._rule.choose(View(forecast, absent, costs, backlog, self.gap_s, planner)) if absent else None
+                self._rule.choose(View(coming, absent, costs, backlog, self.gap_s, planner)) if absent else None
             )
             if chosen is not None:
-                reservation = self._issue(forecast, chosen, price_s(costs, layer, backlog.cpu_s, self.gap_s))
+                reservation = self._issue(coming, chosen, price_s(costs, layer, backlog.cpu_s, self.gap_s))
                 if reservation is not None:
                     return reservation
         return None
 
-    def _issue(self, forecast: Forecast, guess: Guess, cost_s: float) -> Reservation | None:
+    def _issue(self, coming: NextLayer, guess: Guess, cost_s: float) -> Reservation | None:
         enter = self._cache.stage if self._rule.staged else self._cache.reserve
-        reservation = enter((forecast.layer, guess.expert))
+        reservation = enter((coming.layer, guess.expert))
         if reservation is not None:
-            forecast.copied[guess.expert] = cost_s
-            self._latest = reservation.key
+            coming.copied[guess.expert] = cost_s
             self.use.n_issued += 1
         return reservation
 
-    def waited(self, seconds: float) -> None:
-        """Record that a demand copy waits this long for a copy that no layer waits for."""
-        if self._latest is not None and self._left_s(self._latest) is not None:
-            self.use.delay_s += seconds
-
-    def _settle(self, forecast: Forecast, visited: Mapping[int, int], costs: CostModel) -> None:
-        use, layer = self.use, forecast.layer
+    def _settle(self, coming: NextLayer, visited: Mapping[int, int], costs: CostModel) -> None:
+        use, layer = self.use, coming.layer
         chances, n_true = self._chances, 0
-        for place, guess in enumerate(forecast.guesses):
+        for place, guess in enumerate(coming.guesses):
             true = guess.expert in visited
             chances[place] += WEIGHT * (true - chances[place])
             n_true += true
-        use.n_guesses += len(forecast.guesses)
+        use.n_guesses += len(coming.guesses)
         use.n_true += n_true
-        for expert, cost_s in forecast.copied.items():
+        for expert, cost_s in coming.copied.items():
             key = layer, expert
             saves = expert in visited and self._cache.holds(key)  # it may have failed, or been evicted since
             gained_s = saved_s(costs, layer, visited[expert]) if saves else 0.0
@@ -183,8 +170,8 @@ class Prefetcher:
             use.gained_s += gained_s
             use.cost_s += cost_s
             self._balance_s += gained_s - LOSS * cost_s
-        if forecast.copied:
-            self._judge(len(forecast.copied))
+        if coming.copied:
+            self._judge(len(coming.copied))
 
     def _judge(self, n_copies: int) -> None:
         """Switch prefetch off if it lost more than it gained."""

@@ -1,13 +1,13 @@
-"""One wave or two: whether halving a step's rows pays.
+"""A step's rows: which travel in it, and whether as one wave or as two halves.
 
-Two waves let the experts of one run beside the dense part of the other, and the second finds experts in slots that
-the first fetched; but an expert that both visit is read twice. So the choice is by the cost model's prediction,
-corrected by measured steps.
+Every decoding sequence travels, and chunks of prompts beside them. Two waves let the experts of one run beside the
+dense part of the other, and the second finds experts in slots that the first fetched; but an expert that both
+visit is read twice. So the choice is by the cost model's prediction, corrected by measured steps.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from fiddler.config import WaveMode
 from fiddler.cost.lanes import Backlog
@@ -20,8 +20,87 @@ from fiddler.scheduler.routing import Load
 if TYPE_CHECKING:
     from fiddler.scheduler.core import Scheduler
 
-Rows = Mapping[int, int]
-"""Rows by expert."""
+
+class Progress(Protocol):
+    """How far a request is: the parts of it that assembling reads."""
+
+    n_past: int
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        ...
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether part of the prompt has not been run yet."""
+        ...
+
+
+S = TypeVar("S", bound=Progress)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan(Generic[S]):
+    """Rows `start:stop` of one sequence; `last` where a token is picked from its last row."""
+
+    request: S
+    start: int
+    stop: int
+    last: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of this sequence in the step."""
+        return self.stop - self.start
+
+
+def assemble(running: Iterable[S], chunk_tokens: int, *, chunked: bool) -> list[RowSpan[S]]:
+    """Choose the next step's rows.
+
+    Decoding sequences always go. Prompts follow in order until `chunk_tokens` are used up; the last one is cut
+    there if `chunked`, and otherwise goes whole, so at least one prompt always advances.
+    """
+    spans: list[RowSpan[S]] = []
+    prompts: list[S] = []
+    for request in running:
+        if request.prefilling:
+            prompts.append(request)
+        else:
+            spans.append(RowSpan(request, request.n_past, request.n_past + 1, last=True))
+    room = chunk_tokens
+    for request in prompts:
+        if room <= 0:
+            break
+        stop = min(request.n_prompt, request.n_past + room) if chunked else request.n_prompt
+        spans.append(RowSpan(request, request.n_past, stop, last=stop == request.n_prompt))
+        room -= stop - request.n_past
+    return spans
+
+
+def halves(spans: Sequence[RowSpan[S]], *, cut: bool) -> list[list[RowSpan[S]]]:
+    """Return the spans as two waves with about as many rows each, or as one where there is nothing to halve.
+
+    With `cut` the span in the middle is cut in two, the first part ending the first wave; its later rows attend
+    to the earlier ones, so the second wave must not overtake the first.
+    """
+    half = sum(span.n_rows for span in spans) // 2
+    first: list[RowSpan[S]] = []
+    second: list[RowSpan[S]] = []
+    for span in spans:
+        room = half - sum(s.n_rows for s in first)
+        if second or room <= 0:
+            second.append(span)
+        elif span.n_rows <= room:
+            first.append(span)
+        elif cut:
+            middle = span.start + room
+            first.append(RowSpan(span.request, span.start, middle, last=False))
+            second.append(RowSpan(span.request, middle, span.stop, span.last))
+        else:
+            second.append(span)
+    return [part for part in (first, second) if part]
+
 
 MARGIN = 0.07
 """Two waves must be predicted to be faster by this share, since the prediction is for a typical layer."""
@@ -128,7 +207,7 @@ class Waves:
         chain_s = half_s + max(part.predicted_s for part in parts)
         return dense_s + whole.predicted_s, max(cpu_s, gpu_s + 2 * half_s, link_s, chain_s)
 
-    def _plan(self, costs: CostModel, layer: int, rows: Rows, fetched: Collection[int] = ()) -> Plan:
+    def _plan(self, costs: CostModel, layer: int, rows: Mapping[int, int], fetched: Collection[int] = ()) -> Plan:
         """Plan a layer with idle lanes, some experts just fetched."""
         cache = self.scheduler.cache
         there = [expert in fetched or cache.slot((layer, expert)) is not None for expert in rows]
@@ -136,7 +215,7 @@ class Waves:
         candidates = [Candidate(load, "hit" if hit else "miss") for load, hit in zip(loads, there, strict=True)]
         return self.scheduler.planner(layer, candidates, costs, Backlog(), min(cache.n_slots, there.count(False)))
 
-    def _halves(self, layer: int, n_rows: int) -> tuple[Rows, Rows]:
+    def _halves(self, layer: int, n_rows: int) -> tuple[Mapping[int, int], Mapping[int, int]]:
         """Return the rows of a step's two halves: those of the latest step if it was alike, else spread evenly."""
         latest = (self.scheduler.recent or {}).get(layer, ())
         n_tokens = sum(n_tokens for _, n_tokens, _ in latest)
@@ -147,14 +226,14 @@ class Waves:
         return _even(n_experts, visits[0], last=False), _even(n_experts, visits[1], last=True)
 
 
-def _even(n_experts: int, n_visits: int, *, last: bool) -> Rows:
+def _even(n_experts: int, n_visits: int, *, last: bool) -> Mapping[int, int]:
     """Spread visits over as many experts as random ones would reach, the first of them or the last."""
     reached = max(1, round(n_experts * (1.0 - (1.0 - 1.0 / n_experts) ** n_visits)))
     experts = range(n_experts - reached, n_experts) if last else range(reached)
     return dict.fromkeys(experts, max(1, round(n_visits / reached)))
 
 
-def _halved(latest: Sequence[Came]) -> tuple[Rows, Rows]:
+def _halved(latest: Sequence[Came]) -> tuple[Mapping[int, int], Mapping[int, int]]:
     """Return the rows by expert of a layer's first half of tokens and of its second, as they came in one step."""
     halves: tuple[dict[int, int], dict[int, int]] = ({}, {})
     for i, (work, n_tokens, top_k) in enumerate(latest):

@@ -24,7 +24,7 @@ from fiddler.gpu.crossing import blank_visits, noted
 from fiddler.gpu.device import Gpu, Graph
 from fiddler.gpu.slots import SlotExperts, Visits
 from fiddler.lanes.experts import Ask, LaneCounters, Own, summed
-from fiddler.models.captured import CapturedCache, Row, StaticInputs, step_numbers
+from fiddler.models.attention import CapturedCache, Row, StaticInputs, step_numbers
 from fiddler.models.kv import KvArena
 from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward

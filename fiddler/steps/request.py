@@ -13,7 +13,7 @@ from transformers import Cache
 
 from fiddler.errors import GenerationError, PromptError
 from fiddler.given import shown
-from fiddler.lanes.channel import Channel
+from fiddler.lanes.queues import Channel
 from fiddler.models.generation import SamplingOptions
 from fiddler.models.kv import KvArena, Run, SequenceKV
 from fiddler.models.sampling import Sampler

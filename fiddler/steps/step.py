@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import Cache
 
 from fiddler.lanes.runner import Runner, run_step
-from fiddler.models.captured import Row
+from fiddler.models.attention import Row
 from fiddler.models.kv import Directness, Run, SequenceKV, WaveCache
 from fiddler.models.loaded import ServableModel
 from fiddler.models.rotary import starts_over
 from fiddler.models.seam import Forward
-from fiddler.scheduler.rows import Span
-from fiddler.scheduler.waves import Waves
+from fiddler.scheduler.waves import RowSpan, Waves
 from fiddler.steps.recorder import Recorder, WaveRecord
 from fiddler.steps.request import Request
 from fiddler.steps.wave import Experts, ModelWave
@@ -75,7 +74,7 @@ class StepRunner:
             return False
         return self._rotary.regime(n_past) != self._rotary.regime(n_past + 1) and starts_over(self._model, n_past)
 
-    def run(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+    def run(self, spans: Sequence[RowSpan[Request]]) -> list[Outcome]:
         """Run the spans' rows; one outcome a span. A part of a cut span that fails fails the span."""
         ordered = sorted(spans, key=self._regime) if self._packed and self._rotary is not None else spans
         waves = run_step(self._runner, self._waves, ordered, self._wave, cut=self._packed)
@@ -90,13 +89,13 @@ class StepRunner:
                 self._keep(wave.record, [(s, outcomes[id(s.request)].error is None) for s in part])
         return [outcomes[id(span.request)] for span in spans]
 
-    def run_again(self, spans: Sequence[Span[Request]]) -> list[Outcome]:
+    def run_again(self, spans: Sequence[RowSpan[Request]]) -> list[Outcome]:
         """Run spans that failed half-way; for packed models, whose layers may then hold some of their rows."""
         for span in spans:
             cast("SequenceKV", span.request.past).truncate(span.start)
         return self.run(spans)
 
-    def _wave(self, spans: Sequence[Span[Request]], number: int) -> ModelWave:
+    def _wave(self, spans: Sequence[RowSpan[Request]], number: int) -> ModelWave:
         groups = self._groups(spans)
         forwards: list[Forward | Replay]
         if self._packed:
@@ -112,17 +111,17 @@ class StepRunner:
             n_context += span.stop
         return ModelWave(forwards, self._experts, n_rows=n_rows, n_context=n_context, record=record)
 
-    def _groups(self, spans: Sequence[Span[Request]]) -> list[Sequence[Span[Request]]]:
+    def _groups(self, spans: Sequence[RowSpan[Request]]) -> list[Sequence[RowSpan[Request]]]:
         """Return the spans of each forward of a wave, in their order."""
         if not self._packed:
             return [[span] for span in spans]
         return [spans] if self._rotary is None else [list(group) for _, group in groupby(spans, self._regime)]
 
-    def _regime(self, span: Span[Request]) -> bytes:
+    def _regime(self, span: RowSpan[Request]) -> bytes:
         assert self._rotary is not None
         return self._rotary.regime(_length(span))
 
-    def _keep(self, record: WaveRecord, spans: Sequence[tuple[Span[Request], bool]]) -> None:
+    def _keep(self, record: WaveRecord, spans: Sequence[tuple[RowSpan[Request], bool]]) -> None:
         """Give each span that succeeded its recorded rows; they lie in the spans' order, however they travelled."""
         if not any(succeeded for _, succeeded in spans):
             return
@@ -132,7 +131,7 @@ class StepRunner:
                 span.request.record.parts.append(rows.part(start, start + span.n_rows))
             start += span.n_rows
 
-    def _replay(self, spans: Sequence[Span[Request]], number: int) -> "Replay | None":
+    def _replay(self, spans: Sequence[RowSpan[Request]], number: int) -> "Replay | None":
         """Return a decoding step that was recorded; a past without a token has no layers to note one in."""
         if self.graphs is None or any(span.n_rows > 1 or not span.start for span in spans):
             return None
@@ -148,7 +147,7 @@ class StepRunner:
                 past.extend(span.stop)
         return replay
 
-    def _packed_forward(self, spans: Sequence[Span[Request]]) -> Forward:
+    def _packed_forward(self, spans: Sequence[RowSpan[Request]]) -> Forward:
         """All spans as one forward."""
         pasts: list[SequenceKV] = []
         lengths: list[int] = []
@@ -164,7 +163,7 @@ class StepRunner:
         forward.wave, forward.length = cache, longest
         return forward
 
-    def _single(self, span: Span[Request]) -> Forward:
+    def _single(self, span: RowSpan[Request]) -> Forward:
         """One sequence on its own, with transformers' cache."""
         call = self._call([span], cast("Cache | None", span.request.past))
 
@@ -174,7 +173,7 @@ class StepRunner:
 
         return Forward(keep_past)
 
-    def _call(self, spans: Sequence[Span[Request]], cache: Cache | None) -> Callable[[], tuple[Tensor, Cache]]:
+    def _call(self, spans: Sequence[RowSpan[Request]], cache: Cache | None) -> Callable[[], tuple[Tensor, Cache]]:
         """Return the model's forward over the spans: logits `[rows kept, V]` and the cache it used."""
         ids: list[int] = []
         positions: list[int] = []
@@ -207,7 +206,7 @@ class StepRunner:
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _outcomes(self, spans: Sequence[Span[Request]], wave: ModelWave) -> list[Outcome]:
+    def _outcomes(self, spans: Sequence[RowSpan[Request]], wave: ModelWave) -> list[Outcome]:
         """Return each span's logits, or the error of its own experts, or the error that ended the wave."""
         if wave.error is not None:
             return [Outcome(error=wave.error) for _ in spans]
@@ -217,7 +216,7 @@ class StepRunner:
             outcomes[self._span_of(spans, forward, row)].error = error
         return outcomes
 
-    def _span_of(self, spans: Sequence[Span[Request]], forward: int, row: int) -> int:
+    def _span_of(self, spans: Sequence[RowSpan[Request]], forward: int, row: int) -> int:
         groups = self._groups(spans)
         n_before = sum(len(group) for group in groups[:forward])
         for i, span in enumerate(groups[forward], n_before):
@@ -227,6 +226,6 @@ class StepRunner:
         raise IndexError(f"the wave has no row {row}")
 
 
-def _length(span: Span[Request]) -> int:
+def _length(span: RowSpan[Request]) -> int:
     """Return the tokens of the forward that `generate` would run a span's rows in: a prompt counts whole."""
     return max(span.stop, span.request.n_prompt)

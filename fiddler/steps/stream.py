@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fiddler.errors import EngineClosedError, FiddlerError
-from fiddler.lanes.channel import Channel
+from fiddler.lanes.queues import Channel
 from fiddler.types import Token
 
 

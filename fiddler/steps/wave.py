@@ -11,7 +11,6 @@ from torch import Tensor
 from fiddler.cache.policy import Rows
 from fiddler.lanes.experts import Ask, Crossing
 from fiddler.lanes.runner import DrivenWave
-from fiddler.models.lookahead import Lookahead
 from fiddler.models.seam import ExpertsCall, Forward
 from fiddler.scheduler.layer import Layer
 from fiddler.scheduler.messages import Failures, LayerDone
@@ -19,6 +18,7 @@ from fiddler.scheduler.routing import Load, defer, route
 from fiddler.steps.recorder import WaveRecord
 
 if TYPE_CHECKING:
+    from fiddler.models.lookahead import Lookahead
     from fiddler.steps.graphs import Replay
 
 
@@ -32,7 +32,7 @@ class Experts:
     """Number of experts by layer."""
     n_deferred: int = 0
     """Visits of least weight per token that join one layer late."""
-    lookahead: Lookahead | None = None
+    lookahead: "Lookahead | None" = None
     """Asks the next layer's router early."""
 
 

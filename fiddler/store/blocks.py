@@ -1,7 +1,7 @@
 """The experts' weights as blocks in host memory, one per expert, ready to be copied to a slot and locked for a GPU.
 
 `BlockLayout` says where an expert's parts lie in its block: one run of bytes that is copied whole and read through
-views. `PackedStore` reads every expert of a checkpoint into its block, in pieces that can be locked into RAM.
+views. `BlockStore` reads every expert of a checkpoint into its block, in pieces that can be locked into RAM.
 
 A GPU copies by itself only from memory that cannot be paged out. `cudaHostRegister` (CUDA Runtime API, "Memory
 Management") locks existing memory, so a block is never in host memory twice. It locks whole pages, and registering
@@ -184,7 +184,7 @@ class _Layer:
         return self.pieces[piece][place]
 
 
-class PackedStore:
+class BlockStore:
     """Every expert's block, read from the checkpoint at once; the checkpoint is not needed afterwards.
 
     Arguments are those of `MappedStore`. The pages of the mapped files are released behind the reader, so memory

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddler.cache.forecast import HALF_LIVES, Forecast, Regression
+from fiddler.cache.policies import HALF_LIVES, Forecast, Regression
 from fiddler.cache.policy import History, Rows
 from fiddler.lab.policies import make_policy
 from fiddler.lab.replay import replay

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Key, Visit
 from fiddler.lab.policies import POLICIES, make_policy
 from fiddler.lab.replay import BELADY, BOUNDS, FORESIGHTS, Foresight, Replay, belady, compare, replay
@@ -22,7 +22,7 @@ HALF_LIFE = 3.7
 def in_plain_words(trace: list[Visit], n_slots: int, n_tokens: float) -> int:
     """The misses of the same rule, which looks through the trace at every choice."""
     history = History(LAYERS)
-    counts = AgedCounts(history, HALF_LIFE)
+    counts = AgedLfu(history, HALF_LIFE)
     kept: set[Key] = set()
     n_misses = 0
     for number, (layer, rows, n) in enumerate(trace):
@@ -37,7 +37,7 @@ def in_plain_words(trace: list[Visit], n_slots: int, n_tokens: float) -> int:
             use = next_use(trace, number, key)
             token = inf if use == inf else sum(n for at, _, n in trace[: int(use)] if at == key[0])
             known = token < horizon
-            standing[key] = (known, -use if known else counts.inflated(key), history.last_visit(key), key)
+            standing[key] = (known, -use if known else counts.rank(key), history.last_visit(key), key)
         kept = set(sorted(kept, key=standing.__getitem__)[max(len(kept) - n_slots, 0) :])
     return n_misses
 

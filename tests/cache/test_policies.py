@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fiddler.cache.frequency import AgedCounts
+from fiddler.cache.policies import AgedLfu
 from fiddler.cache.policy import History, Policy, Rows
 from fiddler.errors import ConfigError
 from fiddler.lab.policies import POLICIES, by_popularity, make_policy, uniform
@@ -22,7 +22,7 @@ def test_history_keeps_a_clock_per_layer() -> None:
     history.observe(0, [(0, 1)], 1)
     history.observe(1, [(2, 2), (0, 1)], 4)
     assert (history.n_visits, history.n_tokens) == (3, 5)
-    assert (history.layer_tokens(0), history.layer_tokens(1), history.layer_visits(0)) == (5, 4, 2)
+    assert (history.layer_tokens(0), history.layer_tokens(1)) == (5, 4)
     assert (history.n_rows((0, 1)), history.last_visit((0, 1)), history.last_token((0, 1))) == (4, 1, 4)
     assert (history.n_rows((1, 2)), history.last_visit((1, 2)), history.last_token((1, 2))) == (2, 3, 4)
     assert (history.n_rows((1, 1)), history.last_visit((1, 1)), history.last_token((1, 1))) == (0, 0, 0)
@@ -85,12 +85,12 @@ def test_aged_lfu_ages_by_its_own_layer_only() -> None:
 
 def test_aged_counts_stay_exact_far_from_the_beginning() -> None:
     history = History((2,))
-    counts = AgedCounts(history, 32.0)
+    counts = AgedLfu(history, 32.0)
     for rows, n_tokens in (([], 10**9), ([(0, 1)], 1), ([(1, 1)], 1), ([(0, 1)], 1)):
         history.observe(0, rows, n_tokens)
         counts.observe(0, rows, n_tokens)
-    assert counts.count((0, 0)) == pytest.approx(1 + 2 ** (-2 / 32), rel=1e-6)
-    assert counts.count((0, 1)) == pytest.approx(2 ** (-1 / 32), rel=1e-6)
+    assert counts.score((0, 0)) == pytest.approx(1 + 2 ** (-2 / 32), rel=1e-6)
+    assert counts.score((0, 1)) == pytest.approx(2 ** (-1 / 32), rel=1e-6)
 
 
 def test_hybrimoe_keeps_the_largest_probabilities_and_halves_the_past() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddler.cache.frequency import Lfu
+from fiddler.cache.policies import Lfu
 from fiddler.cache.policy import Key, Visit
 from fiddler.lab.policies import POLICIES, make_policy
 from fiddler.lab.replay import Replay, belady, replay

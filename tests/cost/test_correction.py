@@ -4,9 +4,18 @@ import math
 
 import pytest
 
-from fiddler.cost.correction import LIMITS, TOLERANCE, Correction
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts, Moves
+from fiddler.cost.model import (
+    LANES,
+    LIMITS,
+    TOLERANCE,
+    Contention,
+    Correction,
+    CostModel,
+    Curve,
+    ExpertCosts,
+    LaneName,
+    Moves,
+)
 
 SMALL = ExpertCosts(Curve(((1.0, 4e-3), (64.0, 8e-3))), Curve(((1.0, 1e-3),)), 3e-3, 1000)
 LARGE = ExpertCosts(Curve(((1.0, 8e-3),)), Curve(((1.0, 2e-3),)), 6e-3, 2000)

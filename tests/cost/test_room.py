@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.errors import ConfigError
-from fiddler.gpu.budget import GIVEN_UP, LEFT_FREE_BYTES, Room, budget, divide, shrunk
+from fiddler.gpu.budget import GIVEN_UP, LEFT_FREE_BYTES, Division, budget, divide, shrunk
 
 WANTED: dict[str, Any] = {
     "dense_bytes": 400,
@@ -34,7 +34,7 @@ wanted = st.fixed_dictionaries(
     }
 )
 rooms = st.builds(
-    Room,
+    Division,
     budget=st.integers(0, 10**6),
     dense=st.integers(0, 999),
     kv=st.integers(0, 999),
@@ -44,7 +44,7 @@ rooms = st.builds(
 )
 
 
-def divided(budget_bytes: int, **changes: Any) -> Room:
+def divided(budget_bytes: int, **changes: Any) -> Division:
     return divide(budget_bytes, **(WANTED | changes))
 
 
@@ -56,7 +56,7 @@ def most_slots(options: dict[str, Any]) -> int:
 class TestDivide:
     def test_slots_get_what_the_others_leave(self) -> None:
         room = divided(1000)
-        assert room == Room(budget=1000, dense=400, kv=300, workspace=50, slots=3, slot_bytes=64)
+        assert room == Division(budget=1000, dense=400, kv=300, workspace=50, slots=3, slot_bytes=64)
         assert room.free == 1000 - 750 - 3 * 64
 
     @pytest.mark.parametrize(("asked", "slots"), [(None, 20), (7, 7), (20, 20), (1000, 20), (0, 0)])
@@ -149,7 +149,7 @@ class TestDivide:
 class TestRoom:
     def test_a_table_adds_up(self) -> None:
         mib = 2**20
-        room = Room(1000 * mib, 400 * mib, 300 * mib, 50 * mib, slots=3, slot_bytes=64 * mib)
+        room = Division(1000 * mib, 400 * mib, 300 * mib, 50 * mib, slots=3, slot_bytes=64 * mib)
         rows = re.findall(r"^ +(\w[\w ]+?) +([\d.,]+) MiB", room.table(), re.MULTILINE)
         named = {name: float(size.replace(",", "")) for name, size in rows}
         assert named.pop("budget") == 1000.0 == sum(named.values())
@@ -158,7 +158,7 @@ class TestRoom:
 
 class TestShrunk:
     @given(room=rooms, by_bytes=st.integers(0, 10**5))
-    def test_gives_up_enough_slots_or_all(self, room: Room, by_bytes: int) -> None:
+    def test_gives_up_enough_slots_or_all(self, room: Division, by_bytes: int) -> None:
         less = shrunk(room, by_bytes)
         n_given = room.slots - less.slots
         assert n_given == room.slots or n_given * room.slot_bytes >= by_bytes
@@ -168,7 +168,7 @@ class TestShrunk:
         assert replace(less, slots=room.slots, workspace=room.workspace) == room
 
     @given(room=rooms, by_bytes=st.integers(0, 10**5))
-    def test_gives_up_no_more_than_it_has_to(self, room: Room, by_bytes: int) -> None:
+    def test_gives_up_no_more_than_it_has_to(self, room: Division, by_bytes: int) -> None:
         n_kept = shrunk(room, by_bytes).slots
         one_fewer = room.slots - n_kept - 1
         assert n_kept == room.slots == 0 or (
@@ -176,7 +176,7 @@ class TestShrunk:
         )
 
     @given(room=rooms)
-    def test_ends(self, room: Room) -> None:
+    def test_ends(self, room: Division) -> None:
         n_times = 0
         while room.slots:
             room, n_times = shrunk(room, 1), n_times + 1

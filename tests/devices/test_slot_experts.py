@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
+from fiddler.devices.cpu import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
 from fiddler.gpu import slots as slot_experts
-from fiddler.gpu.slots import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
+from fiddler.gpu.slots import FEW_ROWS, Ability, Method, SlotExperts, Stack, Visits, pick, windows
 from fiddler.store.blocks import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
 
@@ -102,7 +102,7 @@ class Layer:
             layout.write(experts[slot], slots[slot])
         return cls(kind, sizes, dtype, experts, Stack.over(slots, layout.views(slots[0])))
 
-    def check(self, path: Path, counts: Sequence[int]) -> None:
+    def check(self, path: Method, counts: Sequence[int]) -> None:
         """Run so many rows on each slot, at random positions, and compare each one with `run_expert`."""
         visits = random_visits(counts, self.sizes.top_k)
         n_tokens = -(-(visits.n_rows + 3) // self.sizes.top_k)
@@ -196,7 +196,7 @@ class TestPaths:
     @pytest.mark.parametrize("path", ["loop", "grouped"])
     @settings(max_examples=40)
     @given(data=st.data())
-    def test_whatever_the_sizes_and_groups(self, path: Path, data: st.DataObject) -> None:
+    def test_whatever_the_sizes_and_groups(self, path: Method, data: st.DataObject) -> None:
         step = 1 if path == "loop" else 8  # a grouped matmul wants rows of 16 bytes
         sizes = Sizes(
             hidden=step * data.draw(st.integers(1, 6)),
@@ -427,6 +427,6 @@ def test_no_rows_ask_for_nothing() -> None:
     def stack(layer: int) -> Stack:
         raise AssertionError("no layer is needed")
 
-    for path in get_args(Path):
+    for path in get_args(Method):
         experts = SlotExperts(stack, (KINDS[0].formula,), path=path)
         experts.run(0, random_visits([0, 0], 2), torch.zeros(2, 8), torch.zeros(4, 8))

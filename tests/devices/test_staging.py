@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiddler.gpu.device import Event
-from fiddler.gpu.ring import PIECE_BYTES, POLL_S, StagingRing
+from fiddler.gpu.jobs import PIECE_BYTES, POLL_S, PinnedRing
 
 
 @dataclass(eq=False)
@@ -81,8 +81,8 @@ class LateGpu:
         self.work(len(self.queue))
 
 
-def ring(gpu: Any, n_pieces: int = 4, piece_bytes: int = 8, sleep: Any = None) -> StagingRing:
-    return StagingRing(gpu, n_pieces=n_pieces, piece_bytes=piece_bytes, sleep=sleep or gpu.sleep)
+def ring(gpu: Any, n_pieces: int = 4, piece_bytes: int = 8, sleep: Any = None) -> PinnedRing:
+    return PinnedRing(gpu, n_pieces=n_pieces, piece_bytes=piece_bytes, sleep=sleep or gpu.sleep)
 
 
 def block_of(n_bytes: int, seed: int = 0) -> Tensor:
@@ -116,7 +116,7 @@ class TestCopy:
         gpu = LateGpu()
         block = block_of(3 * PIECE_BYTES + off)
         arena = torch.zeros(len(block) + 64, dtype=torch.uint8)
-        StagingRing(gpu, sleep=gpu.sleep).copy(block, arena[32:-32])  # type: ignore[arg-type]
+        PinnedRing(gpu, sleep=gpu.sleep).copy(block, arena[32:-32])  # type: ignore[arg-type]
         gpu.finish()
         assert torch.equal(arena[32:-32], block)
         assert not arena[:32].any()

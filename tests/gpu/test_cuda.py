@@ -7,7 +7,7 @@ import torch
 
 from fiddler.gpu.cuda import CudaGpu
 from fiddler.gpu.device import Event
-from fiddler.gpu.ring import StagingRing
+from fiddler.gpu.jobs import PinnedRing
 from fiddler.models.seam import ExpertsCall, Forward
 
 MIB = 1 << 20
@@ -80,7 +80,7 @@ def test_pageable_blocks_arrive_whole_through_the_ring(gpu: CudaGpu) -> None:
     block = torch.randint(0, 255, (33 * MIB + 77,), dtype=torch.uint8)
     there = torch.zeros(block.shape, dtype=torch.uint8, device=gpu.device)
     gpu.link.follow(gpu.main.mark())  # which has to write the zeros first
-    StagingRing(gpu, piece_bytes=2 * MIB).copy(block, there)
+    PinnedRing(gpu, piece_bytes=2 * MIB).copy(block, there)
     passed(gpu.link.mark())
     assert torch.equal(there.cpu(), block)
 

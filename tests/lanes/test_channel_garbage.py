@@ -8,8 +8,7 @@ from weakref import finalize
 import anyio
 import pytest
 
-from fiddler.lanes.channel import Channel
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Channel, Mailbox
 
 N = 3000
 WAIT_S = 20

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
-from fiddler.lanes.inline import InlineLanes
-from fiddler.lanes.laneset import Execute, LaneSet
+from fiddler.cost.model import LANES, Contention, CostModel, Curve, ExpertCosts, LaneName
+from fiddler.lanes.laneset import Execute, InlineLanes, LaneSet
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.lanes.virtual import VirtualLanes
 from fiddler.scheduler.layer import Layer, Wave

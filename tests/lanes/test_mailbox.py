@@ -2,7 +2,7 @@
 
 from threading import Thread
 
-from fiddler.lanes.mailbox import Mailbox
+from fiddler.lanes.queues import Mailbox
 from tests.support.patience import patience
 
 

@@ -7,10 +7,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
+from fiddler.cost.model import LANES, Contention, CostModel, Curve, Dense, ExpertCosts, LaneName, Moves
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import prefetch_of
+from fiddler.lab.systems import prefetch_of
 from fiddler.scheduler.core import Scheduler
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import (
@@ -215,7 +214,7 @@ class Desk:
         assert not self.cache._slots.leases
         assert self.cache.n_free + self.cache.n_ready == self.cache.n_slots
         assert not self.core.prefetcher._expecting
-        assert not any(wave.latest or wave.forecast for wave in self.waves.values())
+        assert not any(wave.latest or wave.coming for wave in self.waves.values())
         assert not self.core.prefetcher._due
 
     # Its own books
@@ -274,9 +273,9 @@ class Desk:
     def _check_leases(self) -> None:
         prefetcher = self.core.prefetcher
         assert not prefetcher._due, "a layer has come, and what was kept for it still is"
-        forecasts = [wave.forecast for wave in prefetcher._expecting if wave.forecast is not None]
+        ahead = [wave.coming for wave in prefetcher._expecting if wave.coming is not None]
         held = Counter((layer.index, expert) for layer in self.core.layers for expert in layer.leased)
-        held.update((forecast.layer, expert) for forecast in forecasts for expert in forecast.leased)
+        held.update((coming.layer, expert) for coming in ahead for expert in coming.leased)
         assert held == self.cache._slots.leases
         assert not any(layer.reported and layer.before for layer in self.core.layers), "a layer is kept for nothing"
 
@@ -288,14 +287,14 @@ class Desk:
         assert use.gained_s >= 0.0 <= min(use.cost_s, use.delay_s)
         assert all(0.0 <= chance <= 1.0 for chance in prefetcher._chances)
         for wave in prefetcher._expecting:
-            forecast = wave.forecast
-            assert forecast is not None
+            coming = wave.coming
+            assert coming is not None
             assert wave.number not in self.dropped
-            assert forecast.layer == at[wave.number] + 1 < len(LAYERS)
-            assert len({guess.expert for guess in forecast.guesses}) == len(forecast.guesses)
-            assert len(set(forecast.leased)) == len(forecast.leased)
-            landed = {e for e in forecast.copied if self.cache.slot((forecast.layer, e)) is not None}
-            assert landed == set(forecast.leased), "what has landed is kept, and nothing else is"
+            assert coming.layer == at[wave.number] + 1 < len(LAYERS)
+            assert len({guess.expert for guess in coming.guesses}) == len(coming.guesses)
+            assert len(set(coming.leased)) == len(coming.leased)
+            landed = {e for e in coming.copied if self.cache.slot((coming.layer, e)) is not None}
+            assert landed == set(coming.leased), "what has landed is kept, and nothing else is"
 
 
 def resident(desk: Desk, layer: int, *wanted: int) -> None:

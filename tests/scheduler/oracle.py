@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from fiddler.cost.lanes import LaneName, Lanes
+from fiddler.cost.lanes import Lanes
+from fiddler.cost.model import LaneName
 from fiddler.scheduler.plan import Candidate, Plan
 from tests.scheduler.instances import Instance
 

@@ -34,7 +34,7 @@ def test_a_fetch_runs_from_its_slot_once_it_has_landed() -> None:
     assert not desk.done
     desk.report(desk.queues["gpu"][0])
     assert desk.done == [Passed(0, 0, {}, {})]
-    assert (desk.core.counters.n_fetches, desk.core.counters.copied_bytes) == (2, 2000)
+    assert desk.core.counters.n_fetches == 2
 
 
 def test_hits_run_from_their_slots_in_one_job_beside_the_misses() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.scheduler.guesses import saved_s
 from fiddler.scheduler.plan import all_cpu, all_fetch
 from fiddler.scheduler.prefetch import Prefetcher

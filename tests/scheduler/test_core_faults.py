@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from fiddler.cost.lanes import LANES, Backlog, LaneName
-from fiddler.cost.model import CostModel
+from fiddler.cost.lanes import Backlog
+from fiddler.cost.model import LANES, CostModel, LaneName
 from fiddler.scheduler.messages import JobDone
 from fiddler.scheduler.plan import Candidate, Plan, all_cpu, all_fetch
 from tests.scheduler.desk import BROKEN, Desk, Passed, kinds, resident

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fiddler.cost.lanes import LaneName
+from fiddler.cost.model import LaneName
 from fiddler.scheduler.plan import all_fetch
 from tests.scheduler.desk import Desk, kinds
 from tests.scheduler.test_core_ahead import copies

@@ -6,9 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.lab.prefetch import PREFETCH
-from fiddler.lab.systems import PLANNERS
+from fiddler.cost.model import LANES, LaneName
+from fiddler.lab.systems import PLANNERS, PREFETCH
 from fiddler.scheduler.messages import CopyExpert, Job, RunExperts
 from tests.scheduler.desk import BROKEN, LAYERS, Desk, experts
 

@@ -4,8 +4,8 @@ from random import Random
 
 from fiddler.cache.cache import ExpertCache
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import Frequency
-from fiddler.scheduler.guesses import MANY, Auto, LookAhead, Predictor, Transitions
+from fiddler.lab.systems import Frequency, LookAhead
+from fiddler.scheduler.guesses import MANY, Auto, Predictor, Transitions
 from fiddler.scheduler.layer import Layer, Wave
 from tests.scheduler.desk import LAYERS, work
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddler.cache.cache import ExpertCache
-from fiddler.cache.policy import Key, Rows
+from fiddler.cache.policy import Rows
 from fiddler.cache.slots import Reservation
 from fiddler.cost.lanes import Backlog
 from fiddler.cost.model import Contention, CostModel, Curve, ExpertCosts
 from fiddler.lab.policies import make_policy
-from fiddler.lab.prefetch import EAGER, IMPACT, eager, impact
-from fiddler.scheduler.guesses import PAYS, Forecast, Guess, LookAhead, Rule, View, pays, price_s, saved_s
+from fiddler.lab.systems import EAGER, IMPACT, LookAhead, eager, impact
+from fiddler.scheduler.guesses import PAYS, Guess, NextLayer, Rule, View, pays, price_s, saved_s
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.plan import Candidate, Planner, all_cpu, all_fetch, best_cut
 from fiddler.scheduler.prefetch import ENOUGH, REST, TRUST, WEIGHT, Prefetcher
@@ -41,9 +41,9 @@ def view(
     here: Sequence[int] = (),
 ) -> View:
     """What a rule sees, with the experts in `here` in their slots."""
-    forecast = Forecast(1, tuple(Guess(*guess) for guess in guesses))
-    absent = [guess for guess in forecast.guesses if guess.expert not in here]
-    return View(forecast, absent, costs or model(), backlog, gap_s, planner)
+    coming = NextLayer(1, tuple(Guess(*guess) for guess in guesses))
+    absent = [guess for guess in coming.guesses if guess.expert not in here]
+    return View(coming, absent, costs or model(), backlog, gap_s, planner)
 
 
 # Rules
@@ -88,7 +88,7 @@ def test_in_the_gap_a_copy_is_free() -> None:
 def test_eager_copies_the_first_two_whatever_they_cost() -> None:
     asked = view((4, 1, 0.01), (2, 1, 0.01), (3, 1, 0.01))
     for n_copied, expected in enumerate((4, 4, None)):
-        asked.forecast.copied = dict.fromkeys(range(n_copied), 0.0)
+        asked.coming.copied = dict.fromkeys(range(n_copied), 0.0)
         chosen = eager(asked)
         assert (chosen.expert if chosen else None) == expected
 
@@ -139,8 +139,7 @@ class Made:
     def __init__(self, rule: Rule = EAGER, costs: CostModel | None = None) -> None:
         self.costs = costs or model()
         self.cache = empty()
-        self.left: dict[Key, float] = {}
-        self.made = Prefetcher(LookAhead(), rule, self.cache, self.left.get)
+        self.made = Prefetcher(LookAhead(), rule, self.cache)
         self.wave = Wave()
 
     def expect(self, ahead: Rows, now_s: float = 0.0) -> None:
@@ -184,7 +183,6 @@ def test_a_copy_that_is_late_or_fails_did_not_land() -> None:
     late, failed = desk.copy(land=False), desk.copy(land=False)
     assert late is not None
     assert failed is not None
-    desk.left[late.key] = 0.5
     desk.cache.failed(failed)
     desk.visit(0, 1)
     use = desk.made.use
@@ -224,9 +222,9 @@ def test_chances_come_to_be_how_often_each_place_came_true() -> None:
         desk.expect([(e, 1) for e in range(3)])
         desk.copy()
         if layer >= 1000:
-            sums = [total + guess.chance for total, guess in zip(sums, seen[-1].forecast.guesses, strict=True)]
+            sums = [total + guess.chance for total, guess in zip(sums, seen[-1].coming.guesses, strict=True)]
         desk.visit(*[e for e, rate in enumerate(rates) if rng.random() < rate])
-    assert [guess.chance for guess in seen[0].forecast.guesses] == [TRUST] * 3
+    assert [guess.chance for guess in seen[0].coming.guesses] == [TRUST] * 3
     assert [total / 2000 for total in sums] == pytest.approx(rates, abs=0.03)
 
 

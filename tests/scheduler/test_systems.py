@@ -7,17 +7,16 @@ from typing import Literal, get_args
 
 import pytest
 
-from fiddler.cache import frequency
+from fiddler.cache import policies
 from fiddler.cache.policy import Key
 from fiddler.config import EngineConfig, PlannerName, PolicyName, PrefetchMode, WaveMode
 from fiddler.errors import ConfigError
 from fiddler.lab.machine import Machine
 from fiddler.lab.policies import POLICIES, uniform
-from fiddler.lab.prefetch import PREFETCH, prefetch_of
 from fiddler.lab.simulation import Report, Setting, _Simulation
-from fiddler.lab.systems import PLANNERS, SYSTEMS, System, cache_of, planner, system
+from fiddler.lab.systems import PLANNERS, PREFETCH, SYSTEMS, System, cache_of, planner, prefetch_of, system
 from fiddler.recording import Recording, guesses
-from fiddler.scheduler import choice
+from fiddler.scheduler import core
 from fiddler.scheduler.guesses import Nobody
 from fiddler.scheduler.messages import Command, Event
 from fiddler.trace import Kind, Span, Trace
@@ -95,7 +94,7 @@ def test_slots_in_passing_come_out_of_those_given_or_on_top_of_them() -> None:
 
     n_all = sum(EXPERTS)
     assert sizes("none", 90) == (90, 0)
-    assert sizes("some", 90) == (90, 90 // frequency.STAGED)
+    assert sizes("some", 90) == (90, 90 // policies.STAGED)
     assert sizes("some", n_all) == (n_all, 0), "where all are resident nobody passes through"
     assert sizes("layer", 90) == (90 + 2 * SMALL.n_experts, 2 * SMALL.n_experts)
 
@@ -111,9 +110,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_the_options_of_an_engine_are_those_that_there_are() -> None:
-    assert set(get_args(PlannerName)) == set(choice.PLANNERS) < set(PLANNERS)
-    assert set(get_args(PolicyName)) == set(frequency.POLICIES) < set(POLICIES)
-    assert set(get_args(PrefetchMode)) == set(choice.PREFETCH) < set(PREFETCH)
+    assert set(get_args(PlannerName)) == set(core.PLANNERS) < set(PLANNERS)
+    assert set(get_args(PolicyName)) == set(policies.POLICIES) < set(POLICIES)
+    assert set(get_args(PrefetchMode)) == set(core.PREFETCH) < set(PREFETCH)
     cache = cache_of(System(), 4, EXPERTS, SMALL.top_k)
     assert [name for name in PREFETCH if isinstance(prefetch_of(name, cache)[0], Nobody)] == ["off"]
 
@@ -123,7 +122,7 @@ def test_the_lab_s_own_system_is_what_an_engine_is_without_options() -> None:
     mine = {f.name: getattr(ours, f.name) for f in fields(ours) if hasattr(config, f.name)}
     assert mine == {name: getattr(config, name) for name in mine}
     for n_slots in (0, 90, sum(EXPERTS)):
-        cache = frequency.make_cache(config.policy, n_slots, EXPERTS, half_life=config.half_life)
+        cache = policies.make_cache(config.policy, n_slots, EXPERTS, half_life=config.half_life)
         other = cache_of(ours, n_slots, EXPERTS, SMALL.top_k)
         assert type(cache.policy) is type(other.policy)
         for name in ("n_slots", "_admission", "_floor"):

@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from fiddler.gpu.crossing import blank_visits, noted
 from fiddler.lanes.experts import Ask, summed
 from fiddler.models import attention, seam
-from fiddler.models.captured import CapturedCache, StaticInputs
+from fiddler.models.attention import CapturedCache, StaticInputs
 from fiddler.models.kv import Directness, KvArena, SequenceKV, WaveCache
 from fiddler.steps.graphs import grouped
 from tests.architectures import build

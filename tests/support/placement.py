@@ -24,20 +24,19 @@ from torch import Tensor
 from fiddler.calibration.costs import Calibration
 from fiddler.calibration.kernels import compute_lane, torch_worker
 from fiddler.config import EngineConfig, resolve
-from fiddler.cost.lanes import LANES, LaneName
-from fiddler.cost.model import CostModel
+from fiddler.cost.model import LANES, CostModel, LaneName
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.engine import gpu_assembly, sim_assembly
 from fiddler.engine.assembly import Rig, assemble_rig
 from fiddler.gpu import cuda
-from fiddler.lab import hosted
+from fiddler.lab import machine
 from fiddler.lanes.experts import ExpertWork
 from fiddler.lanes.laneset import Execute, LaneSet
 from fiddler.lanes.threads import ThreadLanes
 from fiddler.models import dense, seam
 from fiddler.models.loaded import ServableModel, load
 from fiddler.scheduler.messages import CopyExpert, Failures, Job, JobDone, LaneDied
-from fiddler.scheduler.rows import assemble
+from fiddler.scheduler.waves import assemble
 from tests.support.fake_gpu import FakeGpu
 
 MakeLanes = Callable[[ExpertWork], LaneSet]
@@ -207,7 +206,7 @@ def _patched(placement: Placement) -> Generator[None]:
         if placement.costs is not None:
             calibration = Calibration(placement.costs, (), Path(), fresh=False)
             stack.enter_context(patch.object(sim_assembly, "calibrate", lambda *_: calibration))
-            stack.enter_context(patch.object(hosted, "described_costs", lambda *_: placement.costs))
+            stack.enter_context(patch.object(machine, "described_costs", lambda *_: placement.costs))
             stack.enter_context(patch.object(gpu_assembly, "_costs", lambda *_: placement.costs))
         stack.enter_context(patch.object(cuda, "open_gpu", lambda: placement.gpu))
         make = placement.lanes

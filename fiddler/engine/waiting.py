@@ -1,6 +1,9 @@
-"""Has prompts read between submission and admission, in a few threads, so that none delays another's tokens."""
+"""Requests between submission and admission: their prompts are read, and they stand in line.
 
-from collections.abc import Callable
+A few threads have the prompts read, so that none delays another's tokens. The line belongs to the engine's loop.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -8,7 +11,7 @@ from threading import Lock, Thread
 from time import monotonic
 
 from fiddler.errors import EngineClosedError, EngineFailedError, FiddlerError, PromptError
-from fiddler.steps.request import Submission
+from fiddler.steps.request import Request, Submission
 from fiddler.text.prompts import Copied
 from fiddler.text.reading import Asking, TooMany
 from fiddler.text.tokenizer import Text, is_ids
@@ -129,3 +132,51 @@ class Readings:
             refused = PromptError(f"the prompt could not be read: {type(error).__name__}: {error}")
             refused.__cause__ = error
             return refused
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A waiting request; its prompt is being read until `request` is set."""
+
+    submission: Submission
+    reading: Reading
+    request: Request | None = None
+
+
+class Line:
+    """The order of admission: first come, first served, but a prompt that takes long to read is overtaken."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Submission, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(tuple(self._waiting.values()))
+
+    def join(self, submission: Submission, reading: Reading) -> None:
+        """Let a request wait, its prompt still to be read."""
+        self._waiting[submission] = Waiting(submission, reading)
+
+    def find(self, submission: Submission) -> Waiting | None:
+        """Return the waiting request of a submission; `None` if its caller has left."""
+        return self._waiting.get(submission)
+
+    def leave(self, submission: Submission) -> None:
+        """Remove a request from the line, to run or for good; its prompt is not read any further."""
+        waiting = self._waiting.pop(submission, None)
+        if waiting is not None:
+            waiting.reading.asking.give_up()
+
+    def first(self) -> Request | None:
+        """Return the next request to admit; `None` if there is none, or an earlier prompt is still being read."""
+        for waiting in self._waiting.values():
+            if waiting.request is not None or not waiting.reading.slow:
+                return waiting.request
+        return None
+
+    @property
+    def held_up(self) -> bool:
+        """Whether a request is ready but behind a prompt that is being read: time alone will admit it."""
+        return self.first() is None and any(waiting.request is not None for waiting in self._waiting.values())
