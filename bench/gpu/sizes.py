@@ -57,7 +57,7 @@ class Sizes:
     launches: int = 1000
     passes: int = 5
     # Checks
-    tests: tuple[str, ...] = ("tests/devices", "tests/gpu")
+    tests: tuple[str, ...] = ("tests/gpu",)
     tests_s: float = 420.0
 
 
@@ -78,6 +78,6 @@ QUICK = Sizes(
     shapes={"qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"]},
     rows=(1, 4, 16, 64),
     passes=3,
-    tests=("tests/gpu",),
+    tests=("tests/gpu/test_cuda.py", "tests/gpu/test_engine.py"),
     tests_s=120.0,
 )

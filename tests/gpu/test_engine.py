@@ -14,7 +14,7 @@ from tests.support import conformance
 from tests.support.conformance import Options
 from tests.support.tiny import save_tiny
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.nvidia]
 
 COMMON: Options = {"device": "cuda", "kv_tokens": 512}
 SETTINGS: dict[str, Options] = {
