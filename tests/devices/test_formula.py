@@ -1,9 +1,8 @@
-"""One expert's formula: every combination of flags against a plain reference, and against transformers' own."""
+"""One expert's formula: any three flags together against a plain reference, and against transformers' own."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam
 from fiddler.types import ExpertWeights
+from tests.support.covering import covering
 
 H, I = 24, 16  # noqa: E741  # the design's letters
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu2": ACT2FN["relu2"]}
@@ -59,18 +59,23 @@ class Flags:
         return I if self.gate is None else 2 * I
 
 
-def every_flag() -> Iterator[Flags]:
-    for bias, post_norm, transposed in product((False, True), repeat=3):
-        for split in (False, True):
-            for gate in ("silu", "gelu", "own"):
-                activation = "silu" if gate == "own" else gate
-                yield Flags(gate, activation, split, bias, post_norm, transposed)
-        for activation in ("silu", "relu2"):
-            yield Flags(None, activation, False, bias, post_norm, transposed)
+GATES = (("silu", "silu"), ("gelu", "gelu"), ("own", "silu"), (None, "silu"), (None, "relu2"))
+"""A gate and an activation."""
+BOTH = (False, True)
+KERNELS = ("linear", "rows_last")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-EVERY_FLAG = list(every_flag())
-UNSPLIT = [flags for flags in EVERY_FLAG if not flags.split]  # as a module of transformers has them
+def flags_with(*axes: Iterable[Any], strength: int = 3, split: Iterable[bool] = BOTH) -> list[tuple[Any, ...]]:
+    """Return flags beside values of other axes: any three of gate, flags and axes together, or `strength`."""
+    cases = covering(
+        GATES, split, BOTH, BOTH, BOTH, *axes, strength=strength, where=lambda gate, cut, *_: gate[0] or not cut
+    )
+    return [(Flags(*gate, *rest[:4]), *rest[4:]) for gate, *rest in cases]
+
+
+UNSPLIT = (False,)
+"""As a module of transformers has its matrices."""
 
 
 def formula(flags: Flags) -> ExpertFormula:
@@ -132,10 +137,7 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["linear", "rows_last"])
-@pytest.mark.parametrize("flags", EVERY_FLAG, ids=str)
+@pytest.mark.parametrize(("flags", "kernel", "dtype", "n_rows"), flags_with(KERNELS, DTYPES, (1, 2, 5)), ids=str)
 def test_equals_the_reference(flags: Flags, kernel: str, dtype: torch.dtype, n_rows: int) -> None:
     weights = random_weights(flags, dtype)
     kernels = rows_last_for(*weights.up, weights.down) if kernel == "rows_last" else Kernels()
@@ -145,9 +147,7 @@ def test_equals_the_reference(flags: Flags, kernel: str, dtype: torch.dtype, n_r
     assert_near(y, reference(flags, weights, x), dtype)
 
 
-@pytest.mark.parametrize("chosen", ["up", "down"])
-@pytest.mark.parametrize("n_rows", [1, 2, 5])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("chosen", "n_rows", "split"), covering(["up", "down"], [1, 2, 5], BOTH))
 def test_each_matrix_has_its_own_kernel(chosen: str, n_rows: int, split: bool) -> None:
     flags = Flags("silu", "silu", split, bias=True, post_norm=True, transposed=False)
     weights = random_weights(flags, torch.float32)
@@ -186,8 +186,7 @@ class Allocations(TorchDispatchMode):
 
 
 class TestNoCopies:
-    @pytest.mark.parametrize("kernel", ["linear", "rows_last"])
-    @pytest.mark.parametrize("flags", EVERY_FLAG, ids=str)
+    @pytest.mark.parametrize(("flags", "kernel"), flags_with(KERNELS), ids=str)
     def test_no_operation_makes_as_much_as_a_weight_matrix(self, flags: Flags, kernel: str) -> None:
         weights = random_weights(flags, torch.bfloat16)
         kernels = rows_last_for(*weights.up, weights.down) if kernel == "rows_last" else Kernels()
@@ -257,8 +256,7 @@ def lane(module: Any, kernels: Kernels) -> ComputeLane:
     return ComputeLane(device, (E,))
 
 
-@pytest.mark.parametrize("kernel", ["linear", "rows_last"])
-@pytest.mark.parametrize("flags", UNSPLIT, ids=str)
+@pytest.mark.parametrize(("flags", "kernel"), flags_with(KERNELS, split=UNSPLIT), ids=str)
 def test_equals_transformers_own_experts(flags: Flags, kernel: str) -> None:
     if flags.post_norm and "has_post_expert_norm" not in DECORATOR_FLAGS:
         pytest.skip("this transformers knows no norm after an expert")
@@ -277,7 +275,7 @@ def test_equals_transformers_own_experts(flags: Flags, kernel: str) -> None:
     assert_near(actual, expected, torch.float32)
 
 
-@pytest.mark.parametrize("flags", UNSPLIT, ids=str)
+@pytest.mark.parametrize("flags", [flags for (flags,) in flags_with(strength=2, split=UNSPLIT)], ids=str)
 def test_module_weights_are_views_of_the_modules_parameters(flags: Flags) -> None:
     module = experts_module(flags)
     weights = seam.module_weights(module, 2)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.gpu.test_slots import DEVICE, KINDS, TOLERANCE, Kind, Layer, Sizes, exactly
+from tests.gpu.test_slots import DEVICE, KINDS, TOLERANCE, Kind, Layer, Sizes, exactly, kinds_with
+from tests.support.covering import covering
 
 pytest.importorskip("triton")
 
@@ -51,18 +52,10 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "dtype", "rows"), kinds_with(DTYPES, COUNTS, strength=3), ids=str)
 @torch.inference_mode()
-def test_equals_one_expert_at_a_time(kind: Kind, counts: list[int]) -> None:
-    Layer.of(kind, SIZES, DTYPES[KINDS.index(kind) % 3]).check("triton", counts)
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_every_dtype(dtype: torch.dtype, counts: list[int]) -> None:
-    for kind in (KINDS[0], KINDS[-1]):
-        Layer.of(kind, SIZES, dtype).check("triton", counts)
+def test_equals_one_expert_at_a_time(kind: Kind, dtype: torch.dtype, rows: str) -> None:
+    Layer.of(kind, SIZES, dtype).check("triton", COUNTS[rows])
 
 
 @settings(max_examples=20)
@@ -103,9 +96,9 @@ def test_a_swiglu_saturates_without_a_nan() -> None:
         Layer(layer.kind, layer.sizes, layer.dtype, tuple(weights), layer.stack).check("triton", COUNTS["one row"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("most_rows", [1, 2, 16, 40])
+@pytest.mark.parametrize(
+    ("dtype", "transposed", "most_rows"), covering(DTYPES, (False, True), (1, 2, 16, 40)), ids=str
+)
 def test_a_tile_reads_whole_lines_and_little_at_a_time(
     dtype: torch.dtype, transposed: bool, most_rows: int
 ) -> None:
