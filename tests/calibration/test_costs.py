@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,6 +20,7 @@ from fiddler.cli import app
 from fiddler.config import EngineConfig
 from fiddler.engine import sim_assembly
 from fiddler.models.loaded import load
+from tests.support.covering import spread
 from tests.support.tiny import N_LAYERS, save_tiny
 
 EXPERT_BYTES = 3 * 64 * 32 * 4
@@ -114,6 +116,11 @@ def test_it_is_measured_again_on_request(tiny: Path, config: EngineConfig) -> No
     assert calibrated(tiny, config, anew=True).fresh
 
 
+COSTS, HELD = ("copy_s", "link", "row_s", "host_s"), "measured_s"
+"""Figures of a cost model, and one that is held against it: the two are read apart."""
+NO_FIGURES = ("NaN", "Infinity", '"x"', f"1{'0' * 400}")
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "damage",
@@ -130,8 +137,7 @@ def test_it_is_measured_again_on_request(tiny: Path, config: EngineConfig) -> No
         lambda text: text.replace('"contention"', '"contempt"'),
         *(
             lambda text, field=field, value=value: re.sub(rf'("{field}": )[^,}}]+', rf"\g<1>{value}", text)
-            for field in ("copy_s", "link", "row_s", "host_s", "measured_s")
-            for value in ("NaN", "Infinity", "-1", '"x"', f"1{'0' * 400}")
+            for field, value in (*product([*COSTS, HELD], ["-1"]), *spread([COSTS, [HELD]], NO_FIGURES))
         ),
     ],
 )

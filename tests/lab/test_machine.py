@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from fiddler.cost.model import Contention, CostModel
 from fiddler.errors import ConfigError
 from fiddler.lab.machine import FIGURES, FOLDER, RESERVE_BYTES, Machine, cost_model, machines, n_slots
 from fiddler.lab.shape import ModelShape
+from tests.support.covering import spread
 
 ROOT = Path(__file__).parent.parent.parent
+SLOWDOWNS = ("cpu_slowdown_beside_link", "link_slowdown_beside_cpu")
+TIMES = ("host_layer_s", "move_fixed_s", "dense_launch_s", "gpu_expert_launch_s", "cpu_expert_dispatch_s")
 KINDS = re.compile(r"https://|arXiv |derived: |measured: |assumed: ")
 
 ROUND = Machine(
@@ -129,18 +133,27 @@ class TestLoad:
 
 
 class TestFigures:
-    @pytest.mark.parametrize("name", sorted(FIGURES))
-    @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "1", None], ids=repr)
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *product(sorted(FIGURES), [-1.0]),
+            *spread(
+                [SLOWDOWNS, TIMES, sorted(FIGURES - {*SLOWDOWNS, *TIMES})],
+                [float("nan"), float("inf"), True, "1", None],
+            ),
+        ],
+        ids=repr,
+    )
     def test_impossible_ones_are_refused(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name}="):
             replace(ROUND, **{name: value})
 
-    @pytest.mark.parametrize("name", ["cpu_slowdown_beside_link", "link_slowdown_beside_cpu"])
+    @pytest.mark.parametrize("name", SLOWDOWNS)
     def test_nothing_is_faster_beside_another(self, name: str) -> None:
         with pytest.raises(ConfigError, match="must be at least 1"):
             replace(ROUND, **{name: 0.99})
 
-    @pytest.mark.parametrize("name", ["host_layer_s", "move_fixed_s", "dense_launch_s", "gpu_expert_launch_s"])
+    @pytest.mark.parametrize("name", TIMES)
     def test_a_time_may_be_nothing(self, name: str) -> None:
         assert getattr(replace(ROUND, **{name: 0.0}), name) == 0.0
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, Waterm
 from fiddler.errors import GenerationError
 from fiddler.models.generation import Defaults, SamplingOptions, read_options
 from fiddler.models.option_values import HONOURED
+from tests.support.covering import spread
 
 VOCABULARY = 40
 
@@ -22,6 +23,19 @@ def defaults(**stated: Any) -> Defaults:
 
 
 NONE = defaults()
+
+
+def read_alike() -> list[list[str]]:
+    """Return the options' names by the reader of their values, whatever its bounds."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(HONOURED):
+        found.setdefault(HONOURED[name].read.__qualname__, []).append(name)
+    return list(found.values())
+
+
+def kind(value: Any) -> str:
+    """A value in the name of a case: as it is in a text, and its type otherwise."""
+    return value if isinstance(value, str) and value else str(type(value))
 
 
 def options(**overrides: Any) -> SamplingOptions:
@@ -201,6 +215,10 @@ class Odd:
         raise RuntimeError("not to be shown")
 
 
+BEYOND = {"400": 10**400, "5000": -(10**5000), "nan": float("nan"), "inf": -float("inf")}
+"""Numbers, by the case's name."""
+
+
 class TestValues:
     @pytest.mark.parametrize(
         "value",
@@ -229,8 +247,14 @@ class TestValues:
     def test_flags_of_every_make(self, value: Any) -> None:
         assert options(do_sample=value, logprobs=value).logprobs is options(do_sample=value).sample is True
 
-    @pytest.mark.parametrize("value", ["no", "", 0, 1, 1.0, [], [True], np.array([True, False]), Odd()], ids=type)
-    @pytest.mark.parametrize("name", ["do_sample", "logprobs", "renormalize_logits", "remove_invalid_values"])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        spread(
+            [["do_sample", "renormalize_logits", "remove_invalid_values"], ["logprobs"]],
+            ["no", "", 0, 1, 1.0, [], [True], np.array([True, False]), Odd()],
+        ),
+        ids=kind,
+    )
     def test_flags_are_nothing_but_true_or_false(self, name: str, value: Any) -> None:
         with pytest.raises(GenerationError, match=f"^{name}=.* must be True or False"):
             options(**{name: value})
@@ -240,26 +264,37 @@ class TestValues:
         with pytest.raises(GenerationError, match=f"^logprobs={value} .* its own log-probability, and no others"):
             options(logprobs=value)
 
-    @pytest.mark.parametrize("value", [True, np.True_, 2, "1", np.array([1, 1]), torch.ones(2), Odd()], ids=type)
-    @pytest.mark.parametrize("name", ["num_return_sequences", "num_beams", "guidance_scale", "length_penalty"])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        spread(
+            [["num_return_sequences", "num_beams", "guidance_scale", "length_penalty"]],
+            [True, np.True_, 2, "1", np.array([1, 1]), torch.ones(2), Odd()],
+        ),
+        ids=kind,
+    )
     def test_only_a_number_says_that_an_unsupported_number_does_nothing(self, name: str, value: Any) -> None:
         with pytest.raises(GenerationError, match=f"^{name}=.* is not supported"):
             options(**{name: value})
         assert options(**{name: 1}) == options(**{name: np.int64(1)}) == options(**{name: 1.0}) == options()
 
-    @pytest.mark.parametrize("name", sorted(HONOURED))
     @pytest.mark.parametrize(
-        "value", [Odd(), object(), 1j, b"1", {"a": Odd()}, [Odd()], np.zeros((2, 2)), torch.rand(2, 2)], ids=type
+        ("name", "value"),
+        spread(
+            read_alike(),
+            [Odd(), object(), 1j, b"1", {"a": Odd()}, [Odd()], np.zeros((2, 2)), torch.rand(2, 2)],
+        ),
+        ids=kind,
     )
     def test_nothing_that_is_no_value_raises_anything_else(self, name: str, value: Any) -> None:
         with pytest.raises(GenerationError, match=f"^{name}="):
             options(**{name: value})
 
-    @pytest.mark.parametrize("name", sorted(HONOURED))
     @pytest.mark.parametrize(
-        "value", [10**400, -(10**5000), float("nan"), -float("inf")], ids=["400", "5000", "nan", "inf"]
+        ("name", "which"),
+        [*product(sorted(HONOURED), ["400"]), *spread(read_alike(), ["5000", "nan", "inf"])],
     )
-    def test_numbers_beyond_all_bounds(self, name: str, value: Any) -> None:
+    def test_numbers_beyond_all_bounds(self, name: str, which: str) -> None:
+        value = BEYOND[which]
         whole = {"top_k", "max_new_tokens", "max_length", "min_length", "min_new_tokens"}
         if value == 10**400 and name in whole | {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size"}:
             assert options(**{name: value}) != options()
