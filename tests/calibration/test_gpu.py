@@ -38,6 +38,7 @@ from fiddler.models import loaded as models
 from fiddler.models.kv import KvArena
 from fiddler.models.loaded import load
 from fiddler.scheduler.messages import RunExperts
+from tests.support.covering import covering, spread
 from tests.support.fake_gpu import FakeGpu
 from tests.support.tiny import CONTEXT, N_EXPERTS, N_LAYERS, save_tiny
 
@@ -115,8 +116,7 @@ def assert_whole(costs: CostModel) -> None:
     assert costs.host_s > 0.0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("kind", "seed"), spread([KINDS], [1, 2]))
 def test_every_kind_of_cost_is_measured(kind: str, seed: int, tmp_path: Path, config: EngineConfig) -> None:
     gpu = FakeGpu(seed)
     result = calibrated(save_tiny(tmp_path / kind, kind), config, gpu)
@@ -285,9 +285,10 @@ def extent(room: int, config: EngineConfig, *, packed: bool = True, context: int
     return Extent.of(loaded, config)
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 17, 64, 256, 1000, 4096, 32768])
-@pytest.mark.parametrize("context", [1, 64, CONTEXT, 1 << 17])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("room", "context", "packed"),
+    covering([1, 2, 3, 17, 64, 256, 1000, 32768], [1, 64, CONTEXT, 1 << 17], [False, True]),
+)
 def test_no_more_tokens_are_held_than_an_engine_may(
     room: int, context: int, packed: bool, config: EngineConfig
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,8 +39,7 @@ def generate(model: PreTrainedModel, **options: Any) -> list[list[int]]:
     return model.generate(PROMPT, max_new_tokens=20, **{"do_sample": False, **options}).tolist()
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "architecture"), list(zip(WAYS, cycle(["mixtral", "gpt_oss", "deepseek_v3"]))))
 def test_every_way_of_generating(way: str, architecture: str, save: Save) -> None:
     reference = build(architecture)
     attached = fiddler.attach(save(reference))

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 from fiddler.gpu import cuda
 from tests.support import conformance
 from tests.support.conformance import Options
+from tests.support.covering import covering
 from tests.support.fake_gpu import FakeGpu
 from tests.support.tiny import save_tiny
 
@@ -40,7 +42,7 @@ def expected(model: Path) -> list[list[int]]:
     return conformance.reference(model)
 
 
-@pytest.fixture(params=list(DEVICES))
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Generator[str]:
     with ExitStack() as stack:
         if request.param.startswith("cuda"):
@@ -49,15 +51,29 @@ def device(request: pytest.FixtureRequest) -> Generator[str]:
         yield request.param
 
 
-@pytest.mark.parametrize("check", conformance.AGREES, ids=lambda check: check.__name__)
+BACKENDS = ("asyncio", "trio")
+"""Devices lie behind the engine's thread, which knows of no event loop: each is tried with one or the other."""
+on_every_device = pytest.mark.parametrize(
+    ("device", "anyio_backend"), list(zip(DEVICES, cycle(BACKENDS))), indirect=["device"]
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "device", "anyio_backend"),
+    covering(conformance.AGREES, DEVICES, BACKENDS),
+    ids=lambda value: value.__name__ if callable(value) else value,
+    indirect=["device"],
+)
 async def test_agrees(check: conformance.Agrees, device: str, model: Path, expected: list[list[int]]) -> None:
     await check(model, COMMON | DEVICES[device][0], expected)
 
 
+@on_every_device
 async def test_counts_every_visit(device: str, model: Path) -> None:
     await conformance.counts_every_visit(model, COMMON | DEVICES[device][0])
 
 
+@on_every_device
 async def test_records_what_it_did(device: str, model: Path) -> None:
     options, lanes = DEVICES[device]
     await conformance.records_what_it_did(model, COMMON | options, lanes)

@@ -30,6 +30,7 @@ from fiddler.devices.cpu import CpuDevice
 from fiddler.engine.loop import EngineLoop
 from fiddler.models import seam
 from fiddler.text.tokenizer import Decoder, Text
+from tests.support.covering import covering
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.anyio
@@ -43,6 +44,7 @@ class Panic(BaseException):
     """As a tokenizer's, which is written in Rust: no `Exception`."""
 
 
+BACKENDS = ("asyncio", "trio")
 ERRORS = [Panic("no"), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), GreenletExit(), MemoryError()]
 
 
@@ -74,27 +76,31 @@ async def until_gone() -> None:
 # An error that is no `Exception`
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=repr)
+PLACES: tuple[tuple[str, type, str], ...] = (
+    ("cpu", Text, "read"),
+    ("cpu", Decoder, "push"),
+    ("cpu", seam.Forward, "suspend"),
+    ("cpu", CpuDevice, "run"),
+    ("sim", CpuDevice, "run"),
+)
+"""A device, and what raises on it."""
+
+
 @pytest.mark.parametrize(
-    ("device", "where"),
-    [
-        ("cpu", (Text, "read")),
-        ("cpu", (Decoder, "push")),
-        ("cpu", (seam.Forward, "suspend")),
-        ("cpu", (CpuDevice, "run")),
-        ("sim", (CpuDevice, "run")),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[1],
+    ("place", "error", "anyio_backend"),
+    covering(PLACES, ERRORS, BACKENDS),
+    ids=lambda value: f"{value[0]}-{value[2]}" if isinstance(value, tuple) else str(value) or repr(value),
 )
 async def test_what_one_request_raises_ends_that_request_alone(
-    tiny: Path, device: str, where: tuple[type, str], error: BaseException, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, place: tuple[str, type, str], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    device, *where = place
     with anyio.fail_after(WAIT_S):
         async with Engine(tiny, EngineConfig(device=device, kernels="linear")) as engine:
             expected = (await engine.generate([5], greedy(4))).token_ids
             with monkeypatch.context() as patch:
                 patch.setattr(*where, raising(error))
-                told = PromptError if where == (Text, "read") else EngineFailedError
+                told = PromptError if where == [Text, "read"] else EngineFailedError
                 with pytest.raises(told) as caught:
                     await engine.generate([5], greedy(4))
             assert caught.value.__cause__ is error
@@ -214,8 +220,9 @@ async def test_without_threads_opening_fails_and_leaves_none(
 # Nobody holds it
 
 
-@pytest.mark.parametrize("device", ["cpu", "sim"])
-@pytest.mark.parametrize("ending", ["dropped", "closed"])
+@pytest.mark.parametrize(
+    ("device", "ending", "anyio_backend"), covering(["cpu", "sim"], ["dropped", "closed"], BACKENDS)
+)
 async def test_an_engine_that_nobody_holds_gives_its_thread_and_memory_back(
     tiny: Path, device: str, ending: str
 ) -> None:

@@ -35,6 +35,7 @@ from fiddler.models.kv import KvArena
 from fiddler.models.loaded import load
 from fiddler.scheduler.messages import Failures, Job
 from fiddler.steps.request import KvRoom, Reserved
+from tests.support.covering import covering
 from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
 
 pytestmark = pytest.mark.anyio
@@ -543,8 +544,10 @@ async def used(model: Path, **options: Any) -> Statistics:
 N_VISITS = (5 + 7) * N_LAYERS * TOP_K  # the last token is not run
 
 
-@pytest.mark.parametrize("device", ["sim", VIRTUAL])
-@pytest.mark.parametrize("planner", ["auto", "all-cpu", "all-fetch"])
+@pytest.mark.parametrize(
+    ("device", "planner", "anyio_backend"),
+    covering(["sim", VIRTUAL], ["auto", "all-cpu", "all-fetch"], ["asyncio", "trio"]),
+)
 async def test_statistics_say_where_experts_ran(tiny: Path, device: str, planner: str) -> None:
     now = await used(tiny, device=device, planner=planner)
 

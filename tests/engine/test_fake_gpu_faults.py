@@ -38,6 +38,12 @@ def expected(model: Path) -> list[list[int]]:
     return conformance.reference(model)
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """The caller's loop makes no difference to what fails behind it."""
+    return "trio"
+
+
 @pytest.fixture(params=[0.0, float("inf")], ids=["pageable", "pinned"], autouse=True)
 def gpu(request: pytest.FixtureRequest) -> Generator[FakeGpu]:
     gpu = FakeGpu(4, pinnable=request.param)

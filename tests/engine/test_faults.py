@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +24,7 @@ from fiddler.scheduler.routing import Load
 from fiddler.steps.stream import TokenStream
 from fiddler.steps.wave import ModelWave
 from fiddler.types import ExpertWeights
+from tests.support.covering import covering
 from tests.support.tiny import N_EXPERTS, N_LAYERS, save_tiny
 
 pytestmark = pytest.mark.anyio
@@ -188,8 +190,9 @@ async def test_experts_that_fail_in_their_slots_change_no_token(
         assert await outcomes(engine) == expected
 
 
-@pytest.mark.parametrize("lane", ["gpu", "link"])
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(
+    ("device", "lane", "after"), covering([WALL, VIRTUAL], ["gpu", "link"], [0, 5]), indirect=["device"]
+)
 async def test_a_dead_gpu_or_link_changes_no_token(
     tiny: Path, device: str, lane: LaneName, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +402,11 @@ async def settled(engine: Engine) -> None:
         await anyio.sleep(0.002)
 
 
-@pytest.mark.parametrize("n_events", [1, 2, 3, 5, 8, 13, 21, 34])
+@pytest.mark.parametrize(
+    ("device", "n_events"),
+    [*product([WALL], [1, 3, 8, 21]), *product([VIRTUAL], [2, 5, 13, 34])],
+    indirect=["device"],
+)
 async def test_an_engine_may_be_closed_after_any_event(
     tiny: Path, device: str, n_events: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from fiddler.store.blocks import BlockLayout
 from fiddler.types import ExpertWeights
 from tests.architectures import build
 from tests.architectures.overrides import OVERRIDES
+from tests.support.covering import covering
 from tests.support.placement import Placement, Script, Subject, Visit, jittered, run, shuffled
 from tests.support.tiny import save_tiny
 
@@ -172,17 +173,18 @@ ALONE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("waves", WAVES)
-@pytest.mark.parametrize("machine", ["sim", *(f"sim:{name}" for name in MACHINES)])
-def test_every_option_by_itself_changes_no_bit(
-    machine: str, waves: WaveMode, subjects: Callable[[str], Subject]
-) -> None:
+DEVICES = ("sim", *(f"sim:{name}" for name in MACHINES))
+SETTINGS = covering(DEVICES, WAVES, ALONE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_option_by_itself_changes_no_bit(device: str, subjects: Callable[[str], Subject]) -> None:
     subject = subjects("mixtral")
-    reference = run(subject, RAGGED, Placement(EngineConfig(waves=waves)))
-    costs = uneven(len(subject.mapped.n_experts)) if machine == "sim" else None
-    for options in ALONE:
-        config = EngineConfig(device=machine, waves=waves, **({"slots": 12} | options))
-        assert not run(subject, RAGGED, Placement(config, costs)).differs_from(reference), options
+    references = {waves: run(subject, RAGGED, Placement(EngineConfig(waves=waves))) for waves in WAVES}
+    costs = uneven(len(subject.mapped.n_experts)) if device == "sim" else None
+    for waves, options in [(waves, options) for on, waves, options in SETTINGS if on == device]:
+        config = EngineConfig(device=device, waves=waves, **({"slots": 12} | options))
+        assert not run(subject, RAGGED, Placement(config, costs)).differs_from(references[waves]), config
 
 
 @pytest.mark.parametrize("waves", WAVES)

@@ -44,6 +44,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("state") / "tiny", tie_word_embeddings=True)
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """The caller's loop makes no difference to what the process looks like behind it."""
+    return "asyncio"
+
+
 async def answers(engine: Engine) -> list[Any]:
     """What a few requests at once are answered, with the logarithms of their probabilities: greedy, and drawn."""
     found: list[Any] = [None] * len(CHOICES)

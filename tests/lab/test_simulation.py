@@ -16,6 +16,7 @@ from fiddler.lab.synthetic import SyntheticRouting
 from fiddler.lab.systems import System
 from fiddler.recording import Recording
 from fiddler.trace import Decision, Trace
+from tests.support.covering import covering
 
 SMALL = ModelShape(
     name="small",
@@ -65,9 +66,9 @@ def test_the_same_run_gives_the_same_report(policy: str) -> None:
     assert simulate(setting(policy=policy), text(2, seed=1)) != one
 
 
-@pytest.mark.parametrize("planner", PLANNERS)
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("machine", ["rtx4090-desktop", "fiddler-env1", "h100-server"])
+@pytest.mark.parametrize(
+    ("planner", "n", "machine"), covering(PLANNERS, [1, 3], ["rtx4090-desktop", "fiddler-env1", "h100-server"])
+)
 def test_makespans_are_as_predicted_where_lanes_start_idle(planner: str, n: int, machine: str) -> None:
     trace = Trace()
     report = simulate(
@@ -86,11 +87,12 @@ def n_copies(trace: Trace, decision: Decision) -> int:
     return sum(s.lane == "link" and decision.at_s <= s.start_s and s.end_s <= end_s for s in trace.spans)
 
 
-@pytest.mark.parametrize("planner", PLANNERS)
-@pytest.mark.parametrize("waves", ["auto", "one", "two"])
-@pytest.mark.parametrize("n_slots", [0, 4, 24, 96])
-@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, tied=True, hidden=256)], ids=["untied", "tied"])
-def test_no_run_is_faster_than_its_bytes_allow(planner: str, waves: Any, n_slots: int, shape: ModelShape) -> None:
+@pytest.mark.parametrize(
+    ("planner", "waves", "n_slots", "tied"),
+    covering(PLANNERS, ["auto", "one", "two"], [0, 4, 24, 96], [False, True]),
+)
+def test_no_run_is_faster_than_its_bytes_allow(planner: str, waves: Any, n_slots: int, tied: bool) -> None:
+    shape = replace(SMALL, tied=True, hidden=256) if tied else SMALL
     report = simulate(
         setting(shape=shape, planner=planner, waves=waves, n_slots=n_slots), text(3, shape=shape, new=9)
     )

@@ -25,6 +25,7 @@ from fiddler.scheduler.messages import (
 )
 from fiddler.scheduler.plan import Planner, all_fetch
 from tests.scheduler.desk import BROKEN, COSTS, LAYERS, Desk, work
+from tests.support.covering import covering
 from tests.support.patience import patience
 
 
@@ -124,22 +125,19 @@ def test_waves_run_to_their_ends(lanes: LaneSet) -> None:
         assert not any(done.failures for wave in waves for done in wave.dones)
 
 
-@pytest.mark.parametrize(
-    "raises",
-    [
-        ("launch", 0),
-        ("launch", 2),
-        ("launch", 3),
-        ("advance", 0),
-        ("advance", 2),
-        ("advance", 3),
-        ("take", 0),
-        ("take", 2),
-    ],
-    ids=str,
+RAISES = (
+    *(("launch", 0), ("launch", 2), ("launch", 3)),
+    *(("advance", 0), ("advance", 2), ("advance", 3)),
+    *(("take", 0), ("take", 2)),
 )
-@pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize("which", [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("lanes", "raises", "in_order", "which"),
+    covering((inline, threads, virtual), RAISES, (False, True), (0, 1), strength=3),
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+    indirect=["lanes"],
+)
 def test_what_a_wave_raises_ends_that_wave_alone(
     lanes: LaneSet, raises: tuple[str, int], in_order: bool, which: int
 ) -> None:

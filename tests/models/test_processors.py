@@ -26,6 +26,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """The caller's loop makes no difference to what is picked behind it."""
+    return "trio"
+
+
 def generated(model: Any, prompt: Sequence[int], **options: Any) -> tuple[int, ...]:
     """Return what transformers makes of a prompt; it warns of much that is no fault here."""
     with warnings.catch_warnings():

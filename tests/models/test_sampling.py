@@ -20,6 +20,7 @@ from fiddler.errors import GenerationError
 from fiddler.models.generation import Defaults, read_options
 from fiddler.models.option_values import PROCESSORS
 from fiddler.models.sampling import Sampler
+from tests.support.covering import covering
 from tests.support.default_dtype import default_dtype
 
 VOCABULARY = 40
@@ -131,9 +132,11 @@ class TestDamage:
     ASKED = ({}, {"logprobs": True}, {"repetition_penalty": 1.3}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.5})
     DAMAGED = ([nan, 0, 9, 1], [0, 9, 1, nan], [nan] * 4, [0, inf, 1, 2], [inf, nan, 0, -inf], [-inf] * 4)
 
-    @pytest.mark.parametrize("asked", ASKED, ids=str)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("damaged", DAMAGED, ids=str)
+    @pytest.mark.parametrize(
+        ("damaged", "dtype", "asked"),
+        covering(DAMAGED, [torch.float32, torch.bfloat16, torch.float16], ASKED),
+        ids=str,
+    )
     def test_logits_that_are_no_numbers_pick_nothing(
         self, damaged: list[float], dtype: torch.dtype, asked: dict[str, Any]
     ) -> None:
@@ -236,8 +239,14 @@ class TestTheProcessAround:
     def test_every_processor_is_tried(self) -> None:
         assert sorted(name for asked in EVERY for name in asked) == sorted(PROCESSORS)
 
-    @pytest.mark.parametrize("asked", [{}, *EVERY], ids=str)
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "asked"),
+        [
+            *product([torch.bfloat16], [{}, *EVERY]),  # the coarsest, in which most is lost
+            *product([torch.float16, torch.float64], [{}, {"temperature": 0.7}]),
+        ],
+        ids=str,
+    )
     def test_the_default_dtype(self, asked: dict[str, Any], dtype: torch.dtype) -> None:
         expected = trace(asked)
         with default_dtype(dtype):

@@ -22,6 +22,7 @@ from fiddler import (
     TokenStream,
 )
 from fiddler.models import seam
+from tests.support.covering import covering
 from tests.support.tiny import save_tiny
 
 pytestmark = pytest.mark.anyio
@@ -80,8 +81,10 @@ async def until_read(stream: TokenStream) -> None:
         await anyio.sleep(0.001)
 
 
-@pytest.mark.parametrize("state", [queued, prefilling, decoding])
-@pytest.mark.parametrize("then", ["stream", "engine too"])
+@pytest.mark.parametrize(
+    ("state", "then", "anyio_backend"),
+    covering([queued, prefilling, decoding], ["stream", "engine too"], ["asyncio", "trio"]),
+)
 async def test_closing_a_stream_wakes_who_waits_for_its_next_token(
     tiny: Path, state: Callable[[Engine], Awaitable[tuple[TokenStream, Any]]], then: str
 ) -> None:
