@@ -25,7 +25,7 @@ test: check lowest
 
 # On a machine with an NVIDIA GPU: the kernels compiled, and the engine on the real thing. docs/gpu.md has the rest.
 gpu: $(VENV)/.dev
-	FIDDLER_GPU=1 $(RUN) pytest tests/devices tests/gpu
+	FIDDLER_GPU=1 $(RUN) pytest tests/gpu
 
 check: $(VENV)/.dev
 	$(RUN) ruff check .

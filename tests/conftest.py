@@ -54,6 +54,6 @@ def save(tmp_path: Path) -> Callable[[PreTrainedModel], Path]:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say what was not tried: a run without a GPU must not look like one with it."""
     skipped = terminalreporter.stats.get("skipped", [])
-    n = sum("gpu" in report.keywords for report in skipped)
+    n = sum("nvidia" in report.keywords for report in skipped)
     if n:
         terminalreporter.write_line(f"{n} tests need an NVIDIA GPU and were skipped: `make gpu` runs them on one")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -36,6 +37,7 @@ from fiddler.config import (
 from fiddler.errors import ConfigError, FiddlerError
 from fiddler.lab.policies import POLICIES
 from fiddler.lab.systems import PLANNERS, PREFETCH
+from tests.support.covering import spread
 
 COUNTS = ("max_running", "chunk_tokens", "max_context", "threads", "vram_budget", "kv_tokens")
 COUNTS_FROM_ZERO = ("slots", "defer")
@@ -50,6 +52,8 @@ CHOICES = {
     "prefetch": PrefetchMode,
     "waves": WaveMode,
 }
+KINDS = (tuple(CHOICES), COUNTS + COUNTS_FROM_ZERO, FLAGS, PATHS, ("half_life",), ("device",))
+"""Options whose values are read alike."""
 DEVICES = ("auto", "cpu", "cuda", "sim", "sim:rtx4090-desktop", "sim:./a/file.json", "sim:C:\\machine.json")
 
 
@@ -69,8 +73,9 @@ class TestEngineConfig:
     def test_without_options_is_valid(self) -> None:
         assert EngineConfig() == EngineConfig.from_mapping({})
 
-    @pytest.mark.parametrize("name", COUNTS)
-    @pytest.mark.parametrize("value", [0, -1, 1.5, "4", True, [1]], ids=repr)
+    @pytest.mark.parametrize(
+        ("name", "value"), [*product(COUNTS, [0]), *spread([COUNTS], [-1, 1.5, "4", True, [1]])], ids=repr
+    )
     def test_counts_must_be_whole_and_positive(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name}={re.escape(repr(value))} must be a whole number"):
             EngineConfig(**{name: value})
@@ -83,8 +88,11 @@ class TestEngineConfig:
     def test_one_is_enough(self, name: str) -> None:
         assert getattr(EngineConfig(**{name: 1}), name) == 1  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("name", COUNTS_FROM_ZERO)
-    @pytest.mark.parametrize("value", [-1, 0.5, "4", False, [1]], ids=repr)
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [*product(COUNTS_FROM_ZERO, [-1]), *spread([COUNTS_FROM_ZERO], [0.5, "4", False, [1]])],
+        ids=repr,
+    )
     def test_some_counts_must_be_whole_and_not_negative(self, name: str, value: Any) -> None:
         with pytest.raises(
             ConfigError, match=f"^{name}={re.escape(repr(value))} must be a whole number of at least 0"
@@ -104,22 +112,31 @@ class TestEngineConfig:
         with pytest.raises(ConfigError, match=f"^{name}=None must be a whole number"):
             EngineConfig(**{name: None})
 
-    @pytest.mark.parametrize("name", [*COUNTS, *COUNTS_FROM_ZERO])
-    @pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)], ids=repr)
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        spread([[*COUNTS, *COUNTS_FROM_ZERO]], [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)]),
+        ids=repr,
+    )
     def test_whole_numbers_of_every_make(self, name: str, value: Any) -> None:
         assert type(getattr(EngineConfig(**{name: value}), name)) is int
         assert EngineConfig(**{name: value}) == EngineConfig(**{name: 3})  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("name", [f.name for f in fields(EngineConfig) if f.name not in PATHS])
+    def test_every_option_is_of_a_kind(self) -> None:
+        assert sorted(name for names in KINDS for name in names) == sorted(f.name for f in fields(EngineConfig))
+
     @pytest.mark.parametrize(
-        "value", [Odd(), [], {}, object(), 10**400, np.zeros(2), np.array(["lru", "lru"]), Path("cpu")], ids=type
+        ("name", "value"),
+        spread(
+            [names for names in KINDS if names != PATHS],
+            [Odd(), [], {}, object(), 10**400, np.zeros(2), np.array(["lru", "lru"]), Path("cpu")],
+        ),
+        ids=lambda value: value if isinstance(value, str) else str(type(value)),
     )
     def test_nothing_that_is_no_value_raises_anything_else(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name}="):
             EngineConfig(**{name: value})
 
-    @pytest.mark.parametrize("name", CHOICES)
-    @pytest.mark.parametrize("value", ["nonsense", "", None, 3, "AUTO"], ids=repr)
+    @pytest.mark.parametrize(("name", "value"), spread([CHOICES], ["nonsense", "", None, 3, "AUTO"]), ids=repr)
     def test_choices_are_named_with_the_option(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name}={value!r} is not one of '{get_args(CHOICES[name])[0]}', "):
             EngineConfig(**{name: value})
@@ -157,8 +174,7 @@ class TestEngineConfig:
     def test_a_half_life_may_be_short_or_long(self, value: Any) -> None:
         assert EngineConfig(half_life=value).half_life == value
 
-    @pytest.mark.parametrize("name", FLAGS)
-    @pytest.mark.parametrize("value", ["no", "false", 0, 1, None], ids=repr)
+    @pytest.mark.parametrize(("name", "value"), spread([FLAGS], ["no", "false", 0, 1, None]), ids=repr)
     def test_flags_are_true_or_false(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name}={value!r} must be True or False"):
             EngineConfig(**{name: value})

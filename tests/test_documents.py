@@ -12,7 +12,7 @@ from bench.documents import ROOT, main, written
 from bench.report import RESULTS, Record, label, one, pick, read
 from bench.tables import TABLES
 from tests.architectures import included
-from tests.test_lookahead import UNASKED
+from tests.models.test_lookahead import UNASKED
 
 MACHINE = {"cpu": "Intel(R) Xeon(R) Processor", "n_cores": 2, "isa": ["avx512f", "amx_bf16"]}
 

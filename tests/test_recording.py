@@ -1,294 +1,129 @@
-"""Routing as an engine records it: what the model's routers said, once a token, whoever shared its steps."""
+"""Recorded routing as visits of layers, and look-aheads made up for it."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
-import anyio
 import numpy as np
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from fiddler import ConfigError, Engine, EngineConfig, EngineFailedError, GenerationConfig, PromptError
-from fiddler.engine import assembly as rigs
-from fiddler.models import loaded as loading
-from fiddler.models.seam import find_experts
-from fiddler.recording import Recording
-from fiddler.scheduler.core import Scheduler
-from fiddler.scheduler.messages import Event, LayerDone, LayerReady
-from fiddler.steps.recorder import Recorder
-from fiddler.steps.wave import ModelWave
-from tests.support.tiny import N_EXPERTS, N_LAYERS, TOP_K, save_tiny
+from fiddler.lab.synthetic import SyntheticRouting
+from fiddler.recording import RECALL, SPREAD, Recording, count_rows, guesses, visits
 
-pytestmark = pytest.mark.anyio
-
-PROMPTS = ([5, 6, 7], list(range(40, 77)), [9], list(range(100, 120)))
-N_NEW = 6
-VIRTUAL = "sim:rtx4090-desktop"
+SHAPE = (6, 16, 4)
+"""Layers, experts, and experts a token."""
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
+def routing(n_tokens: int, shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> NDArray[np.int16]:
+    return SyntheticRouting(*shape, seed=seed).sequence(0, n_tokens)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """The caller's loop makes no difference to what is recorded behind it."""
-    return "asyncio"
+@st.composite
+def recordings(draw: st.DrawFn) -> Recording:
+    """A few tokens of three layers; some visit fewer experts than others, or none."""
+    n_tokens = draw(st.integers(0, 9))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    experts = random.permuted(np.tile(np.arange(-2, 4), (n_tokens, 3, 1)), axis=2)[..., :3]
+    return Recording("drawn", draw(st.integers(0, n_tokens)), np.maximum(experts, -1).astype(np.int16))
 
 
-def greedy(n: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1)
+# Visits
 
 
-@asynccontextmanager
-async def opened(model: Path, **options: Any) -> AsyncIterator[Engine]:
-    config = {"kernels": "linear", "record": True, "chunk_tokens": 8, **options}
-    with anyio.fail_after(60):
-        async with Engine(model, EngineConfig(**config)) as engine:
-            yield engine
-
-
-async def ran(engine: Engine, prompts: Sequence[list[int]] = PROMPTS) -> list[list[int]]:
-    """Run prompts side by side; returns each one's tokens that were run, the prompt's among them."""
-    streams = [engine.generate_stream(prompt, greedy(N_NEW)) for prompt in prompts]
-    made = [[token.id async for token in stream] for stream in streams]
-    return [[*prompt, *ids[:-1]] for prompt, ids in zip(prompts, made, strict=True)]
-
-
-Layers = list[dict[str, NDArray[Any]]]
-
-
-def hooked(folder: Path, ids: list[int]) -> Layers:
-    """What plain transformers hands to each layer's experts: `hidden` [T, H], `index` and `weights` [T, K]."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    seen: Layers = []
-
-    def note(_module: Any, args: Sequence[torch.Tensor]) -> None:
-        seen.append(dict(zip(("hidden", "index", "weights"), (a.detach().clone() for a in args), strict=True)))  # type: ignore[arg-type]
-
-    for module in find_experts(model).values():
-        module.register_forward_pre_hook(note)
-    with torch.inference_mode():
-        model(torch.tensor([ids]))
-    return seen
-
-
-def matches(recording: Recording, layers: Layers, *, n: int | None = None) -> None:
-    """Assert that a recording is what the first `n` tokens of a plain forward did, or all of them."""
-    assert recording.weights is not None
-    assert recording.experts.shape[1] == recording.weights.shape[1] == len(layers)
-    for layer, seen in enumerate(layers):
-        np.testing.assert_array_equal(recording.experts[:, layer], seen["index"][:n])
-        np.testing.assert_allclose(recording.weights[:, layer], seen["weights"][:n], atol=1e-3)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
-async def test_it_is_what_the_routers_said(
-    kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@given(st.lists(recordings(), max_size=3), st.integers(1, 5))
+def test_every_token_passes_every_layer_once_and_every_visit_is_counted(
+    sequences: list[Recording], chunk_tokens: int
 ) -> None:
-    folder = save_tiny(tmp_path, kind)
-    if not packed:
-        monkeypatch.setattr(loading, "PACKED", frozenset())
-    async with opened(folder) as engine:
-        sequences = await ran(engine)
-        trace = engine.routing()
-
-    assert trace.n_experts == (N_EXPERTS,) * N_LAYERS
-    assert [r.name for r in trace.recordings] == ["0", "1", "2", "3"]
-    for recording, prompt, ids in zip(trace.recordings, PROMPTS, sequences, strict=True):
-        assert recording.n_prompt == len(prompt)
-        assert len(recording.experts) == len(prompt) + N_NEW - 1  # the last token is not run
-        matches(recording, hooked(folder, ids))
-
-
-@pytest.mark.parametrize("device", ["sim", VIRTUAL])
-@pytest.mark.parametrize("waves", ["one", "two"])
-async def test_it_is_the_same_on_any_device_and_in_two_waves(tiny: Path, device: str, waves: Any) -> None:
-    options = {"device": device, "waves": waves, "slots": 4, "planner": "all-fetch"}
-    async with opened(tiny, **options) as engine:
-        sequences = await ran(engine)
-        trace = engine.routing()
-
-    for recording, ids in zip(trace.recordings, sequences, strict=True):
-        matches(recording, hooked(tiny, ids))
+    tokens: Counter[int] = Counter()
+    rows: Counter[tuple[int, int]] = Counter()
+    for layer, loads, n_tokens in visits(sequences, chunk_tokens):
+        tokens[layer] += n_tokens
+        rows.update({(layer, expert): n for expert, n in loads})
+    everything = [sequence.experts for sequence in sequences]
+    assert all(tokens[layer] == sum(map(len, everything)) for layer in range(3))
+    assert rows == Counter(
+        (layer, int(expert))
+        for experts in everything
+        for layer in range(3)
+        for expert in experts[:, layer].ravel()
+        if expert >= 0
+    )
 
 
-async def test_deferred_visits_are_recorded_where_they_were_routed(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path, num_experts_per_tok=6)
-    async with opened(folder, defer=3) as engine:
-        sequences = await ran(engine)
-        trace = engine.routing()
-
-    for recording, ids in zip(trace.recordings, sequences, strict=True):
-        assert recording.experts.shape == (len(ids), N_LAYERS, 6)
-        assert all(len(set(visited)) == 6 for visited in recording.experts.reshape(-1, 6).tolist())
-        matches(
-            Recording("", 0, recording.experts[:, :1], _first(recording.weights)), hooked(folder, ids)[:1]
-        )  # the layers after it see another past
+@given(recordings(), st.integers(1, 5))
+def test_prompts_come_in_chunks_and_then_one_token_a_step(recording: Recording, chunk_tokens: int) -> None:
+    steps = [n_tokens for layer, _, n_tokens in visits([recording], chunk_tokens) if layer == 0]
+    whole, rest = divmod(recording.n_prompt, chunk_tokens)
+    n_made = len(recording.experts) - recording.n_prompt
+    assert steps == [chunk_tokens] * whole + [rest] * (rest > 0) + [1] * n_made
 
 
-def _first(weights: NDArray[np.float16] | None) -> NDArray[np.float16]:
-    assert weights is not None
-    return weights[:, :1]
+def test_a_step_passes_its_layers_in_order_and_sequences_come_one_after_the_other() -> None:
+    sequences = [Recording("a", 2, routing(3)), Recording("b", 1, routing(2, seed=1))]
+    seen = list(visits(sequences))
+    assert [layer for layer, _, _ in seen] == list(range(6)) * 4
+    assert [n_tokens for layer, _, n_tokens in seen if layer == 0] == [2, 1, 1, 1]
+    assert seen[-1][1] == count_rows(sequences[1].experts[1:, 5])
 
 
-async def test_a_request_that_is_left_has_the_steps_that_were_run(tiny: Path) -> None:
-    async with opened(tiny) as engine:
-        async with engine.generate_stream(PROMPTS[1], greedy(300)) as stream:
-            made = [(await anext(stream)).id for _ in range(4)]
-        await engine.generate(PROMPTS[0], greedy(2))
-        left, whole = engine.routing().recordings
-
-    assert len(left.experts) >= len(PROMPTS[1]) + 3
-    n = len(PROMPTS[1]) + 3
-    matches(Recording("", 0, left.experts[:n], left.weights[:n]), hooked(tiny, [*PROMPTS[1], *made[:3]]))  # type: ignore[index]
-    assert len(whole.experts) == len(PROMPTS[0]) + 1
+def test_a_layers_visits_are_counted_by_expert_without_those_to_nobody() -> None:
+    assert count_rows(np.array([[3, -1], [0, 3]], np.int16)) == ((0, 1), (3, 2))
+    assert count_rows(np.array([[-1, -1]], np.int16)) == ()
 
 
-async def test_a_step_that_fails_leaves_nothing_behind(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, n_taken = ModelWave.take, 0
-
-    def break_third_step(wave: ModelWave, done: LayerDone) -> None:
-        nonlocal n_taken
-        n_taken += 1
-        if n_taken == 2 * N_LAYERS + 2:
-            raise RuntimeError("broken")
-        take(wave, done)
-
-    monkeypatch.setattr(ModelWave, "take", break_third_step)
-    async with opened(tiny) as engine:
-        with pytest.raises(EngineFailedError):
-            await engine.generate(PROMPTS[1], greedy(2))
-        (ids,) = await ran(engine, PROMPTS[1:2])
-        broken, whole = engine.routing().recordings
-
-    assert (len(broken.experts), broken.n_prompt) == (16, 16)
-    matches(broken, hooked(tiny, ids), n=16)
-    matches(whole, hooked(tiny, ids))
+# Look-aheads made up
 
 
-async def test_half_a_step_that_fails_leaves_nothing_behind(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = ModelWave.take
-
-    def break_second_half(wave: ModelWave, done: LayerDone) -> None:
-        if done.wave == 1 and done.layer == N_LAYERS - 1:
-            raise RuntimeError("broken")
-        take(wave, done)
-
-    monkeypatch.setattr(ModelWave, "take", break_second_half)
-    async with opened(tiny, waves="two", device=VIRTUAL) as engine:
-        with pytest.raises(EngineFailedError):
-            await engine.generate(PROMPTS[1], greedy(2))
-        assert engine.routing().recordings == ()
+def share(experts: NDArray[np.int16], ahead: NDArray[np.int16]) -> NDArray[np.float64]:
+    """Return how often the guess at each place came true, beyond the first layer."""
+    true = (ahead[..., :, None] == experts[..., None, :]).any(axis=-1)[:, 1:]
+    return np.asarray(true.mean(axis=(0, 1)))
 
 
-async def test_what_was_taken_does_not_change(tiny: Path) -> None:
-    async with opened(tiny) as engine:
-        assert engine.routing().recordings == ()
-        with pytest.raises(PromptError):
-            await engine.generate([], greedy(2))
-        async with engine.generate_stream(PROMPTS[0], greedy(8)) as stream:
-            await anext(stream)
-            early = engine.routing()
-            n_early = len(early.recordings[0].experts)
-            assert n_early >= len(PROMPTS[0])
-            assert [token async for token in stream]
-        late = engine.routing()
-    assert len(early.recordings[0].experts) == n_early < len(late.recordings[0].experts) == len(PROMPTS[0]) + 7
-    with pytest.raises(ValueError, match="read-only"):
-        early.recordings[0].experts[0] = 0
-    assert len(engine.routing().recordings) == 1
-    assert engine.routing().model == tiny.name
+@pytest.mark.parametrize("recall", [0.0, 0.1, 0.5, RECALL, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [SHAPE, (6, 16, 1), (6, 16, 2)])
+def test_the_share_of_guesses_that_come_true_is_the_one_asked_for(
+    recall: float, shape: tuple[int, int, int]
+) -> None:
+    experts = routing(2000, shape)
+    assert share(experts, guesses(experts, recall)).mean() == pytest.approx(recall, abs=0.01)
 
 
-async def test_off_it_costs_nothing_and_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rigs, "Recorder", None)
-    monkeypatch.setattr(rigs, "Lookahead", None)
-    for options in ({}, {"device": VIRTUAL, "prefetch": "off"}):
-        async with opened(tiny, record=False, **options) as engine:
-            await engine.generate(PROMPTS[0], greedy(2))
-            with pytest.raises(ConfigError, match="record=True"):
-                engine.routing()
-    with pytest.raises(ConfigError, match="record=True"):
-        Engine(tiny, EngineConfig(record=True)).routing()
+def test_the_first_guess_comes_true_more_often_than_the_last() -> None:
+    experts = routing(2000)
+    by_place = share(experts, guesses(experts))
+    assert list(by_place) == sorted(by_place, reverse=True)
+    assert by_place[0] - by_place[-1] == pytest.approx(2 * SPREAD, abs=0.03)
 
 
-async def test_what_a_look_ahead_expected_is_beside_what_came(tiny: Path) -> None:
-    gates = [layer.mlp.gate for layer in AutoModelForCausalLM.from_pretrained(tiny).model.layers]
-    async with opened(tiny) as engine:
-        sequences = await ran(engine)
-        trace = engine.routing()
-
-    for recording, ids in zip(trace.recordings, sequences, strict=True):
-        assert recording.ahead is not None
-        assert recording.ahead.shape == recording.experts.shape
-        assert (recording.ahead[:, 0] == -1).all()
-        for layer, seen in enumerate(hooked(tiny, ids)[:-1]):
-            with torch.inference_mode():
-                *_, index = gates[layer + 1](seen["hidden"])
-            np.testing.assert_array_equal(recording.ahead[:, layer + 1], index)
-
-
-async def test_the_scheduler_hears_what_is_expected(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle, heard = Scheduler.handle, []
-
-    def listen(scheduler: Scheduler, event: Event, now_s: float) -> Any:
-        if isinstance(event, LayerReady):
-            heard.append(event.layer)
-        return handle(scheduler, event, now_s)
-
-    monkeypatch.setattr(Scheduler, "handle", listen)
-    async with opened(tiny, record=False, device=VIRTUAL) as engine:
-        await engine.generate(PROMPTS[1], greedy(2))
-
-    assert len(heard) == 6 * N_LAYERS
-    for ready in heard:
-        rows = [n for _, n in ready.ahead]
-        assert sum(rows) == (0 if ready.index == N_LAYERS - 1 else ready.n_tokens * TOP_K)
-        assert rows == sorted(rows, reverse=True)
+@given(st.integers(0, 2**16), st.floats(0.0, 1.0), st.integers(1, 12))
+def test_no_guess_names_an_expert_twice_and_a_wrong_one_names_none_that_is_visited(
+    seed: int, recall: float, n_tokens: int
+) -> None:
+    experts = routing(n_tokens, (3, 6, 3), seed)
+    ahead = guesses(experts, recall, seed)
+    assert ahead.shape == experts.shape
+    assert (ahead[:, 0] == -1).all(), "nothing comes before the first layer"
+    others = [set(experts[:, layer].ravel().tolist()) for layer in range(3)]
+    for token, layer in np.ndindex(n_tokens, 3):
+        named = [expert for expert in ahead[token, layer].tolist() if expert >= 0]
+        assert len(named) == len(set(named))
+        assert set(named) <= others[layer], "as popular as those that are visited"
 
 
-def call(index: list[list[int]], weights: list[list[float]] | None = None) -> tuple[Tensor, Tensor]:
-    asked = torch.tensor(index)
-    given = torch.ones(asked.shape) if weights is None else torch.tensor(weights)
-    return asked, given.to(torch.bfloat16)
+def test_a_certain_look_ahead_names_what_is_visited_and_a_hopeless_one_does_not() -> None:
+    experts = routing(50)
+    certain, hopeless = guesses(experts, 1.0), guesses(experts, 0.0)
+    assert (np.sort(certain[:, 1:]) == np.sort(experts[:, 1:])).all()
+    assert share(experts, hopeless).max() == 0.0
 
 
-def test_layers_may_differ_and_be_passed_by_some_forwards_only() -> None:
-    recorder = Recorder((4, 2))
-    wave = recorder.wave([1, 2])
-    wave.visit(0, *call([[3, 0, 1]]), [0])
-    wave.visit(0, *call([[2, 1, 0], [1, 4, -1]], [[0.5, 0.5, 0.0], [1.0, 1.0, 1.0]]), [1])
-    wave.expect(1, torch.tensor([[1], [2]]), [1])
-    wave.visit(1, *call([[1], [0]]), [1])
-    record = recorder.open(3)
-    record.parts.append(wave.rows())
-    found = recorder.trace("two layers").recordings[0]
-
-    visited = [[[3, 0, 1], [-1, -1, -1]], [[2, 1, -1], [1, -1, -1]], [[1, -1, -1], [0, -1, -1]]]
-    assert found.experts.tolist() == visited
-    assert found.weights is not None
-    assert found.weights[1].tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
-    assert found.ahead is not None
-    assert found.ahead[:, 1, 0].tolist() == [-1, 1, -1]
-    assert (found.ahead[:, 0] == -1).all()
+def test_guesses_are_the_same_for_the_same_seed_only() -> None:
+    experts = routing(50)
+    assert (guesses(experts, seed=3) == guesses(experts, seed=3)).all()
+    assert (guesses(experts, seed=3) != guesses(experts, seed=4)).any()
 
 
-def test_without_a_look_ahead_there_is_nothing_expected() -> None:
-    recorder = Recorder((4,))
-    for index in ([[3, 0]], [[1, 2, 3]]):
-        wave = recorder.wave([1])
-        wave.visit(0, *call(index), [0])
-        recorder.open(1).parts.append(wave.rows())
-    recorder.open(7)
-    narrow, wide = recorder.trace("one layer").recordings
-
-    assert narrow.ahead is wide.ahead is None
-    assert (narrow.experts.tolist(), wide.experts.tolist()) == ([[[3, 0, -1]]], [[[1, 2, 3]]])
+def test_there_are_no_guesses_for_no_tokens() -> None:
+    assert guesses(routing(0)).shape == (0, 6, 4)

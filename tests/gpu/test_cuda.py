@@ -1,4 +1,4 @@
-"""What `devices.cuda` takes for granted of CUDA and torch, each thing by itself."""
+"""What `gpu.cuda` takes for granted of CUDA and torch, each thing by itself."""
 
 import time
 
@@ -10,6 +10,7 @@ from fiddler.gpu.device import Event
 from fiddler.gpu.jobs import PinnedRing
 from fiddler.models.seam import ExpertsCall, Forward
 
+pytestmark = pytest.mark.nvidia
 MIB = 1 << 20
 
 

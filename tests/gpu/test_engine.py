@@ -1,6 +1,7 @@
 """An engine on a real GPU: the promises of every device, and the tokens of transformers on the same GPU."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import anyio
@@ -12,9 +13,10 @@ from fiddler import ConfigError, Engine, EngineConfig
 from fiddler.config import DtypeName
 from tests.support import conformance
 from tests.support.conformance import Options
+from tests.support.covering import covering
 from tests.support.tiny import save_tiny
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.nvidia]
 
 COMMON: Options = {"device": "cuda", "kv_tokens": 512}
 SETTINGS: dict[str, Options] = {
@@ -26,6 +28,7 @@ SETTINGS: dict[str, Options] = {
     "every-expert": {},
 }
 ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
+BACKENDS = ("asyncio", "trio")
 MARGIN = 0.05
 """In standard deviations of the logits: where two tokens are closer, either may win."""
 IN_DOUBT = {"float32": 0, "bfloat16": 6}
@@ -43,13 +46,16 @@ def expected(model: Path) -> list[list[int]]:
     return conformance.reference(model)
 
 
-@pytest.mark.parametrize("setting", list(SETTINGS))
-@pytest.mark.parametrize("check", conformance.AGREES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("check", "setting", "anyio_backend"),
+    covering(conformance.AGREES, SETTINGS, BACKENDS),
+    ids=lambda value: value.__name__ if callable(value) else value,
+)
 async def test_agrees(check: conformance.Agrees, setting: str, model: Path, expected: list[list[int]]) -> None:
     await check(model, COMMON | SETTINGS[setting], expected)
 
 
-@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize(("setting", "anyio_backend"), list(zip(SETTINGS, cycle(BACKENDS))))
 async def test_counts_every_visit(setting: str, model: Path) -> None:
     await conformance.counts_every_visit(model, COMMON | SETTINGS[setting])
 
@@ -58,9 +64,10 @@ async def test_records_what_it_did(model: Path) -> None:
     await conformance.records_what_it_did(model, COMMON | SETTINGS["some-slots"], {"cpu", "gpu"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "graphs", "dtype", "anyio_backend"),
+    covering(ARCHITECTURES, [True, False], ["float32", "bfloat16"], BACKENDS),
+)
 async def test_tokens_agree_with_transformers_on_the_same_gpu(
     name: str, graphs: bool, dtype: DtypeName, tmp_path: Path
 ) -> None:
