@@ -83,6 +83,7 @@ def in_memory(
         formulas=tuple(map(seam.formula, modules)),
         n_experts=n_experts,
         weights=store.weights,
+        dtype=dtype,
         store=store,
         top_k=top_k,
         text=Text(None),

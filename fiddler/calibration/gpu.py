@@ -171,6 +171,7 @@ class GpuExperts:
     def _asked(self, index: int, n_rows: int, n_experts: int) -> Generator[Layer]:
         """Have rows wait at a layer, each for this many experts, with nothing else running."""
         gpu, crossing, weight = self.jobs.gpu, self.jobs.crossing(), self.jobs.host.weights(index, 0).up[0]
+        assert isinstance(weight, torch.Tensor)  # packed ones are refused before
 
         def ask() -> Ask:
             numbers = torch.Generator(gpu.device).manual_seed(0)  # nobody else's random numbers are used up

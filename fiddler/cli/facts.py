@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig, resolve
 from fiddler.devices.formula import DTYPES
+from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout
@@ -118,12 +119,12 @@ def _dense(skeleton: PreTrainedModel, dtype: torch.dtype) -> tuple[Amount, int]:
     return Amount(n_all, n_all * dtype.itemsize), n_read * dtype.itemsize
 
 
-def _expert(parts: ExpertParts, entries: Mapping[str, Entry]) -> Amount:
+def _expert(parts: ExpertParts, entries: Mapping[str, Entry | Quantised]) -> Amount:
     biases = parts.up_bias if parts.down_bias is None else (*parts.up_bias, parts.down_bias)
     return sum((_view(view, entries[view.tensor]) for view in (*parts.up, parts.down, *biases)), NOTHING)
 
 
-def _view(view: View, entry: Entry) -> Amount:
+def _view(view: View, entry: Entry | Quantised) -> Amount:
     share = 1
     for step in view.steps:
         if isinstance(step, Select):
@@ -199,7 +200,7 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
         layers=int(text.num_hidden_layers),
         moe_layers=len(seam.find_experts(skeleton)),
         packed=seems_packed(skeleton),
-        file_bytes=sum(entry.nbytes for entry in checkpoint.entries.values()),
+        file_bytes=sum(entry.nbytes for entry in checkpoint.headers.values()),
         sizes=sizes,
         machine=_machine(sizes, available_bytes()),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from fiddler.devices.formula import ExpertFormula, Matmul, run_expert
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import Outline, fits, learns
+from fiddler.formats.packed import tensors
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -60,7 +61,9 @@ class CpuDevice:
 
         `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
         """
-        by_torch = torch.is_grad_enabled() and learns(rows, *(own.down for own in weights))
+        by_torch = torch.is_grad_enabled() and learns(
+            rows, *(part for own in weights for part in tensors(own.down))
+        )
         ways, known = self._ways, self._outlines
         together, outlines, apart = [], [], []
         for load, own in zip(loads, weights, strict=True):
@@ -96,9 +99,11 @@ class CpuDevice:
 
     def _choose(self, layer: int, n_rows: int) -> _Way:
         weights, kernels = self.weights(layer, 0), self.kernels
-        matrices = (*weights.up, weights.down)
         whole = (
-            all(kernels.name(matrix, n_rows) == "native" and fits(matrix) for matrix in matrices)
+            all(
+                isinstance(matrix, Tensor) and kernels.name(matrix, n_rows) == "native" and fits(matrix)
+                for matrix in weights.matrices
+            )
             and self.formulas[layer].is_swiglu
             and not weights.up_bias
             and weights.down_bias is None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class ExpertFormula:
         return torch.equal(self.activation(sample), F.silu(sample))
 
 
-Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`."""
+Matmul = Callable[[Tensor, Any, Tensor | None], Tensor]
+"""`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`, of a weight like the one it was picked for."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fiddler.devices.formula import Matmul
 from fiddler.devices.native import MOST_ROWS, Native
+from fiddler.formats.packed import Matrix, Packed
 
 ROOMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that are multiplied."""
@@ -114,6 +115,11 @@ def _without_gaps(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t() if weight.stride(0) < weight.stride(1) else weight.contiguous()
 
 
+def decoded(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """Return the same for a packed weight, decoded whole to the rows' dtype first."""
+    return linear(x, weight.dense(x.dtype) if isinstance(weight, Packed) else weight, bias)
+
+
 TORCH: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
 """The kernels that are always there."""
 _WHOLE: Mapping[KernelName, Matmul] = {"linear": F.linear, "rows_last": _rows_last, "vector": vector}
@@ -140,8 +146,10 @@ class Kernels:
         chosen = self.choice.get((shape_key(weight), bucket(n_rows)), "linear")
         return "linear" if chosen == "native" and n_rows > MOST_ROWS else chosen
 
-    def pick(self, weight: Tensor, n_rows: int) -> Matmul:
+    def pick(self, weight: Matrix, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
+        if isinstance(weight, Packed):
+            return decoded
         return self.kernel(self.name(weight, n_rows))
 
     def product(self, weight: Tensor, n_rows: int) -> Matmul:

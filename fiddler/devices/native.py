@@ -120,12 +120,14 @@ class Outline(NamedTuple):
     def of(cls, weights: ExpertWeights) -> "Outline":
         """Look at an expert. Raises `ValueError` for one that the kernels do not take."""
         gate, up, down = weights.up[0], weights.up[-1], weights.down
+        if not (isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)):
+            raise ValueError("a matrix is quantised")
         hidden, inner = down.shape
         joined = len(weights.up) == 1
         shapes = [tuple(matrix.shape) for matrix in weights.up]
         if shapes != ([(2 * inner, hidden)] if joined else [(inner, hidden)] * 2):
             raise ValueError(f"up is {shapes} where down is {(hidden, inner)}")
-        if not all(map(fits, weights.parts)):
+        if not all(map(fits, (gate, up, down))) or weights.biases:
             raise ValueError("a matrix is not bfloat16 with its columns side by side")
         halfway = inner * gate.stride(0) * gate.itemsize if joined else 0
         pointers = gate.data_ptr(), up.data_ptr() + halfway, down.data_ptr()

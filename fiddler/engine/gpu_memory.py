@@ -63,7 +63,7 @@ def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
         weights = loaded.weights(layer, 0)
         n_hidden, n_between = weights.down.shape
         ups = sum(matrix.shape[0] for matrix in weights.up)
-        widest = max(widest, (2 * n_hidden + ups + n_between) * weights.down.element_size())
+        widest = max(widest, (2 * n_hidden + ups + n_between) * loaded.dtype.itemsize)
     return n_rows * loaded.top_k * widest
 
 

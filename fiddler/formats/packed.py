@@ -98,6 +98,29 @@ class Packed:
         codes, scales, *zeros = parts
         return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None)
 
+    def rows(self, start: int, step: int = 1) -> "Packed":
+        """Return every `step`-th row from `start`. Raises `ValueError` where rows share scales."""
+        if self.block[0] != 1:
+            raise ValueError(f"{self.block[0]} rows share a scale, so they cannot be taken apart")
+        codes, scales, *zeros = (part[start::step] for part in self.parts)
+        shape = len(codes), self.shape[1]
+        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, shape=shape)
+
+    def beside(self, other: "Packed") -> "Packed | None":
+        """Return this matrix with another below it, which lies behind it in memory; `None` where it does not."""
+        ours, theirs = (
+            (each.code, each.block, each.factor, each.shape[1], len(each.parts)) for each in (self, other)
+        )
+        if ours != theirs or self.shape[0] % self.block[0]:
+            return None
+        joined = [_joined(*pair) for pair in zip(self.parts, other.parts, strict=True)]
+        parts = [part for part in joined if part is not None]
+        if len(parts) != len(joined):
+            return None
+        codes, scales, *zeros = parts
+        shape = self.shape[0] + other.shape[0], self.shape[1]
+        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, shape=shape)
+
     def values(self) -> Tensor:
         """Return the codes' values, float32 `[out, in]`, before zeros and scales."""
         if self.code.bits == 4:
@@ -119,6 +142,33 @@ class Packed:
         (out, columns), (rows, across) = self.shape, self.block
         grid = grid.repeat_interleave(rows, 0)[:out] if grid.shape[0] > 1 and rows > 1 else grid
         return grid.repeat_interleave(across, 1)[:, :columns] if grid.shape[1] > 1 else grid
+
+
+Matrix = Tensor | Packed
+"""A matrix `[out, in]` to multiply by."""
+
+
+def tensors(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Return the tensors that a matrix is made of."""
+    return matrix.parts if isinstance(matrix, Packed) else (matrix,)
+
+
+def kind(matrix: Matrix) -> str:
+    """Return how a matrix's numbers are stored, for messages and as a key of measurements."""
+    if isinstance(matrix, Tensor):
+        return str(matrix.dtype)
+    scales = str(matrix.scales.dtype).removeprefix("torch.")
+    zeros = "" if matrix.zeros is None else " with zeros"
+    return f"{matrix.code.value}{zeros} in {matrix.block} of {scales}"
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor | None:
+    """Return two tensors of rows that lie back to back in memory as one view."""
+    adjacent = first.data_ptr() + first.nbytes == second.data_ptr() and first.dtype == second.dtype
+    one = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if not (adjacent and one and first.is_contiguous() and second.is_contiguous()):
+        return None
+    return first.as_strided((len(first) + len(second), first.shape[1]), (first.shape[1], 1))
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -91,9 +91,12 @@ class Stack:
 
         Raises `ValueError` where a part of `first` is not in slot 0, or slots are not aligned to its dtype.
         """
+        up, down = [part for part in first.up if isinstance(part, Tensor)], first.down
+        if len(up) != len(first.up) or not isinstance(down, Tensor):
+            raise ValueError("quantised experts have no stack")
         return cls(
-            up=tuple(_stacked(slots, part) for part in first.up),
-            down=_stacked(slots, first.down),
+            up=tuple(_stacked(slots, part) for part in up),
+            down=_stacked(slots, down),
             up_bias=tuple(_stacked(slots, part) for part in first.up_bias),
             down_bias=None if first.down_bias is None else _stacked(slots, first.down_bias),
         )

@@ -1,5 +1,6 @@
 """A real model on a described machine, for `device="sim:MACHINE"`: all that an engine takes from the lab."""
 
+from math import prod
 from typing import Any
 
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
@@ -37,4 +38,4 @@ def _dense_on(machine: Machine, nbytes: float) -> Curve:
 
 
 def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
-    return expert_costs(machine, weights.nbytes, 2.0 * sum(m.numel() for m in (*weights.up, weights.down)))
+    return expert_costs(machine, weights.nbytes, 2.0 * sum(prod(m.shape) for m in weights.matrices))

@@ -40,6 +40,8 @@ class LoadedModel:
     """Number of experts by layer."""
     weights: Callable[[int, int], ExpertWeights]
     """(layer, expert) to its weights."""
+    dtype: torch.dtype
+    """Dtype of the rows that visit experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         formulas=tuple(seam.formula(module) for module in experts.values()),
         n_experts=layout.n_experts,
         weights=store.weights,
+        dtype=dtype,
         store=store,
         top_k=experts_per_token(config),
         text=text,
@@ -172,6 +175,7 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
         formulas=tuple(seam.formula(module) for module in modules),
         n_experts=tuple(module.down_proj.shape[0] for module in modules),
         weights=lambda layer, expert: seam.module_weights(modules[layer], expert),
+        dtype=modules[0].down_proj.dtype,
     )
 
 
@@ -181,9 +185,11 @@ def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:
     if dtype is not None:
         return str(dtype).removeprefix("torch.")
     sizes: dict[str, int] = {}
-    for entry in checkpoint.entries.values():
+    for entry in checkpoint.headers.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     most = max(sizes, key=sizes.__getitem__, default="F32")
+    if len(checkpoint.headers) != len(checkpoint.entries):  # quantised
+        most = "BF16"
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
 
 

@@ -18,36 +18,64 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.formats.quantised import Quantised
 from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint, Entry
-from fiddler.store.mapped import Axis, Every, ExpertParts, Layout, Select, Step, Transpose, View
+from fiddler.store.mapped import (
+    Axis,
+    Every,
+    ExpertParts,
+    Layout,
+    Select,
+    Step,
+    Transpose,
+    View,
+    rows_of,
+    unviewable,
+)
 
 Shape = tuple[int, ...]
 
 
 def check_views(
-    parameter: str, due: Shape, experts: Sequence[tuple[View, ...]], entries: Mapping[str, Entry]
+    parameter: str, due: Shape, experts: Sequence[tuple[View, ...]], entries: Mapping[str, Entry | Quantised]
 ) -> None:
     """Hold the views that make each expert's part of a parameter against the shape `due`, `[out, in]` or `[out]`.
 
     An expert has one view, or two halves along `out`. Raises `CheckpointError`, which names the tensor and both
-    shapes, and for numbers that are no floats of 16 bits or more.
+    shapes, and for numbers that are no floats of 16 bits or more; `UnsupportedModelError` where experts of a layer
+    are quantised in different ways, or their numbers lie in an order that cannot be seen as `[out, in]`.
     """
+    kinds: dict[object, str] = {}
     for views in experts:
         out, *rest = due
         share = (out // len(views), *rest) if out % len(views) == 0 else None
         for view in views:
             entry = entries[view.tensor]
-            if entry.dtype not in EXPERT_DTYPES:
-                raise CheckpointError(
-                    f"tensor {view.tensor!r} is {entry.dtype}; experts must be {EXPERT_NAMES}: use a checkpoint "
-                    "that is not quantised"
-                )
+            if isinstance(entry, Quantised):
+                _check_packed(view, entry, kinds)
+            elif entry.dtype not in EXPERT_DTYPES:
+                raise CheckpointError(f"tensor {view.tensor!r} is {entry.dtype}; experts must be {EXPERT_NAMES}")
+            else:
+                kinds.setdefault("floats", view.tensor)
             if share is None or _seen(entry.shape, view.steps) != share:
                 raise CheckpointError(_complaint(parameter, due, views, view, entry))
 
 
-def _complaint(parameter: str, due: Shape, views: tuple[View, ...], view: View, entry: Entry) -> str:
+def _check_packed(view: View, entry: Quantised, kinds: dict[object, str]) -> None:
+    kinds.setdefault((entry.dtype, entry.block), view.tensor)
+    if len(kinds) > 1:
+        first = next(iter(kinds.values()))
+        raise UnsupportedModelError(
+            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, and {first!r} of the same "
+            "layer is stored in another way; Fiddler takes a layer's experts in one"
+        )
+    fused = bool(view.steps) and isinstance(view.steps[0], Select)
+    if fused != (len(entry.shape) == 3) or rows_of(entry, view.steps[fused:]) is None:
+        raise UnsupportedModelError(unviewable(view.tensor, entry))
+
+
+def _complaint(parameter: str, due: Shape, views: tuple[View, ...], view: View, entry: Entry | Quantised) -> str:
     part = "" if len(views) == 1 else f" and this is a part of {len(views)}"
     found = _seen(entry.shape, view.steps)
     seen = "" if found == entry.shape else f" ({_named(found)} for an expert)"

@@ -1,0 +1,59 @@
+"""Finds a checkpoint's quantised tensors among the stored ones, each by its own headers, so that kinds may mix."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from fiddler.errors import UnsupportedModelError
+from fiddler.formats.fp8 import Fp8
+from fiddler.formats.names import Roles, logical, with_own
+from fiddler.formats.quantised import Parts, Quantised, Settings, Stored
+
+Header = TypeVar("Header", bound=Stored)
+Of = Callable[[str, Parts, Settings], Quantised | None]
+
+FORMATS: Mapping[str, tuple[Of, ...]] = {
+    "weight": (Fp8.of,),
+}
+"""Role of the codes to the formats that have it."""
+
+
+def find(
+    found: Mapping[str, Roles], stored: Mapping[str, Header], settings: Settings
+) -> dict[str, Header | Quantised]:
+    """Return the tensors by the names that a bf16 checkpoint gives them, quantised ones in place of their parts.
+
+    `found` are the `groups` of the stored tensors' names.
+
+    Raises `CheckpointError` for parts that do not belong together, and `UnsupportedModelError` for a format that is
+    not read.
+    """
+    with_own(found, stored)
+    entries: dict[str, Header | Quantised] = dict(stored)
+    known: dict[tuple[object, ...], Quantised | None] = {}
+    for base, roles in found.items():
+        # Most tensors are like another but for their names, and there may be 50,000 of them.
+        kind = tuple((role, stored[name].dtype, stored[name].shape) for role, name in roles.items())
+        if kind not in known:
+            known[kind] = _read(base, {role: (name, stored[name]) for role, name in roles.items()}, settings)
+        like = known[kind]
+        if like is None:
+            continue
+        for name in roles.values():
+            del entries[name]
+        quantised = like.named(logical(base), roles)
+        entries[quantised.name] = quantised
+    return entries
+
+
+def _read(base: str, parts: Parts, settings: Settings) -> Quantised | None:
+    codes = next((role for role in FORMATS if role in parts), None)
+    if codes is None:
+        return None
+    if "pre_quant_scale" in parts:
+        raise UnsupportedModelError(
+            f"{base} has a pre_quant_scale, which scales activations (AWQ in ModelOpt); Fiddler does not apply it"
+        )
+    for of in FORMATS[codes]:
+        if (quantised := of(logical(base), parts, settings)) is not None:
+            return quantised
+    return None

@@ -1,0 +1,69 @@
+"""Writes quantised matrices as publishers do, and decodes them on its own: nothing of our readers is used.
+
+A writer takes a matrix `[out, in]` and returns the tensors that stand in its place, by what their names have after
+the module's, and the numbers that they stand for, in float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Written = tuple[dict[str, Tensor], Tensor]
+Writer = Callable[[Tensor], Written]
+
+FP8_MOST = 448.0
+
+
+def spread(grid: Tensor, rows: int, columns: int, shape: torch.Size) -> Tensor:
+    """Return a number per block as one per element."""
+    return torch.kron(grid, torch.ones(rows, columns))[: shape[0], : shape[1]]
+
+
+def largest(w: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the largest magnitude of each block, blocks at the edges being smaller."""
+    padded = F.pad(w.abs(), (0, -w.shape[1] % columns, 0, -w.shape[0] % rows))
+    return F.max_pool2d(padded[None, None], (rows, columns))[0, 0].clamp(min=1e-6)
+
+
+def fp8(rows: int, columns: int, name: str = "weight_scale_inv", dtype: torch.dtype = torch.float32) -> Writer:
+    """FP8 in blocks; 0 stands for the whole side."""
+
+    def write(w: Tensor) -> Written:
+        block = rows or w.shape[0], columns or w.shape[1]
+        scale = (largest(w, *block) / FP8_MOST).to(dtype)
+        wide = spread(scale.float(), *block, w.shape)
+        codes = (w / wide).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+        return {"weight": codes, name: scale}, codes.float() * wide
+
+    return write
+
+
+def fp8_scalar(name: str) -> Writer:
+    """FP8 with one scale, a scalar, and one for activations."""
+
+    def write(w: Tensor) -> Written:
+        scale = w.abs().max() / FP8_MOST
+        codes = (w / scale).to(torch.float8_e4m3fn)
+        extra = {"activation_scale": torch.tensor(0.5)}
+        return {"weight": codes, name: scale, **extra}, codes.float() * scale
+
+    return write
+
+
+def exponents(w: Tensor, rows: int, columns: int, most: float) -> Tensor:
+    """Return the biased power of two for each block under which the largest number is at most `most`."""
+    return (torch.log2(largest(w, rows, columns) / most).ceil() + 127).clamp(0, 254).to(torch.uint8)
+
+
+def mxfp8(name: str, *, rows: int = 1, columns: int = 32, typed: bool = False) -> Writer:
+    """FP8 under powers of two, which are bytes or `typed`."""
+
+    def write(w: Tensor) -> Written:
+        powers = exponents(w, rows, columns, FP8_MOST)
+        wide = spread(torch.exp2(powers.float() - 127), rows, columns, w.shape)
+        codes = (w / wide).to(torch.float8_e4m3fn)
+        return {"weight": codes, name: powers.view(torch.float8_e8m0fnu) if typed else powers}, codes.float() * wide
+
+    return write
