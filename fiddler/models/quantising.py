@@ -23,6 +23,7 @@ from torch import Tensor
 from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantise import TARGETS, quantise
+from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
@@ -108,6 +109,8 @@ class Conversion:
         folder = find_checkpoint(source)
         config = read_config(folder, trust_remote_code=trust_remote_code)
         checkpoint = Checkpoint.open(folder)
+        if any(isinstance(entry, Quantised) for entry in checkpoint.entries.values()):
+            raise UnsupportedModelError(f"{folder.name} is quantised already; give its bf16, fp16 or fp32 version")
         skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
         experts = seam.find_experts(skeleton)
         layout = expert_layout(skeleton, experts, checkpoint)
