@@ -5,14 +5,18 @@ from typing import TypeVar
 
 from fiddler.errors import UnsupportedModelError
 from fiddler.formats.fp8 import Fp8
+from fiddler.formats.mxfp4 import MxFp4
 from fiddler.formats.names import Roles, logical, with_own
+from fiddler.formats.nvfp4 import NvFp4
 from fiddler.formats.quantised import Parts, Quantised, Settings, Stored
 
 Header = TypeVar("Header", bound=Stored)
 Of = Callable[[str, Parts, Settings], Quantised | None]
 
 FORMATS: Mapping[str, tuple[Of, ...]] = {
-    "weight": (Fp8.of,),
+    "blocks": (MxFp4.of,),
+    "packed": (NvFp4.of, MxFp4.of),
+    "weight": (Fp8.of, NvFp4.of, MxFp4.of),
 }
 """Role of the codes to the formats that have it."""
 
@@ -40,7 +44,7 @@ def find(
             continue
         for name in roles.values():
             del entries[name]
-        quantised = like.named(logical(base), roles)
+        quantised = like.named(logical(base, fused=len(like.shape) == 3), roles)
         entries[quantised.name] = quantised
     return entries
 
@@ -54,6 +58,6 @@ def _read(base: str, parts: Parts, settings: Settings) -> Quantised | None:
             f"{base} has a pre_quant_scale, which scales activations (AWQ in ModelOpt); Fiddler does not apply it"
         )
     for of in FORMATS[codes]:
-        if (quantised := of(logical(base), parts, settings)) is not None:
+        if (quantised := of(base, parts, settings)) is not None:
             return quantised
     return None

@@ -85,7 +85,7 @@ def groups(names: Iterable[str]) -> dict[str, Roles]:
 def with_own(found: Mapping[str, Roles], names: Mapping[str, object]) -> None:
     """Add the tensor of a base's own name to its roles; a fused parameter may have `.weight` after it, or not."""
     for base, roles in found.items():
-        for own in (base, f"{base}.weight", base.removesuffix(".weight")):
+        for own in (base, f"{base}.weight", f"{base}_weight", base.removesuffix(".weight")):
             if own in names:
                 roles["weight"] = own
                 break
@@ -94,8 +94,13 @@ def with_own(found: Mapping[str, Roles], names: Mapping[str, object]) -> None:
 _EXPERT_LAST = re.compile(r"(.*\bexperts)\.(\w+)\.(\d+)\.weight")
 
 
-def logical(base: str) -> str:
-    """Return the name as a bf16 checkpoint has it: ModelOpt also writes `experts.gate_proj.3.weight`."""
+def logical(base: str, *, fused: bool) -> str:
+    """Return the name as a bf16 checkpoint has it: ModelOpt also writes `experts.gate_proj.3.weight`.
+
+    A `fused` tensor is a parameter by itself, `experts.gate_up_proj`.
+    """
+    if fused:
+        return base.removesuffix(".weight")
     if ".experts." in base and (found := _EXPERT_LAST.fullmatch(base)):
         path, matrix, expert = found.groups()
         return f"{path}.{expert}.{matrix}.weight"

@@ -67,3 +67,47 @@ def mxfp8(name: str, *, rows: int = 1, columns: int = 32, typed: bool = False) -
         return {"weight": codes, name: powers.view(torch.float8_e8m0fnu) if typed else powers}, codes.float() * wide
 
     return write
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fp4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest 4-bit floats' codes, and their values."""
+    nearest = (w.abs()[..., None] - E2M1).abs().argmin(-1)
+    values = torch.where(w < 0, -E2M1[nearest], E2M1[nearest])
+    return torch.where(w < 0, nearest + 8, nearest).to(torch.uint8), values
+
+
+def in_pairs(codes: Tensor) -> Tensor:
+    """Return codes of 4 bits two to a byte, the first in the low half."""
+    return codes[..., 0::2] + 16 * codes[..., 1::2]
+
+
+def mxfp4(codes_name: str, scale_name: str, *, signed: bool = False, typed: bool = False) -> Writer:
+    """MXFP4, one matrix: codes are bytes, or `signed` ones; powers are bytes, or `typed`."""
+
+    def write(w: Tensor) -> Written:
+        powers = exponents(w, 1, 32, 6.0)
+        wide = spread(torch.exp2(powers.float() - 127), 1, 32, w.shape)
+        codes, values = fp4_codes(w / wide)
+        pairs = in_pairs(codes)
+        scale = powers.view(torch.float8_e8m0fnu) if typed else powers
+        return {codes_name: pairs.view(torch.int8) if signed else pairs, scale_name: scale}, values * wide
+
+    return write
+
+
+def nvfp4(codes_name: str, factor_name: str, *, divides: bool = False) -> Writer:
+    """NVFP4, one matrix; its factor multiplies or `divides`."""
+
+    def write(w: Tensor) -> Written:
+        factor = w.abs().max() / (6.0 * FP8_MOST)
+        scale = (largest(w, 1, 16) / 6.0 / factor).to(torch.float8_e4m3fn)
+        wide = spread(scale.float(), 1, 16, w.shape) * factor
+        codes, values = fp4_codes(w / wide.clamp(min=1e-9))
+        written = (1 / factor)[None] if divides else factor
+        parts = {codes_name: in_pairs(codes), "weight_scale": scale, factor_name: written}
+        return parts | {"input_scale": torch.tensor(0.25)}, values * wide
+
+    return write
