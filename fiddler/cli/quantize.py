@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fiddler.cli.flags import giving
 from fiddler.cli.notes import Notes, size
-from fiddler.cli.options import choice
+from fiddler.cli.options import TRUST, choice
 from fiddler.cli.terminal import guarded
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class QuantizeOptions:
     )
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the new checkpoint.")] = _REQUIRED
     to: Annotated[str, choice(TARGETS, "int4: groups of 32; int8 and fp8: one scale a row.", "Quantize")] = "int4"
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")] = False
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 
 

@@ -4,12 +4,13 @@ Round to nearest, no data needed. In 4 bits some scales around the one that just
 tried, and that of the least squared errors is kept: clipping one number may cost less than coarser steps for all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fiddler.formats.packed import MIDDLE, Code, Packed
+from fiddler.formats.packed import MIDDLE, Code, Matrix, Packed
+from fiddler.types import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,12 @@ class Target:
     """Scales that are tried, as parts of the one that just holds the largest number."""
 
 
-def _between(low: float, high: float, n: int) -> tuple[float, ...]:
-    return tuple(low + (high - low) * i / (n - 1) for i in range(n))
-
-
 TARGETS = {
-    "int4": Target(Code.INT4, 32, 7.0, _between(0.70, 1.10, 17)),
+    "int4": Target(Code.INT4, 32, 7.0, (0.80, 0.85, 0.90, 0.95, 1.0)),
     "int8": Target(Code.UINT8, None, 127.0, (1.0,)),
     "fp8": Target(Code.FP8, None, 448.0, (1.0,)),
 }
-"""The targets by name. In 8 bits clipping gains nothing."""
+"""The targets by name. Clipping gains nothing in 8 bits; 17 steps in 4 take twice as long for 1 % less error."""
 
 
 def quantise(matrix: Tensor, target: Target) -> Packed:
@@ -45,7 +42,7 @@ def quantise(matrix: Tensor, target: Target) -> Packed:
     group = target.group or columns
     if columns % group:
         raise ValueError(f"rows of {columns} numbers do not divide into groups of {group}")
-    numbers = matrix.float().view(out, columns // group, group)
+    numbers = matrix.float().contiguous().view(out, columns // group, group)
     most = numbers.abs().amax(dim=-1, keepdim=True)
     if not most.isfinite().all():
         raise ValueError("a number is not finite")
@@ -57,6 +54,23 @@ def quantise(matrix: Tensor, target: Target) -> Packed:
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     codes = _codes(_nearest(numbers / best, target).view(out, columns), target.code)
     return Packed(target.code, codes, best.view(out, -1).bfloat16(), (out, columns), (1, group))
+
+
+def converted(weights: ExpertWeights, to: str, dtype: torch.dtype) -> ExpertWeights:
+    """Return an expert quantised to a target, or, for `"bf16"`, decoded to `dtype`.
+
+    A matrix that has as few bits already stays as it is. Raises the errors of `quantise`.
+    """
+
+    def one(matrix: Matrix) -> Matrix:
+        if to == "bf16":
+            return matrix.dense(dtype) if isinstance(matrix, Packed) else matrix
+        target = TARGETS[to]
+        if isinstance(matrix, Packed):
+            return matrix if matrix.code.bits <= target.code.bits else quantise(matrix.dense(torch.float32), target)
+        return quantise(matrix, target)
+
+    return replace(weights, up=tuple(map(one, weights.up)), down=one(weights.down))
 
 
 def _rounded(scale: Tensor) -> Tensor:

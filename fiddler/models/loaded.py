@@ -1,8 +1,9 @@
 """A model ready to run: its dense part, its experts' weights, and whether its sequences share a forward."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.formula import DTYPES, ExpertFormula
-from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
 from fiddler.models.generation import check_folder, vocabulary
@@ -21,7 +22,7 @@ from fiddler.models.rotary import Rotary, find_rotary
 from fiddler.models.skeleton import load_skeleton, read_config, set_attention
 from fiddler.store.blocks import PackedStore
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.mapped import MappedStore
+from fiddler.store.mapped import Layout, MappedStore
 from fiddler.store.source import find_checkpoint
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
@@ -83,8 +84,8 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
-    make_store = PackedStore if resolved.store == "packed" else MappedStore
-    store = make_store(checkpoint, layout, dtype)
+    refuse_groups(experts.values(), options.expert_dtype, "expert_dtype")
+    store = _store(checkpoint, layout, dtype, resolved, options.expert_dtype)
     checkpoint.check()  # what was read until now is what the headers say
     with alone():
         text = Text.open(folder, trust_remote_code=options.trust_remote_code)
@@ -102,6 +103,35 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         packed=packed,
         rotary=find_rotary(skeleton, resolved.longest) if served else None,
     )
+
+
+def _store(
+    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, resolved: Resolved, expert_dtype: str
+) -> MappedStore | PackedStore:
+    if resolved.store == "mapped":
+        return MappedStore(checkpoint, layout, dtype)
+    if expert_dtype == "checkpoint":
+        return PackedStore(checkpoint, layout, dtype)
+    from fiddler.formats.quantise import converted  # which few need
+
+    return PackedStore(checkpoint, layout, dtype, convert=partial(converted, to=expert_dtype, dtype=dtype))
+
+
+def refuse_groups(experts: Iterable[seam.ExpertsModule], to: str, option: str) -> None:
+    """Raise `ConfigError` where groups of a target do not divide the rows of an expert."""
+    if to in ("checkpoint", "bf16"):
+        return
+    from fiddler.formats.quantise import TARGETS
+
+    group = TARGETS[to].group or 1
+    for module in experts:
+        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            columns = module._shapes[name][1 if module.is_transposed else 2]
+            if columns % group:
+                raise ConfigError(
+                    f"{option}={to!r} needs rows of a multiple of {group} numbers, and {name} has {columns}; "
+                    f"use {option}='int8'"
+                )
 
 
 def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:

@@ -25,9 +25,10 @@ from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantise import TARGETS, quantise
 from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
+from fiddler.models.loaded import refuse_groups
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
-from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.checkpoint import Checkpoint, Entry
 from fiddler.store.folder import CONFIG, INDEX, SINGLE, read_raw
 from fiddler.store.mapped import ExpertParts, Select, Transpose, View
 from fiddler.store.source import find_checkpoint
@@ -113,10 +114,11 @@ class Conversion:
             raise UnsupportedModelError(f"{folder.name} is quantised already; give its bf16, fp16 or fp32 version")
         skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
         experts = seam.find_experts(skeleton)
+        refuse_groups(experts.values(), to, "to")
         layout = expert_layout(skeleton, experts, checkpoint)
         pieces: dict[str, list[Piece]] = {}
         for layer, module in enumerate(experts.values()):
-            _refuse(module, config.model_type, to)
+            _refuse(module, config.model_type)
             for expert, parts in enumerate(layout.experts[layer]):
                 for tensor, piece in _pieces(module, layer, expert, parts):
                     pieces.setdefault(tensor, []).append(piece)
@@ -150,12 +152,13 @@ class Conversion:
     def _write_files(self, folder: Path, done: Callable[[], None]) -> tuple[int, int]:
         """Write every file of weights and the index; returns their bytes, and how many files were there."""
         n_bytes, n_resumed, places = 0, 0, dict[str, str]()
-        for file in self.checkpoint.files:
+        by_file: dict[Path, list[str]] = {file: [] for file in self.checkpoint.files}
+        for tensor, entry in self.checkpoint.entries.items():
+            if isinstance(entry, Entry):
+                by_file[entry.file].append(tensor)
+        for file, tensors in by_file.items():
             name = file.relative_to(self.checkpoint.folder).as_posix()
-            target, tensors = (
-                folder / name,
-                [t for t, entry in self.checkpoint.entries.items() if entry.file == file],
-            )
+            target = folder / name
             if self._resume(target):
                 n_resumed += 1
                 for _ in range(sum(len(self.pieces.get(tensor, ())) for tensor in tensors)):
@@ -258,20 +261,12 @@ class Conversion:
         return sorted(patterns)
 
 
-def _refuse(module: seam.ExpertsModule, kind: str, to: str) -> None:
-    """Refuse experts that compressed-tensors has no names for, or whose rows do not divide."""
+def _refuse(module: seam.ExpertsModule, kind: str) -> None:
+    """Refuse experts that compressed-tensors has no names for."""
     if seam.formula(module).gate is not None or module.has_bias:
         raise UnsupportedModelError(
             f"the experts of {kind!r} have biases or a gate of their own, for which compressed-tensors has no names"
         )
-    target = TARGETS[to]
-    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-        columns = module._shapes[name][1 if module.is_transposed else 2]
-        if columns % (target.group or 1) or columns % 8:
-            raise ConfigError(
-                f"to={to!r} needs rows of a multiple of {target.group or 8} numbers, and {name} has {columns}; "
-                f"use {'int8 or fp8' if to == 'int4' else 'another checkpoint'}"
-            )
 
 
 def _pieces(module: seam.ExpertsModule, layer: int, expert: int, parts: ExpertParts) -> Iterator[tuple[str, Piece]]:

@@ -247,6 +247,7 @@ def on_pages(n_blocks: int, block_bytes: int) -> Tensor:
 
 logger = logging.getLogger("fiddler")
 
+Convert = Callable[[ExpertWeights], ExpertWeights]
 Fill = Callable[[int, int, Tensor], None]
 """`(layer, expert, block)`: writes an expert's block, uint8 `[nbytes]`, in place."""
 
@@ -265,15 +266,22 @@ class _Layer:
 class PackedStore:
     """Every expert's block, read from the checkpoint at once; the checkpoint is not needed afterwards.
 
-    Arguments are those of `MappedStore`. The pages of the mapped files are released behind the reader, so memory
-    stays near one copy. Raises `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape
-    than the same tensor of the layer's first expert. At most `piece_bytes` are locked into RAM at once.
+    Arguments are those of `MappedStore`; `convert` makes the weights that are kept from those that were read. The
+    pages of the mapped files are released behind the reader, so memory stays near one copy. Raises
+    `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape than the same tensor of the
+    layer's first expert. At most `piece_bytes` are locked into RAM at once.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, *, piece_bytes: int = PIECE_BYTES
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        dtype: torch.dtype,
+        *,
+        convert: Convert | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        source = _Source(checkpoint, layout, dtype)
+        source = _Source(checkpoint, layout, dtype, convert)
 
         def fill(layer: int, expert: int, block: Tensor) -> None:
             source.write(layer, expert, self.layout(layer), block)
@@ -400,10 +408,12 @@ class _Source:
     checkpoint: Checkpoint
     layout: Layout
     dtype: torch.dtype
+    convert: Convert | None
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """Return an expert's weights from a mapped store of its own: a converted copy lives no longer than they."""
-        return MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
+        weights = MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
+        return weights if self.convert is None else self.convert(weights)
 
     def write(self, layer: int, expert: int, layout: BlockLayout, block: Tensor) -> None:
         """Write an expert's block, and release the pages it was read from."""

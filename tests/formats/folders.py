@@ -93,11 +93,11 @@ async def agrees(pair: Pair) -> None:
     for dtype, most in WITHIN.items():
         model = AutoModelForCausalLM.from_pretrained(pair.twin, dtype=getattr(torch, dtype)).eval()
         for way in WAYS:
-            worst = await _error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
+            worst = await error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
             assert worst < most, (dtype, way)
 
 
-async def _error(pair: Pair, model: Any, config: EngineConfig) -> float:
+async def error(pair: Pair, model: Any, config: EngineConfig) -> float:
     worst = 0.0
     async with Engine(pair.quantised, config) as engine:
         for prompt in PROMPTS:
