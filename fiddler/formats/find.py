@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from fiddler.errors import UnsupportedModelError
 from fiddler.formats.fp8 import Fp8
+from fiddler.formats.integers import Integers
 from fiddler.formats.mxfp4 import MxFp4
 from fiddler.formats.names import Roles, logical, with_own
 from fiddler.formats.nvfp4 import NvFp4
@@ -15,8 +16,8 @@ Of = Callable[[str, Parts, Settings], Quantised | None]
 
 FORMATS: Mapping[str, tuple[Of, ...]] = {
     "blocks": (MxFp4.of,),
-    "packed": (NvFp4.of, MxFp4.of),
-    "weight": (Fp8.of, NvFp4.of, MxFp4.of),
+    "packed": (NvFp4.of, Integers.of, MxFp4.of),
+    "weight": (Fp8.of, NvFp4.of, Integers.of, MxFp4.of),
 }
 """Role of the codes to the formats that have it."""
 

@@ -111,3 +111,50 @@ def nvfp4(codes_name: str, factor_name: str, *, divides: bool = False) -> Writer
         return parts | {"input_scale": torch.tensor(0.25)}, values * wide
 
     return write
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """Return codes `[n, m]` in words of 32 bits along the last dimension, the first in the lowest bits."""
+    each = 32 // bits
+    padded = F.pad(codes.long(), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    total = (padded << (torch.arange(each) * bits)).sum(-1)
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+
+def smallest_and_largest(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the range of each row's groups, zero included."""
+    parts = w.unflatten(1, (-1, group))
+    return parts.amin(-1).clamp(max=0.0), parts.amax(-1).clamp(min=0.0)
+
+
+def integers(bits: int, group: int, *, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16) -> Writer:
+    """Integers of compressed-tensors; group 0 is a whole row."""
+
+    def write(w: Tensor) -> Written:
+        own, half = group or w.shape[1], 1 << (bits - 1)
+        low, high = smallest_and_largest(w, own)
+        if symmetric:
+            scale = (torch.maximum(-low, high) / (half - 0.5)).to(dtype)
+            zero = torch.full_like(low, half)
+        else:
+            scale = ((high - low) / (2 * half - 1)).to(dtype)
+            zero = (-low / scale.float()).round().clamp(0, 2 * half - 1)
+        wide, zeros = (spread(each.float(), 1, own, w.shape) for each in (scale, zero))
+        codes = (w / wide + zeros).round().clamp(0, 2 * half - 1)
+        parts = {
+            "weight_packed": words(codes, bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(w.shape),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = words(zero.t(), bits).t()
+        return parts, (codes - zeros) * wide
+
+    return write
+
+
+def int8_rows(w: Tensor) -> Written:
+    """Signed bytes with a scale a row: `int-quantized`."""
+    scale = w.abs().amax(1, keepdim=True) / 127
+    codes = (w / scale).round().to(torch.int8)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale
