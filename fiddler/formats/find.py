@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from fiddler.errors import UnsupportedModelError
+from fiddler.formats.awq import Awq
 from fiddler.formats.fp8 import Fp8
+from fiddler.formats.gptq import Gptq
 from fiddler.formats.integers import Integers
 from fiddler.formats.mxfp4 import MxFp4
 from fiddler.formats.names import Roles, logical, with_own
@@ -17,6 +19,7 @@ Of = Callable[[str, Parts, Settings], Quantised | None]
 FORMATS: Mapping[str, tuple[Of, ...]] = {
     "blocks": (MxFp4.of,),
     "packed": (NvFp4.of, Integers.of, MxFp4.of),
+    "qweight": (Gptq.of, Awq.of),
     "weight": (Fp8.of, NvFp4.of, Integers.of, MxFp4.of),
 }
 """Role of the codes to the formats that have it."""

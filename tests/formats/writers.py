@@ -158,3 +158,48 @@ def int8_rows(w: Tensor) -> Written:
     scale = w.abs().amax(1, keepdim=True) / 127
     codes = (w / scale).round().to(torch.int8)
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+
+def asymmetric(w: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return codes, zeros and 16-bit scales of groups of columns, and the numbers they stand for."""
+    low, high = smallest_and_largest(w, group)
+    most = (1 << bits) - 1
+    scale = ((high - low) / most).half()
+    zero = (-low / scale.float()).round().clamp(1, most)
+    wide, zeros = (spread(each.float(), 1, group, w.shape) for each in (scale, zero))
+    codes = (w / wide + zeros).round().clamp(0, most)
+    return codes, zero, scale, (codes - zeros) * wide
+
+
+def gptq(bits: int, group: int, *, version: int = 1, symmetric: bool = False) -> Writer:
+    """GPTQ, its columns in the order of their groups."""
+
+    def write(w: Tensor) -> Written:
+        codes, zero, scale, values = asymmetric(w, group, bits)
+        if symmetric:
+            scale = (w.abs().unflatten(1, (-1, group)).amax(-1) / ((1 << (bits - 1)) - 0.5)).half()
+            zero = torch.full_like(zero, 1 << (bits - 1))
+            wide = spread(scale.float(), 1, group, w.shape)
+            codes = (w / wide + zero[0, 0]).round().clamp(0, (1 << bits) - 1)
+            values = (codes - zero[0, 0]) * wide
+        parts = {
+            "qweight": words(codes, bits).t(),
+            "qzeros": words((zero - int(version == 1)).t(), bits),
+            "scales": scale.t(),
+            "g_idx": (torch.arange(w.shape[1]) // group).int(),
+        }
+        return parts, values
+
+    return write
+
+
+def awq(group: int) -> Writer:
+    """AWQ, of 4 bits in the layout gemm."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def write(w: Tensor) -> Written:
+        codes, zero, scale, values = asymmetric(w, group, 4)
+        mixed = [words(each.t().unflatten(1, (-1, 8))[..., order].flatten(1), 4) for each in (codes, zero)]
+        return {"qweight": mixed[0], "qzeros": mixed[1], "scales": scale.t()}, values
+
+    return write
