@@ -63,7 +63,9 @@ def quantised(tensors: dict[str, Tensor], write: Writer) -> tuple[dict[str, Tens
     for name in [name for name in tensors if MATRICES.fullmatch(name)]:
         parts, decoded[name] = write(stored.pop(name).float())
         stem = name.removesuffix("weight")
-        stored |= {stem + ending: part.contiguous() for ending, part in parts.items()}
+        stored |= {
+            stem + ending: part.clone(memory_format=torch.contiguous_format) for ending, part in parts.items()
+        }
     return stored, decoded
 
 

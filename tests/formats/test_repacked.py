@@ -1,4 +1,4 @@
-"""Quantised checkpoints whose codes lie in an order of their own: GPTQ and AWQ."""
+"""Quantised checkpoints whose codes lie in an order of their own: GPTQ, AWQ and NF4."""
 
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,38 @@ from fiddler.config import EngineConfig
 from fiddler.errors import UnsupportedModelError
 from fiddler.models.loaded import load
 from tests.formats.folders import agrees, packed_bits, save_pair
-from tests.formats.writers import Writer, awq, gptq
+from tests.formats.writers import Writer, awq, gptq, nf4
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+SIXTY_FOUR = {
+    "qwen3_moe": {"moe_intermediate_size": 128, "intermediate_size": 128},
+    "mixtral": {"intermediate_size": 128},
+}
+"""Sizes that 64 divides."""
 CASES: dict[str, tuple[Writer, dict[str, Any]]] = {
     "gptq": (gptq(4, 32), GPTQ),
     "gptq symmetric": (gptq(4, 32, symmetric=True), GPTQ | {"sym": True}),
     "gptq v2": (gptq(4, 32, version=2), GPTQ | {"checkpoint_format": "gptq_v2"}),
     "gptq 8": (gptq(8, 32), GPTQ | {"bits": 8}),
+    "nf4": (nf4(nested=False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "nf4 nested": (nf4(nested=True), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "awq": (awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
 }
+
+
+BITS = {"gptq": 4.75, "gptq v2": 4.75, "gptq 8": 8.75, "awq": 4.75}
+"""Bits of a number where there are zeros; 4.5 where there are not."""
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("name", CASES)
 async def test_values_are_those_of_transformers(tmp_path: Path, name: str, kind: str) -> None:
-    pair = save_pair(tmp_path, kind, *CASES[name])
+    write, settings = CASES[name]
+    sizes = SIXTY_FOUR[kind] if "nf4" in name else {}
+    pair = save_pair(tmp_path, kind, write, settings, **sizes)
     await agrees(pair)
-    assert packed_bits(pair) == (8.75 if "8" in name else 4.5 if "symmetric" in name else 4.75)
+    assert packed_bits(pair) == BITS.get(name, 4.5)
 
 
 @pytest.mark.parametrize("store", ["mapped", "packed"])
