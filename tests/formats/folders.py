@@ -3,15 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from fiddler import Engine, EngineConfig
 from fiddler.formats.packed import Packed
@@ -100,10 +100,12 @@ WITHIN = {"float32": 1e-4, "bfloat16": 0.02}
 """By how much log-probabilities may differ."""
 
 
-async def agrees(pair: Pair) -> None:
+async def agrees(pair: Pair, within: Mapping[str, float] = WITHIN) -> None:
     """Hold the engine's log-probabilities of its tokens against those that transformers has on the twin."""
-    for dtype, most in WITHIN.items():
-        model = AutoModelForCausalLM.from_pretrained(pair.twin, dtype=getattr(torch, dtype)).eval()
+    (named,) = json.loads((pair.twin / "config.json").read_text())["architectures"]
+    cls = getattr(transformers, named)
+    for dtype, most in within.items():
+        model = cls.from_pretrained(pair.twin, dtype=getattr(torch, dtype)).eval()
         for way in WAYS:
             worst = await _error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
             assert worst < most, (dtype, way)
