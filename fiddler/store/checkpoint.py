@@ -9,7 +9,9 @@ file; the files are then mapped once each, so that neighbouring tensors can be s
 """
 
 import json
+from collections.abc import Generator
 from collections.abc import Mapping as MappingOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -64,13 +66,12 @@ class Checkpoint:
         self,
         folder: Path,
         stored: MappingOf[str, Entry],
-        entries: MappingOf[str, Entry | Quantised],
         mappings: MappingOf[Path, Mapping],
     ) -> None:
         self.folder = folder
         self.headers: MappingOf[str, Entry] = MappingProxyType(dict(stored))
         """The tensors as they are stored."""
-        self.entries: MappingOf[str, Entry | Quantised] = MappingProxyType(dict(entries))
+        self.entries: MappingOf[str, Entry | Quantised] = self.headers
         # Mapped at once: a file replaced later on is then no danger.
         self._mappings = dict(mappings)
 
@@ -97,7 +98,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"{gone[0]} was replaced while it was opened; open the model again once all files are whole"
             )
-        return cls(folder, stored, _logical(folder, stored), mappings)
+        checkpoint = cls(folder, stored, mappings)
+        checkpoint._find_quantised()
+        return checkpoint
+
+    def _find_quantised(self) -> None:
+        found = groups(self.headers)
+        if not found:
+            return
+        from fiddler.formats.find import find  # every format's reader, which most checkpoints do without
+
+        settings = quantisation(read_raw(self.folder)) if is_file(self.folder / CONFIG) else {}
+        self.entries = MappingProxyType(find(found, self.headers, settings, self))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -114,10 +126,8 @@ class Checkpoint:
         if isinstance(entry, Entry):
             return self.stored(name, index)
         assert index is None
-        try:
+        with _reading(name):
             return entry.dense(self, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}; download the checkpoint again") from error
 
     def matrices(self, name: str, index: int | None = None) -> tuple[Packed, ...]:
         """Return a quantised matrix, or the one at `index`; several, row under row, where their factors differ.
@@ -126,10 +136,8 @@ class Checkpoint:
         """
         entry = self._entry(name)
         assert isinstance(entry, Quantised)
-        try:
+        with _reading(name):
             return entry.read(self, index)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}; download the checkpoint again") from error
 
     def stored(self, name: str, index: int | None = None) -> Tensor:
         """Return a tensor by its name in the files, or the part of it at `index` of its first dimension.
@@ -187,22 +195,21 @@ class Checkpoint:
         return data.view(dtype).view(shape)
 
 
+@contextmanager
+def _reading(name: str) -> Generator[None]:
+    """Turn errors of parts that do not fit each other, torch's among them, into a `CheckpointError`."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"parts of {name!r} do not fit each other: {error}; download them again") from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     """A mapped file with its header."""
 
     mapping: Mapping
     entries: dict[str, Entry]
-
-
-def _logical(folder: Path, stored: dict[str, Entry]) -> MappingOf[str, Entry | Quantised]:
-    found = groups(stored)
-    if not found:
-        return stored
-    from fiddler.formats.find import find  # every format's reader, which most checkpoints do without
-
-    settings = quantisation(read_raw(folder)) if is_file(folder / CONFIG) else {}
-    return find(found, stored, settings)
 
 
 def _open(file: Path) -> _Opened:
