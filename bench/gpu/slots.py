@@ -12,7 +12,8 @@ from bench.gpu.context import Context
 from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.slots import Picked, SlotExperts, Stack, Visits
+from fiddler.gpu.slots import Picked, SlotExperts, Visits
+from fiddler.gpu.stack import Stack
 from fiddler.store.blocks import BlockLayout
 
 AT_ONCE = 8

@@ -23,7 +23,8 @@ from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs
 from fiddler.gpu.ring import StagingRing
-from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.stack import Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (
     LoadedModel,

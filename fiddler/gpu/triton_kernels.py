@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.devices.formula import ExpertFormula, gated
-from fiddler.gpu.slots import Stack, Visits
+from fiddler.gpu.slots import Visits
+from fiddler.gpu.stack import Stack
 
 TILE_ROWS = 16
 """Rows of a tile, unless no group has more than one. Source: `mma.m16n8k16`, in the PTX ISA's "Warp-level Matrix

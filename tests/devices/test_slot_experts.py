@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
 from fiddler.gpu import slots as slot_experts
-from fiddler.gpu.slots import FEW_ROWS, Ability, Path, SlotExperts, Stack, Visits, pick, windows
+from fiddler.gpu.slots import FEW_ROWS, Ability, Path, SlotExperts, Visits, pick, windows
+from fiddler.gpu.stack import Stack
 from fiddler.store.blocks import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
 
