@@ -137,7 +137,7 @@ def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.de
 
 
 def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
-    return Stack.over(arena.slots, arena.views(0, blocks.layout(layer)))
+    return Stack.over(arena.slots, blocks.layout(layer))
 
 
 class _Blocks:

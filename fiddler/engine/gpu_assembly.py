@@ -117,7 +117,7 @@ class GpuMemory:
 
 def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
     """Return all slots as experts of a layer."""
-    return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
+    return Stack.over(arena.slots, store.layout(layer))
 
 
 def _arena(room: Room, gpu: Gpu) -> Arena:
