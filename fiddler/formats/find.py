@@ -4,29 +4,35 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from fiddler.errors import UnsupportedModelError
+from fiddler.formats.awq import Awq
 from fiddler.formats.fp8 import Fp8
+from fiddler.formats.gptq import Gptq
+from fiddler.formats.integers import Integers
 from fiddler.formats.mxfp4 import MxFp4
 from fiddler.formats.names import Roles, logical, with_own
+from fiddler.formats.nf4 import Nf4, read_state
 from fiddler.formats.nvfp4 import NvFp4
-from fiddler.formats.quantised import Parts, Quantised, Settings, Stored
+from fiddler.formats.quantised import Files, Parts, Quantised, Settings, Stored
 
 Header = TypeVar("Header", bound=Stored)
 Of = Callable[[str, Parts, Settings], Quantised | None]
 
 FORMATS: Mapping[str, tuple[Of, ...]] = {
     "blocks": (MxFp4.of,),
-    "packed": (NvFp4.of, MxFp4.of),
-    "weight": (Fp8.of, NvFp4.of, MxFp4.of),
+    "packed": (NvFp4.of, Integers.of, MxFp4.of),
+    "qweight": (Gptq.of, Awq.of),
+    "state": (Nf4.of,),
+    "weight": (Fp8.of, NvFp4.of, Integers.of, MxFp4.of),
 }
 """Role of the codes to the formats that have it."""
 
 
 def find(
-    found: Mapping[str, Roles], stored: Mapping[str, Header], settings: Settings
+    found: Mapping[str, Roles], stored: Mapping[str, Header], settings: Settings, files: Files
 ) -> dict[str, Header | Quantised]:
     """Return the tensors by the names that a bf16 checkpoint gives them, quantised ones in place of their parts.
 
-    `found` are the `groups` of the stored tensors' names.
+    `found` are the `groups` of the stored tensors' names; of `files` only states of bitsandbytes are read.
 
     Raises `CheckpointError` for parts that do not belong together, and `UnsupportedModelError` for a format that is
     not read.
@@ -36,9 +42,15 @@ def find(
     known: dict[tuple[object, ...], Quantised | None] = {}
     for base, roles in found.items():
         # Most tensors are like another but for their names, and there may be 50,000 of them.
-        kind = tuple((role, stored[name].dtype, stored[name].shape) for role, name in roles.items())
+        kind: tuple[object, ...] = tuple(
+            (role, stored[name].dtype, stored[name].shape) for role, name in roles.items()
+        )
+        about = settings
+        if "state" in roles:
+            about = {"state": read_state(base, files.stored(roles["state"]))}
+            kind = (*kind, str(about))
         if kind not in known:
-            known[kind] = _read(base, {role: (name, stored[name]) for role, name in roles.items()}, settings)
+            known[kind] = _read(base, {role: (name, stored[name]) for role, name in roles.items()}, about)
         like = known[kind]
         if like is None:
             continue

@@ -99,8 +99,10 @@ class Quantised(ABC):
 
 
 def size(parts: Parts) -> int:
-    """Return the bytes of all parts that are used."""
-    return sum(header.nbytes for role, (_, header) in parts.items() if not role.startswith(UNUSED))
+    """Return the bytes of all parts that are multiplied with."""
+    return sum(
+        header.nbytes for role, (_, header) in parts.items() if not role.startswith((UNUSED, "g_idx", "shape"))
+    )
 
 
 def names(parts: Parts) -> dict[str, str]:

@@ -112,7 +112,10 @@ def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
         )
 
 
-METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "mxfp8", "modelopt", "modelopt_fp4", "nvfp4", "compressed-tensors")
+METHODS = (
+    *("fp8", "fbgemm_fp8", "mxfp8", "mxfp4", "nvfp4", "modelopt", "modelopt_fp4", "compressed-tensors"),
+    *("gptq", "awq", "bitsandbytes"),
+)
 """Names of methods, as `quant_method` has them, whose formats are read."""
 
 

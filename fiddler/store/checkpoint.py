@@ -64,13 +64,12 @@ class Checkpoint:
         self,
         folder: Path,
         stored: MappingOf[str, Entry],
-        entries: MappingOf[str, Entry | Quantised],
         mappings: MappingOf[Path, Mapping],
     ) -> None:
         self.folder = folder
         self.headers: MappingOf[str, Entry] = MappingProxyType(dict(stored))
         """The tensors as they are stored."""
-        self.entries: MappingOf[str, Entry | Quantised] = MappingProxyType(dict(entries))
+        self.entries: MappingOf[str, Entry | Quantised] = self.headers
         # Mapped at once: a file replaced later on is then no danger.
         self._mappings = dict(mappings)
 
@@ -97,7 +96,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"{gone[0]} was replaced while it was opened; open the model again once all files are whole"
             )
-        return cls(folder, stored, _logical(folder, stored), mappings)
+        checkpoint = cls(folder, stored, mappings)
+        checkpoint._find_quantised()
+        return checkpoint
+
+    def _find_quantised(self) -> None:
+        found = groups(self.headers)
+        if not found:
+            return
+        from fiddler.formats.find import find  # every format's reader, which most checkpoints do without
+
+        settings = quantisation(read_raw(self.folder)) if is_file(self.folder / CONFIG) else {}
+        self.entries = MappingProxyType(find(found, self.headers, settings, self))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -193,16 +203,6 @@ class _Opened:
 
     mapping: Mapping
     entries: dict[str, Entry]
-
-
-def _logical(folder: Path, stored: dict[str, Entry]) -> MappingOf[str, Entry | Quantised]:
-    found = groups(stored)
-    if not found:
-        return stored
-    from fiddler.formats.find import find  # every format's reader, which most checkpoints do without
-
-    settings = quantisation(read_raw(folder)) if is_file(folder / CONFIG) else {}
-    return find(found, stored, settings)
 
 
 def _open(file: Path) -> _Opened:
