@@ -23,7 +23,8 @@ from fiddler.config import EngineConfig, PolicyName, PrefetchMode, WaveMode
 from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
-from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.visits import Visits
 from fiddler.steps import graphs
 from fiddler.types import Statistics
 from tests.support.fake_gpu import FakeGpu

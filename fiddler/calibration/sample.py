@@ -23,7 +23,8 @@ from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs
 from fiddler.gpu.ring import StagingRing
-from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.stack import Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (
     LoadedModel,
@@ -136,7 +137,7 @@ def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.de
 
 
 def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
-    return Stack.over(arena.slots, arena.views(0, blocks.layout(layer)))
+    return Stack.over(arena.slots, blocks.layout(layer))
 
 
 class _Blocks:

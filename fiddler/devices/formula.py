@@ -1,14 +1,12 @@
 """The formula of an expert: up, gate, down, as matmuls and an activation on rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from fiddler.types import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +34,40 @@ class ExpertFormula:
 Matmul = Callable[[Tensor, Any, Tensor | None], Tensor]
 """`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`, of a weight like the one it was picked for."""
 
+
+class Parts(Protocol):
+    """An expert's parts as `ExpertWeights` has them, for matmuls that take what it has as a weight."""
+
+    @property
+    def up(self) -> Sequence[Any]:
+        """One fused or ungated weight, or gate and up."""
+        ...
+
+    @property
+    def down(self) -> Any:
+        """The weight that leads back."""
+        ...
+
+    @property
+    def up_bias(self) -> Sequence[Tensor]:
+        """Matching `up`, or empty."""
+        ...
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """Matching `down`."""
+        ...
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def run_expert(formula: ExpertFormula, weights: ExpertWeights, x: Tensor, up: Matmul, down: Matmul) -> Tensor:
+def run_expert(formula: ExpertFormula, weights: Parts, x: Tensor, up: Matmul, down: Matmul) -> Tensor:
     """Return the expert's output `[n, H]` for rows `x` `[n, H]`, before the routing weight.
 
     `up` and `down` are the matmuls for the two kinds of matrices.
     """
-    biases: tuple[Tensor | None, ...] = weights.up_bias or (None,) * len(weights.up)
+    biases: Sequence[Tensor | None] = weights.up_bias or (None,) * len(weights.up)
     ups = [up(x, w, b) for w, b in zip(weights.up, biases, strict=True)]
     y = down(gated(formula, ups), weights.down, weights.down_bias)
     return y if formula.post_norm is None else formula.post_norm(y)

@@ -26,7 +26,8 @@ from fiddler.gpu.crossing import Watch
 from fiddler.gpu.device import Gpu
 from fiddler.gpu.jobs import Copying, GpuJobs
 from fiddler.gpu.ring import StagingRing
-from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.stack import Stack
 from fiddler.gpu.streams import StreamLanes
 from fiddler.models.kv import KvArena
 from fiddler.models.loaded import ServableModel
@@ -116,7 +117,7 @@ class GpuMemory:
 
 def _stack(store: PackedStore, arena: Arena, layer: int) -> Stack:
     """Return all slots as experts of a layer."""
-    return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
+    return Stack.over(arena.slots, store.layout(layer))
 
 
 def _arena(room: Room, gpu: Gpu) -> Arena:

@@ -6,6 +6,7 @@ shares a scale, and in the scales' own numbers; a reader of a format only makes 
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class Packed:
     def values(self) -> Tensor:
         """Return the codes' values, float32 `[out, in]`, before zeros and scales."""
         if self.code.bits == 4:
-            table = torch.tensor(VALUES[self.code], dtype=torch.float32, device=self.codes.device)
+            table = _table(self.code, self.codes.device)
             pairs = torch.stack((self.codes & 15, self.codes >> 4), dim=-1)
             return table[pairs.flatten(1)[:, : self.shape[1]].int()]
         kinds = {Code.INT8: torch.int8, Code.FP8: torch.float8_e4m3fn}
@@ -142,6 +143,13 @@ class Packed:
         (out, columns), (rows, across) = self.shape, self.block
         grid = grid.repeat_interleave(rows, 0)[:out] if grid.shape[0] > 1 and rows > 1 else grid
         return grid.repeat_interleave(across, 1)[:, :columns] if grid.shape[1] > 1 else grid
+
+
+@lru_cache
+def _table(code: Code, device: torch.device) -> Tensor:
+    """Return the values of codes of 4 bits; kept, since a GPU's graph may not copy them from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(VALUES[code], dtype=torch.float32, device=device)
 
 
 Matrix = Tensor | Packed
