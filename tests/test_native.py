@@ -25,7 +25,8 @@ from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.devices.library import compiled, keep, kept, loaded, private_room
-from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
+from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, _native, native
+from fiddler.devices.outline import Outline
 from fiddler.lanes.experts import Ask, ExpertWork, HostRows
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import RunExperts

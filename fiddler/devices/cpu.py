@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fiddler.devices.formula import ExpertFormula, Matmul, run_expert
 from fiddler.devices.kernels import Kernels
-from fiddler.devices.native import Outline, fits, learns
+from fiddler.devices.native import learns
+from fiddler.devices.outline import Outline, fits
 from fiddler.formats.packed import tensors
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
