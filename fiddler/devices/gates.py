@@ -75,8 +75,8 @@ def recognised(formula: ExpertFormula) -> Gate | None:
         if act is None:
             return None
         if not formula.gated:
-            return _first((lambda _, up: act(up)), _candidates(act(torch.ones(1)).item(), gated=False))
-        return _first((lambda gate, up: act(gate) * up), _candidates(act(torch.ones(1)).item()))
+            return _first((lambda _, up: act(up)), _candidates(act(_one(1.0)).item(), gated=False))
+        return _first((lambda gate, up: act(gate) * up), _candidates(act(_one(1.0)).item()))
     for interleaved in (False, True):
         found = _fitted(lambda gate, up: joined(_join(gate, up, interleaved)), interleaved=interleaved)  # noqa: B023
         if found is not None:
@@ -89,6 +89,10 @@ _FAR = 1e6
 """Beyond every limit."""
 
 
+def _one(value: float) -> Tensor:
+    return torch.tensor([[value]], dtype=torch.float32, device="cpu")
+
+
 def _join(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
     """Return gate and up as one matrix multiplication leaves them."""
     return torch.stack((gate, up), dim=-1).flatten(-2) if interleaved else torch.cat((gate, up), dim=-1)
@@ -98,7 +102,7 @@ def _fitted(tried: _Formula, *, interleaved: bool) -> Gate | None:
     """Return the gate whose constants a few values of `tried` give away."""
 
     def at(gate: float, up: float) -> float:
-        return tried(torch.tensor([[gate]]), torch.tensor([[up]])).item()
+        return tried(_one(gate), _one(up)).item()
 
     rise = (at(1.0, 0.5) - at(1.0, 0.0)) / 0.5  # activation(1)
     if not math.isfinite(rise) or rise == 0.0:
@@ -111,7 +115,7 @@ def _fitted(tried: _Formula, *, interleaved: bool) -> Gate | None:
         for each in _candidates(rise)
         for after in (False, True)
     ]
-    exact = math.isinf(limit) or torch.tensor(limit).bfloat16().item() == limit
+    exact = math.isinf(limit) or _one(limit).bfloat16().item() == limit
     return _first(tried, candidates) if exact else None
 
 
@@ -130,6 +134,7 @@ def _first(tried: _Formula, candidates: list[Gate]) -> Gate | None:
 
 
 def _samples() -> list[tuple[Tensor, Tensor]]:
-    one = torch.cat((torch.linspace(-30.0, 30.0, 61), torch.linspace(-3.0, 3.0, 30)))
+    wide, near = (torch.linspace(-end, end, 61, dtype=torch.float32, device="cpu") for end in (30.0, 3.0))
+    one = torch.cat((wide, near))
     gate, up = one.repeat_interleave(len(one))[None], one.flip(0).repeat(len(one))[None]
     return [(gate, up), (gate.bfloat16(), up.bfloat16())]

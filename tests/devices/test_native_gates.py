@@ -14,8 +14,8 @@ from fiddler.devices.formula import ExpertFormula, run_expert
 from fiddler.devices.gates import Activation, Gate, recognised
 from fiddler.devices.library import compiled
 from fiddler.devices.native import FLAGS, SOURCE, Native, native
-from fiddler.devices.outline import Matrix, Outline
-from fiddler.formats.packed import Code, Packed
+from fiddler.devices.outline import Outline
+from fiddler.formats.packed import Code, Matrix, Packed
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
@@ -41,6 +41,11 @@ def limited(joined: Tensor) -> Tensor:
 def limited_after(joined: Tensor) -> Tensor:
     gate, up = joined.chunk(2, dim=-1)
     return F.silu(gate).clamp(max=7.0) * up.clamp(-7.0, 7.0)
+
+
+def rounded_once(joined: Tensor) -> Tensor:
+    gate, up = joined.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(joined.dtype)
 
 
 FORMULAS: dict[str, tuple[ExpertFormula, Gate]] = {
@@ -83,7 +88,9 @@ class TestRecognised:
             ExpertFormula(False, F.hardswish),
             ExpertFormula(True, None, lambda y: y.chunk(2, -1)[0]),
             ExpertFormula(True, None, lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1].square()),
-            ExpertFormula(True, None, lambda y: (F.silu(y.float().chunk(2, -1)[0]) * y.float().chunk(2, -1)[1]).to(y)),
+            ExpertFormula(
+                True, None, lambda y: (F.silu(y.float().chunk(2, -1)[0]) * y.float().chunk(2, -1)[1]).to(y)
+            ),
             ExpertFormula(True, None, lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1].clamp(max=3.0)),
         ],
     )
@@ -106,6 +113,9 @@ KINDS = {
 }
 
 
+PAIRS = [("bf16", "bf16"), ("mxfp4", "mxfp4"), ("int4", "fp8"), ("int8", "bf16")]
+
+
 def matrix(kind: str, out: int, columns: int, seed: int) -> Matrix:
     """Return a matrix whose products are near one."""
     generator, described = torch.Generator().manual_seed(seed), KINDS[kind]
@@ -120,7 +130,9 @@ def matrix(kind: str, out: int, columns: int, seed: int) -> Matrix:
     return Packed(code, codes, scales, (out, columns), block, kept, factor=0.5 / spread * columns**-0.5)
 
 
-def expert(kinds: tuple[str, str], hidden: int, inner: int, gate: Gate, seed: int, *, biased: bool) -> ExpertWeights:
+def expert(
+    kinds: tuple[str, str], hidden: int, inner: int, gate: Gate, seed: int, *, biased: bool
+) -> ExpertWeights:
     wide, generator = inner * (1 + gate.gated), torch.Generator().manual_seed(seed + 2)
     up, down = matrix(kinds[0], wide, hidden, seed), matrix(kinds[1], hidden, inner, seed + 1)
     if not biased:
@@ -159,7 +171,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @needs_compiler
 class TestExperts:
     @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-    @pytest.mark.parametrize("kinds", [("bf16", "bf16"), ("mxfp4", "mxfp4"), ("int4", "fp8"), ("int8", "bf16")], ids="-".join)
+    @pytest.mark.parametrize(
+        "kinds", [("bf16", "bf16"), ("mxfp4", "mxfp4"), ("int4", "fp8"), ("int8", "bf16")], ids="-".join
+    )
     @pytest.mark.parametrize("name", FORMULAS)
     def test_are_torch_s(self, ours: Native, name: str, kinds: tuple[str, str], biased: bool) -> None:
         formula, gate = FORMULAS[name]
@@ -186,14 +200,18 @@ class TestExperts:
             assert torch.equal(run(ours, Gate(), [own], [rows])[0], beside)
 
     @pytest.mark.parametrize("activation", Activation)
-    def test_an_activation_is_torch_s_to_a_unit_in_the_last_place(self, ours: Native, activation: Activation) -> None:
+    def test_an_activation_is_torch_s_to_a_unit_in_the_last_place(
+        self, ours: Native, activation: Activation
+    ) -> None:
         """Of every bfloat16 from -60 to 60, through an expert that multiplies by one."""
         every = torch.arange(1 << 16).to(torch.int32).sub(1 << 15).to(torch.int16).view(torch.bfloat16)
         every = every[(every.float().abs() <= 60) & ((every == 0) | (every.float().abs() > 1e-30))][:, None]
         one, gate = torch.ones(1, 1).bfloat16(), Gate(activation, gated=False, slope=1.5)
         found = run(ours, gate, [ExpertWeights((one,), one)], [every])[0]
         expected = gate(every, every).float()
-        cancelled = every.float().abs() * 2e-7 * (activation in (Activation.GELU, Activation.GELU_TANH))  # 1 - nearly 1
+        cancelled = (
+            every.float().abs() * 2e-7 * (activation in (Activation.GELU, Activation.GELU_TANH))
+        )  # 1 - nearly 1
         assert ((found.float() - expected).abs() <= expected.abs() * 2**-7 + cancelled + 1e-20).all()
 
     def test_numbers_far_outside_stay_what_they_are(self, ours: Native) -> None:
