@@ -148,9 +148,23 @@ class Kernels:
 
     def pick(self, weight: Matrix, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
-        if isinstance(weight, Packed):
+        if not isinstance(weight, Packed):
+            return self.kernel(self.name(weight, n_rows))
+        if self.native is None:
             return decoded
-        return self.kernel(self.name(weight, n_rows))
+        return self.native.matmul if n_rows <= MOST_ROWS else self._whole
+
+    def _whole(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """Return the product with a packed weight that our kernels decode whole first."""
+        assert self.native is not None
+        narrow = x.dtype == torch.bfloat16
+        return linear(x, self.native.dense(weight) if narrow else weight.dense(x.dtype), bias)
+
+    def is_ours(self, weight: Matrix, n_rows: int) -> bool:
+        """Whether our own kernels are the ones to take for `n_rows` rows of this weight."""
+        if isinstance(weight, Packed):
+            return self.native is not None and n_rows <= MOST_ROWS
+        return self.name(weight, n_rows) == "native"
 
     def product(self, weight: Tensor, n_rows: int) -> Matmul:
         """Return a function that computes as that kernel does for exactly `n_rows` rows, without padding if they
