@@ -131,9 +131,10 @@ def tiny(tmp_path: Path) -> Path:
             r"\[3, 3\] where .*down_proj",
         ),
         (lambda t: t.update({f"{NAME}weight": t[f"{NAME}weight"][:-1]}), CheckpointError, r"down_proj"),
+        (lambda t: t.update({f"{NAME}weight_scale": torch.ones(1)}), CheckpointError, "beside another of its kind"),
         (lambda t: t.update({f"{NAME}pre_quant_scale": torch.ones(160)}), UnsupportedModelError, "pre_quant_scale"),
     ],
-    ids=["no scales", "no codes", "other scales", "fewer codes", "scaled activations"],
+    ids=["no scales", "no codes", "other scales", "fewer codes", "two scales", "scaled activations"],
 )
 @pytest.mark.parametrize("store", ["mapped", "packed"])
 def test_a_damaged_expert_is_named_when_it_is_opened(
