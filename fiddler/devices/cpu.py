@@ -55,8 +55,8 @@ class CpuDevice:
 
         `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
         """
-        by_torch = torch.is_grad_enabled() and learns(
-            rows, *(part for own in weights for part in tensors(own.down))
+        by_torch = rows.dtype != torch.bfloat16 or (
+            torch.is_grad_enabled() and learns(rows, *(part for own in weights for part in tensors(own.down)))
         )
         ways, known = self._ways, self._outlines
         together, outlines, apart = [], [], []

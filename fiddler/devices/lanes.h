@@ -77,7 +77,7 @@ INLINE int shifted(int kind) { return kind == INT8 || kind == UINT8; }
 INLINE floats shift_of(int kind, int zeros) { return all_of(kind == UINT8 && zeros ? -127.5f : 0.5f); }
 
 INLINE __m512i load_codes(const byte *from, integer n, int whole) {
-    __m512i codes = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, from);
+    __m512i codes = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - n), from);
     ONCE(codes);
     return codes;
 }

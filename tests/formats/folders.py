@@ -107,7 +107,10 @@ async def agrees(pair: Pair, within: Mapping[str, float] = WITHIN) -> None:
     for dtype, most in within.items():
         model = cls.from_pretrained(pair.twin, dtype=getattr(torch, dtype)).eval()
         for way in WAYS:
-            worst = await error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
+            # transformers rounds decoded weights to bfloat16, which our kernels do not: on these models the two are
+            # then as far from each other as from float32.
+            kernels = "linear" if dtype == "bfloat16" else "auto"
+            worst = await error(pair, model, EngineConfig(dtype=dtype, kernels=kernels, **way))  # type: ignore[arg-type]
             assert worst < most, (dtype, way)
 
 
