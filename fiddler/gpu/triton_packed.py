@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fiddler.formats.packed import Code
 from fiddler.gpu.stack import PackedStack
-from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, table_of, values
+from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, both_values, table_of, unit, values
 from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
 from fiddler.gpu.visits import Visits
 
@@ -71,7 +72,7 @@ def launch_packed(
         tile_out=tile.out,
         tile_inner=tile.inner,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=1 if weight.code is Code.NF4 else STAGES,  # or values from the table are brought ahead too
         enable_fp_fusion=True,
     )
 
@@ -193,10 +194,10 @@ def _add(
     )
     n = codes.to(tl.int32)
     if places == 1:
-        total = _product(total, x, values(n, zero[:, :, None], table, code), scale, tile_rows)
+        total = _product(total, x, values(n, zero[:, :, None], table, code), scale, code, tile_rows)
     else:
         even, odd = _half(x, 0, dtype), _half(x, 1, dtype)
-        low = values(n & 15, zero[:, :, None], table, code)
+        low, high = both_values(n, zero[:, :, None], table, code)
         if apart:
             held = there[:, None] & (columns + 1 < n_inner)[None, :]
             odd_scale, zero = blocks_of(
@@ -204,16 +205,14 @@ def _add(
                 kind, middle,
             )  # fmt: skip
             high = values(n >> 4, zero[:, :, None], table, code)
-            total = _product(total, even, low, scale, tile_rows)
-            total = _product(total, odd, high, odd_scale, tile_rows)
+            total = _product(total, even, low, scale, code, tile_rows)
+            total = _product(total, odd, high, odd_scale, code, tile_rows)
+        elif tile_rows == 1:
+            both = low * even.to(tl.float32) + high * odd.to(tl.float32)
+            total += tl.reduce(both, 2, plus) * unit(code) * scale
         else:
-            high = values(n >> 4, zero[:, :, None], table, code)
-            if tile_rows == 1:
-                both = low * even.to(tl.float32) + high * odd.to(tl.float32)
-                total += tl.reduce(both, 2, plus) * scale
-            else:
-                total = _product(total, even, low, scale, tile_rows)
-                total = _product(total, odd, high, scale, tile_rows)
+            total = _product(total, even, low, scale, code, tile_rows)
+            total = _product(total, odd, high, scale, code, tile_rows)
     return total
 
 
@@ -226,15 +225,16 @@ def _half(pairs, side: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _product(total, x, weight, scale, tile_rows: tl.constexpr):
+def _product(total, x, weight, scale, code: tl.constexpr, tile_rows: tl.constexpr):
     """Add the products of rows and values `[out, pieces, piece]`, whose scales are `[out, pieces]`.
 
-    Those of one row are scaled when a piece is summed up; other weights are rounded to the rows' own kind.
+    Those of one row are scaled when a piece is summed up; other weights are rounded to the rows' own kind. There a
+    scale of 2^114 and more overflows.
     """
     if tile_rows == 1:
-        total += tl.reduce(weight * x.to(tl.float32), 2, plus) * scale
+        total += tl.reduce(weight * x.to(tl.float32), 2, plus) * unit(code) * scale
     else:
-        scaled = (weight * scale[:, :, None]).to(x.dtype)
+        scaled = (weight * (scale * unit(code))[:, :, None]).to(x.dtype)
         flat = tl.reshape(scaled, [scaled.shape[0], scaled.shape[1] * scaled.shape[2]])
         total = tl.dot(x, tl.trans(flat), total, input_precision="ieee")
     return total
