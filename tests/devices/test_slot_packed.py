@@ -78,10 +78,12 @@ def test_the_scratch_holds_as_many_experts_as_fit(most: int, monkeypatch: pytest
 def test_the_scratch_is_counted_by_the_largest_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Quantisation(Code.FP8, torch.float32).expert(PLAIN[0], Sizes(32, 8))
     monkeypatch.setattr(scratch, "SCRATCH_BYTES", 100)
-    assert scratch_bytes(weights, torch.bfloat16, kernels=True) == 32 * 16 * 2
-    assert scratch_bytes(weights, torch.bfloat16, kernels=False) > 32 * 16 * scratch.TORCH_BYTES
+    assert scratch_bytes(weights, 9, torch.bfloat16, kernels=True) == 32 * 16 * 2
+    assert scratch_bytes(weights, 9, torch.bfloat16, kernels=False) > 32 * 16 * scratch.TORCH_BYTES
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 1 << 20)
+    assert scratch_bytes(weights, 9, torch.bfloat16, kernels=True) == 9 * 32 * 16 * 2
     plain = in_slots(Quantisation(Code.FP8, torch.float32), PLAIN[0], Sizes(32, 8), torch.float32).experts[0]
-    assert scratch_bytes(plain, torch.bfloat16, kernels=False) == 0
+    assert scratch_bytes(plain, 9, torch.bfloat16, kernels=False) == 0
 
 
 def test_a_stack_has_the_matrices_of_its_slots() -> None:
