@@ -17,13 +17,16 @@ from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plu
 from fiddler.gpu.visits import Visits
 
 
-def packed_tile(most_rows: int) -> Tile:
-    """Return the tile for the rows of the largest group; `inner` are bytes of a row of codes.
+def packed_tile(most_rows: int, item: int) -> Tile:
+    """Return the tile for the rows of the largest group, and bytes of their numbers; `inner` are bytes of codes.
 
     A turn reads 4 KiB of a matrix, 32 bytes for each thread of a program: half of what a turn reads of plain
-    weights, since each byte is two numbers in registers. Worked out on paper, as `tile_of` is.
+    weights, since each byte is two numbers in registers. Worked out on paper, as `tile_of` is. Rows of float32 are
+    multiplied without tensor cores, and larger tiles than these would not fit the registers.
     """
-    return Tile(1, 16, 256) if most_rows <= 1 else Tile(TILE_ROWS, 32, 128)
+    if most_rows <= 1:
+        return Tile(1, 16, 256)
+    return Tile(TILE_ROWS, 32, 128) if item == 2 else Tile(TILE_ROWS, 16, 32)
 
 
 def paired(x: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ def launch_packed(
     """Queue one kernel: see `_launch` in triton_kernels.py."""
     weight, twin = matrix.weight, matrix.twin
     assert isinstance(weight, PackedStack)
-    tile = packed_tile(visits.most_rows)
+    tile = packed_tile(visits.most_rows, x.dtype.itemsize)
     coding, given = Coding.of(weight, tile.inner), Given.of(weight)
     x = paired(x) if coding.places == 2 else x
     (n_out, n_inner), n_bytes = weight.matrix, weight.codes.shape[2]
