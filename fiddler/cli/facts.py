@@ -20,7 +20,7 @@ from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
-from fiddler.store.checkpoint import Checkpoint, Entry
+from fiddler.store.checkpoint import EXPERT_DTYPES, Checkpoint, Entry
 from fiddler.store.mapped import Every, ExpertParts, Select, View
 from fiddler.store.source import find_checkpoint
 
@@ -170,6 +170,8 @@ class Facts:
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
     file_bytes: int
     """Bytes of every stored tensor, unused ones (such as multi-token prediction) included."""
+    experts_dtype: str
+    """Kind of number of the experts' weights."""
     sizes: Sizes
     machine: Machine
 
@@ -201,9 +203,22 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
         moe_layers=len(seam.find_experts(skeleton)),
         packed=seems_packed(skeleton),
         file_bytes=sum(entry.nbytes for entry in checkpoint.headers.values()),
+        experts_dtype=_experts_dtype(skeleton, checkpoint),
         sizes=sizes,
         machine=_machine(sizes, available_bytes()),
     )
+
+
+def _experts_dtype(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> str:
+    """Return how experts' matrices are stored, the kinds of all layers side by side."""
+    layout = expert_layout(skeleton, seam.find_experts(skeleton), checkpoint)
+    views = [view for layer in layout.experts for view in (*layer[0].up, layer[0].down)]
+    kinds = dict.fromkeys(checkpoint.entries[view.tensor].dtype for view in views)
+    return ", ".join(NAMES.get(kind, kind) for kind in kinds)
+
+
+NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in EXPERT_DTYPES.items()}
+"""Dtypes of headers, as the rest of the facts names them."""
 
 
 def _machine(sizes: Sizes, available: int) -> Machine:

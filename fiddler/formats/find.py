@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from fiddler.errors import UnsupportedModelError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.awq import Awq
 from fiddler.formats.fp8 import Fp8
 from fiddler.formats.gptq import Gptq
 from fiddler.formats.integers import Integers
 from fiddler.formats.mxfp4 import MxFp4
-from fiddler.formats.names import Roles, logical, with_own
+from fiddler.formats.names import UNUSED, Roles, logical, with_own
 from fiddler.formats.nf4 import Nf4, read_state
 from fiddler.formats.nvfp4 import NvFp4
 from fiddler.formats.quantised import Files, Parts, Quantised, Settings, Stored
@@ -65,6 +65,14 @@ def _read(base: str, parts: Parts, settings: Settings) -> Quantised | None:
     codes = next((role for role in FORMATS if role in parts), None)
     if codes is None:
         return None
+    name, header = parts.get("weight" if codes == "state" else codes, parts[codes])
+    if len(header.shape) < 2 or any(0 in each.shape for _, each in parts.values()):
+        raise CheckpointError(
+            f"tensor {name!r} is {header.dtype} {list(header.shape)} beside {', '.join(parts)}, which makes no "
+            "matrix; download the checkpoint again"
+        )
+    if twice := [name for role, (name, _) in parts.items() if " " in role and not role.startswith(UNUSED)]:
+        raise CheckpointError(f"{base} has {twice[0]!r} beside another of its kind; download the checkpoint again")
     if "pre_quant_scale" in parts:
         raise UnsupportedModelError(
             f"{base} has a pre_quant_scale, which scales activations (AWQ in ModelOpt); Fiddler does not apply it"

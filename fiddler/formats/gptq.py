@@ -6,6 +6,7 @@ whole. With act-order (`desc_act`) `g_idx` sends each column to its group; these
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Self
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.integers import CODES, WORD, check_order, unpacked
 from fiddler.formats.packed import MIDDLE, Packed
 from fiddler.formats.quantised import FLOATS, Files, Parts, Quantised, Settings, mismatch, names, size
+from fiddler.given import whole_number
 
 ONES = {4: 0x11111111, 8: 0x01010101}
 """A one in each of the numbers of a word."""
@@ -35,9 +37,9 @@ class Gptq(Quantised):
         (_, codes), scales, zeros = parts["qweight"], parts.get("scales"), parts.get("qzeros")
         if scales is None or zeros is None or len(codes.shape) != 2 or codes.shape[1:] != scales[1].shape[1:]:
             return None
-        columns = parts["g_idx"][1].shape[0] if "g_idx" in parts else 0
-        bits = codes.shape[0] * WORD // columns if columns else settings.get("bits", 4)
-        if bits not in CODES:
+        columns = prod(parts["g_idx"][1].shape) if "g_idx" in parts else 0
+        bits = codes.shape[0] * WORD // columns if columns else whole_number(settings.get("bits", 4))
+        if bits is None or bits not in CODES:
             raise UnsupportedModelError(f"{base} is GPTQ of {bits} bits; Fiddler reads 4 or 8")
         columns, rows = codes.shape[0] * WORD // bits, codes.shape[1]
         group = group_of(columns, scales[1].shape[0], settings)

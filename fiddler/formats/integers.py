@@ -15,6 +15,7 @@ from torch import Tensor
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantised import FLOATS, Files, Parts, Quantised, Settings, mismatch, names, size
+from fiddler.given import whole_number
 
 WORD = 32
 CODES = {4: Code.INT4, 8: Code.UINT8}
@@ -96,21 +97,22 @@ def described(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def _bits(base: str, n_words: int, scales: tuple[int, ...], settings: Settings) -> int:
     """Return the bits of a code: words do not show them. A group of columns may, where schemes are mixed."""
-    schemes = list(described(settings))
-    named = {scheme.get("num_bits") for scheme in schemes}
-    if len(named) > 1 and len(scales) == 2:
-        named = {
-            scheme.get("num_bits")
-            for scheme in schemes
-            if (bits := scheme.get("num_bits")) in CODES
-            and scales[1] == -(-n_words * (WORD // bits) // (scheme.get("group_size") or n_words * WORD))
-        }
-    if len(named) != 1 or (bits := named.pop()) not in CODES:
+    named = [(_number(scheme, "num_bits"), _number(scheme, "group_size")) for scheme in described(settings)]
+    found = {bits for bits, _ in named}
+    if len(found) > 1 and len(scales) == 2:
+        widths = [(bits, n_words * WORD // bits, group) for bits, group in named if bits in CODES]
+        found = {bits for bits, columns, group in widths if scales[1] == -(-columns // (group or columns))}
+    if len(found) != 1 or not found.issubset(CODES):
         raise UnsupportedModelError(
-            f"{base} has integers of {sorted(map(str, named)) or 'unknown'} bits; Fiddler reads 4 or 8, which "
+            f"{base} has integers of {sorted(found) or 'unknown'} bits; Fiddler reads 4 or 8, which "
             "config_groups in config.json must name"
         )
-    return int(bits)
+    return found.pop()
+
+
+def _number(scheme: dict[str, Any], name: str) -> int:
+    """Return a number of a scheme, 0 for what is none above zero."""
+    return max(whole_number(scheme.get(name)) or 0, 0)
 
 
 def _block(shape: tuple[int, int], scales: tuple[int, ...], settings: Settings) -> tuple[int, int] | None:
@@ -120,8 +122,7 @@ def _block(shape: tuple[int, int], scales: tuple[int, ...], settings: Settings) 
     if scales[0] != rows or len(scales) > 2 or scales[-1] < 1:
         return None
     n_groups = scales[1] if len(scales) == 2 else 1
-    named = {scheme.get("group_size") for scheme in described(settings)}
-    for group in (each for each in named if type(each) is int and each > 0):
-        if n_groups == -(-columns // group):
+    for scheme in described(settings):
+        if (group := _number(scheme, "group_size")) and n_groups == -(-columns // group):
             return 1, group
     return (1, columns // n_groups) if columns % n_groups == 0 else None

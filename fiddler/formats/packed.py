@@ -107,6 +107,13 @@ class Packed:
         shape = len(codes), self.shape[1]
         return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, shape=shape)
 
+    def between(self, start: int, stop: int) -> "Packed":
+        """Return rows `start … stop-1`; `start` must be the first row of a block."""
+        rows = self.block[0]
+        codes, grid = self.codes[start:stop], slice(start // rows, -(-stop // rows))
+        zeros = None if self.zeros is None else self.zeros[grid]
+        return replace(self, codes=codes, scales=self.scales[grid], zeros=zeros, shape=(len(codes), self.shape[1]))
+
     def beside(self, other: "Packed") -> "Packed | None":
         """Return this matrix with another below it, which lies behind it in memory; `None` where it does not."""
         ours, theirs = (

@@ -92,10 +92,26 @@ class Quantised(ABC):
 
     def dense(self, files: Files, dtype: torch.dtype) -> Tensor:
         """Return the whole tensor in floats."""
-        indices = range(self.shape[0]) if len(self.shape) == 3 else (None,)
-        made = [torch.cat([m.dense(dtype) for m in self.read(files, index)]) for index in indices]
-        made = [matrix.t() for matrix in made] if self.turned else made
-        return torch.stack(made) if len(self.shape) == 3 else made[0]
+        made = torch.empty(self.shape, dtype=dtype, device="cpu")
+        stack = made if len(self.shape) == 3 else made[None]
+        for index, to in enumerate(stack.mT if self.turned else stack):
+            first = 0
+            for matrix in self.read(files, index if len(self.shape) == 3 else None):
+                _decode(matrix, to[first : first + matrix.shape[0]])
+                first += matrix.shape[0]
+        return made
+
+
+AT_ONCE = 1 << 22
+"""Numbers that are decoded at once: they take 8 bytes each until they are rounded."""
+
+
+def _decode(matrix: Packed, to: Tensor) -> None:
+    """Write a matrix in floats into `to`, a few rows at a time."""
+    (out, columns), rows = matrix.shape, matrix.block[0]
+    step = max(AT_ONCE // columns // rows * rows, rows)
+    for start in range(0, out, step):
+        to[start : start + step] = matrix.between(start, min(start + step, out)).dense(to.dtype)
 
 
 def size(parts: Parts) -> int:

@@ -9,7 +9,9 @@ file; the files are then mapped once each, so that neighbouring tensors can be s
 """
 
 import json
+from collections.abc import Generator
 from collections.abc import Mapping as MappingOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -124,10 +126,8 @@ class Checkpoint:
         if isinstance(entry, Entry):
             return self.stored(name, index)
         assert index is None
-        try:
+        with _reading(name):
             return entry.dense(self, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}; download the checkpoint again") from error
 
     def matrices(self, name: str, index: int | None = None) -> tuple[Packed, ...]:
         """Return a quantised matrix, or the one at `index`; several, row under row, where their factors differ.
@@ -136,10 +136,8 @@ class Checkpoint:
         """
         entry = self._entry(name)
         assert isinstance(entry, Quantised)
-        try:
+        with _reading(name):
             return entry.read(self, index)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}; download the checkpoint again") from error
 
     def stored(self, name: str, index: int | None = None) -> Tensor:
         """Return a tensor by its name in the files, or the part of it at `index` of its first dimension.
@@ -195,6 +193,15 @@ class Checkpoint:
         if entry.offset % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(shape)
+
+
+@contextmanager
+def _reading(name: str) -> Generator[None]:
+    """Turn errors of parts that do not fit each other, torch's among them, into a `CheckpointError`."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"parts of {name!r} do not fit each other: {error}; download them again") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,8 @@ class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
     `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. Matrices
-    at an odd byte of the file are copied too, and so are unaligned float32 ones where this machine's products
-    depend on alignment (`aligned`).
+    at an odd byte of the file are copied too. So are unaligned float32 ones where this machine's products depend on
+    alignment (`aligned`), and quantised ones whose codes lie in another order than `Packed` has them.
     """
 
     checkpoint: Checkpoint

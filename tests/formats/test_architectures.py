@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.architectures import build
-from tests.formats.folders import WITHIN, agrees, packed_bits, saved
+from tests.formats.folders import WITHIN, agrees, packed_bits, save_source, saved
 from tests.formats.writers import Writer, fp8, integers, mxfp4, mxfp8, nvfp4
 
 Tensors = dict[str, Tensor]
@@ -106,3 +106,25 @@ def mixed(tensors: Tensors, kinds: dict[str, Writer]) -> tuple[Tensors, Tensors]
                 break
     assert len(stored) > len(tensors)
     return stored, decoded
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("block", [(128, 128), (1, 0), (0, 0)], ids=["block", "channel", "tensor"])
+async def test_apart_in_floats_and_fused_when_quantised(tmp_path: Path, block: tuple[int, int]) -> None:
+    source, tensors = save_source(tmp_path, num_experts=4)
+    stored = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    decoded = dict(tensors)
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp.experts"
+        for parameter, kinds in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            written = []
+            for expert in range(4):
+                names = [f"{path}.{expert}.{kind}.weight" for kind in kinds]
+                parts, values = fp8(*block)(torch.cat([tensors[name] for name in names]))
+                decoded |= {name: part.clone() for name, part in zip(names, values.chunk(len(names)), strict=True)}
+                written.append(parts)
+            stored[f"{path}.{parameter}"] = torch.stack([parts["weight"] for parts in written])
+            stored[f"{path}.{parameter}_scale_inv"] = torch.stack([parts["weight_scale_inv"] for parts in written])
+    pair = saved(tmp_path, source, stored, decoded, {"quant_method": "fp8"})
+    await agrees(pair)
+    assert packed_bits(pair) < 8.5

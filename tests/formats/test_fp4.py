@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.formats.folders import agrees, packed_bits, quantised, save_pair, save_source, saved
 from tests.formats.writers import Writer, mxfp4, nvfp4
-from tests.support.tiny import N_EXPERTS, N_LAYERS
+from tests.support.tiny import N_EXPERTS
 
 WRITERS: dict[str, Writer] = {
     "mxfp4": mxfp4("weight_packed", "weight_scale"),
@@ -60,7 +60,7 @@ def fused(stored: dict[str, Tensor], *, flat: bool) -> dict[str, Tensor]:
     """Return per-expert NVFP4 tensors put together: a layer's gates over its ups, on each other or `flat`."""
     made = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
     parts = {"weight": "", "weight_scale": "_weight_scale", "weight_scale_2": "_weight_scale_2"}
-    for layer in range(N_LAYERS):
+    for layer in range(2):
         experts = f"model.layers.{layer}.mlp.experts"
         for part, ending in parts.items():
             matrices = {
