@@ -47,8 +47,6 @@ def gpu_side(loaded: ServableModel, host: CpuDevice, config: EngineConfig, trace
     gpu.enter()
     store = loaded.store
     assert isinstance(store, PackedStore)
-    if any(store.layout(layer).reads for layer in range(len(loaded.n_experts))):
-        raise ConfigError("quantised experts do not run on a GPU yet; set device='cpu'")
     host = replace(host, formulas=tuple(_staying(formula) for formula in host.formulas))
     ring = StagingRing(gpu)  # first: blocks take what can be pinned, and it is for when nothing more can
     pinned = store.pin(gpu.pin)  # before memory is divided: the GPU keeps a list of what is locked

@@ -12,6 +12,8 @@ from fiddler.config import EngineConfig
 from fiddler.errors import ConfigError
 from fiddler.gpu.budget import Room, budget, divide
 from fiddler.gpu.device import Gpu
+from fiddler.gpu.scratch import scratch_bytes
+from fiddler.gpu.slots import ability_of
 from fiddler.models.kv import SequenceKV
 from fiddler.models.loaded import ServableModel
 from fiddler.models.packing import DryStep, dry_step
@@ -26,7 +28,7 @@ class Needs:
     kv_token: int
     """One token's keys and values, over all layers."""
     workspace: int
-    """Bytes of the largest step: activations, and the rows of experts' visits."""
+    """Bytes of the largest step: activations, the rows of experts' visits, and decoded weights."""
 
 
 def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
@@ -43,7 +45,8 @@ def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
         peak = gpu.launch(lambda: gpu.peak(run))
         past = steps.pop().past
         held = past.token_bytes if isinstance(past, SequenceKV) else -(-past_bytes(past) // n_rows)
-    return Needs(held, peak + _visits_bytes(loaded, n_rows) + _mask_bytes(loaded, n_rows))
+    beside = _visits_bytes(loaded, n_rows) + _mask_bytes(loaded, n_rows) + _decoded_bytes(loaded, gpu)
+    return Needs(held, peak + beside)
 
 
 def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
@@ -65,6 +68,14 @@ def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
         ups = sum(matrix.shape[0] for matrix in weights.up)
         widest = max(widest, (2 * n_hidden + ups + n_between) * loaded.dtype.itemsize)
     return n_rows * loaded.top_k * widest
+
+
+def _decoded_bytes(loaded: ServableModel, gpu: Gpu) -> int:
+    """Return the bytes of the scratch in which quantised experts of many rows are decoded."""
+    kernels = ability_of(gpu.device).runs_triton
+    layers = enumerate(loaded.n_experts)
+    sizes = (scratch_bytes(loaded.weights(layer, 0), n, loaded.dtype, kernels=kernels) for layer, n in layers)
+    return max(sizes, default=0)
 
 
 logger = logging.getLogger("fiddler")

@@ -35,17 +35,17 @@ def by_torch(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: to
     return torch.stack([matrix.of(slot).dense(dtype) for slot in known])
 
 
-def scratch_bytes(weights: ExpertWeights, dtype: torch.dtype, *, kernels: bool) -> int:
-    """Return the bytes that many rows of an expert like this take beside their results.
+def scratch_bytes(weights: ExpertWeights, n_experts: int, dtype: torch.dtype, *, kernels: bool) -> int:
+    """Return the bytes that many rows of experts like this one, `n_experts` a layer, take beside their results.
 
     `kernels` says whether Triton decodes; torch takes more.
     """
     sizes = [matrix.shape[0] * matrix.shape[1] for matrix in weights.matrices if isinstance(matrix, Packed)]
     if not sizes:
         return 0
-    largest = max(sizes)
-    held = max(SCRATCH_BYTES, largest * dtype.itemsize)
-    return held if kernels else 2 * held + largest * TORCH_BYTES
+    largest = max(sizes) * dtype.itemsize
+    held = min(max(SCRATCH_BYTES, largest), n_experts * largest)
+    return held if kernels else 2 * held + max(sizes) * TORCH_BYTES
 
 
 def run_decoded(

@@ -78,18 +78,17 @@ def table_of(code: Code, device: torch.device) -> Tensor | None:
         return torch.tensor(VALUES[code], dtype=torch.float32, device=device)
 
 
-# Numbers below are exact. Bits moved into a wider float stand for the same number times a power of two, subnormal
-# ones included, and 2^23 + n is a float whose last bits are n.
+# Numbers below are exact. The bits of a small float within those of a wider one stand for the same number times a
+# power of two, subnormal ones included. It is left to the caller as `unit`, to be multiplied by once for many. And
+# 2^23 + n is a float whose last bits are n.
 @triton.jit
 def values(n, zero, table, code: tl.constexpr):
-    """Return the values of codes `n`, int32, less those that stand for zero, in float32."""
+    """Return the values of codes `n`, int32, less those that stand for zero, in float32 and in `unit`s."""
     if code == "fp4":
-        bits = ((n & 8) << 12) | ((n & 7) << 9)  # to float16, whose exponents have 14 more for zero
-        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+        value = _float16(((n << 9) | (n << 12)) & 0x8E00)
     elif code == "fp8":
-        bits = ((n & 0x80) << 8) | ((n & 0x7F) << 7)  # as above, by 8
-        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        value = tl.where((n & 0x7F) == 0x7F, float("nan"), value)
+        value = _float16(((n & 0x80) << 8) | ((n & 0x7F) << 7))
+        value = tl.where(tl.abs(value) == 1.875, float("nan"), value)  # all bits set are no number
     elif code == "nf4":
         value = tl.load(table + n)
     else:
@@ -99,10 +98,34 @@ def values(n, zero, table, code: tl.constexpr):
 
 
 @triton.jit
+def both_values(codes, zero, table, code: tl.constexpr):
+    """Return the `values` of bytes that hold two codes each: of the low halves, and of the high ones."""
+    if code == "fp4":  # side by side in one integer, which takes half the work
+        pair = (codes | (codes << 12)) & 0x000F000F
+        bits = ((pair << 9) | (pair << 12)) & -0x71FF7200  # 0x8E00 twice
+        low, high = _float16(bits), _float16(bits >> 16)
+    else:
+        low, high = values(codes & 15, zero, table, code), values(codes >> 4, zero, table, code)
+    return low, high
+
+
+@triton.jit
+def _float16(bits):
+    """Return the number that the low 16 bits stand for as float16."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def unit(code: tl.constexpr):
+    """Return what `values` are multiples of: float16 has more exponents for zero, by 14 and by 8."""
+    return 16384.0 if code == "fp4" else 256.0 if code == "fp8" else 1.0
+
+
+@triton.jit
 def scale_values(raw, kind: tl.constexpr):
     """Return scales in float32."""
     if kind == "e4m3":
-        value = values(raw.to(tl.int32), 0.0, raw, "fp8")
+        value = values(raw.to(tl.int32), 0.0, raw, "fp8") * unit("fp8")
     elif kind == "e8m0":
         n = raw.to(tl.int32)
         bits = tl.where(n == 0, 0x00400000, tl.where(n == 255, 0x7FC00000, n << 23))

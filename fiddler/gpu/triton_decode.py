@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.stack import ROW_ALIGNMENT, PackedStack
-from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, table_of, values
+from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, both_values, table_of, unit, values
 from fiddler.gpu.triton_tiles import WARPS
 
 TILE_OUT, TILE_INNER = 16, 256
@@ -95,18 +95,20 @@ def _decode(
         scales, zeros, factor, rows, columns, held, scales_row, zeros_row, block_rows, block_columns, kind, middle
     )
     to += tl.program_id(2).to(tl.int64) * to_slot + rows[:, None, None] * to_row + at
-    low = values(n & 15 if places == 2 else n, zero[:, :, None], table, code) * scale[:, :, None]
     if places == 1:
-        tl.store(to, low.to(dtype), mask=within)
+        number = values(n, zero[:, :, None], table, code) * unit(code) * scale[:, :, None]
+        tl.store(to, number.to(dtype), mask=within)
     else:
+        low, high = both_values(n, zero[:, :, None], table, code)
+        low = low * unit(code) * scale[:, :, None]
         if apart:
             held = there[:, None] & (columns + 1 < n_inner)[None, :]
             scale, zero = blocks_of(
                 scales, zeros, factor, rows, columns + 1, held, scales_row, zeros_row, block_rows, block_columns,
                 kind, middle,
             )  # fmt: skip
-        high = values(n >> 4, zero[:, :, None], table, code) * scale[:, :, None]
-        tl.store(to, _pairs(low, high, dtype), mask=within)
+            high = values(n >> 4, zero[:, :, None], table, code)
+        tl.store(to, _pairs(low, high * unit(code) * scale[:, :, None], dtype), mask=within)
 
 
 @triton.jit

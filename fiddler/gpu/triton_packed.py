@@ -10,19 +10,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fiddler.formats.packed import Code
 from fiddler.gpu.stack import PackedStack
-from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, table_of, values
+from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, both_values, table_of, unit, values
 from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
 from fiddler.gpu.visits import Visits
 
 
-def packed_tile(most_rows: int) -> Tile:
-    """Return the tile for the rows of the largest group; `inner` are bytes of a row of codes.
+def packed_tile(most_rows: int, item: int) -> Tile:
+    """Return the tile for the rows of the largest group, and bytes of their numbers; `inner` are bytes of codes.
 
     A turn reads 4 KiB of a matrix, 32 bytes for each thread of a program: half of what a turn reads of plain
-    weights, since each byte is two numbers in registers. Worked out on paper, as `tile_of` is.
+    weights, since each byte is two numbers in registers. Worked out on paper, as `tile_of` is. Rows of float32 are
+    multiplied without tensor cores, and larger tiles than these would not fit the registers.
     """
-    return Tile(1, 16, 256) if most_rows <= 1 else Tile(TILE_ROWS, 32, 128)
+    if most_rows <= 1:
+        return Tile(1, 16, 256)
+    return Tile(TILE_ROWS, 32, 128) if item == 2 else Tile(TILE_ROWS, 16, 32)
 
 
 def paired(x: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ def launch_packed(
     """Queue one kernel: see `_launch` in triton_kernels.py."""
     weight, twin = matrix.weight, matrix.twin
     assert isinstance(weight, PackedStack)
-    tile = packed_tile(visits.most_rows)
+    tile = packed_tile(visits.most_rows, x.dtype.itemsize)
     coding, given = Coding.of(weight, tile.inner), Given.of(weight)
     x = paired(x) if coding.places == 2 else x
     (n_out, n_inner), n_bytes = weight.matrix, weight.codes.shape[2]
@@ -71,7 +75,7 @@ def launch_packed(
         tile_out=tile.out,
         tile_inner=tile.inner,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=1 if weight.code is Code.NF4 else STAGES,  # or values from the table are brought ahead too
         enable_fp_fusion=True,
     )
 
@@ -193,10 +197,10 @@ def _add(
     )
     n = codes.to(tl.int32)
     if places == 1:
-        total = _product(total, x, values(n, zero[:, :, None], table, code), scale, tile_rows)
+        total = _product(total, x, values(n, zero[:, :, None], table, code), scale, code, tile_rows)
     else:
         even, odd = _half(x, 0, dtype), _half(x, 1, dtype)
-        low = values(n & 15, zero[:, :, None], table, code)
+        low, high = both_values(n, zero[:, :, None], table, code)
         if apart:
             held = there[:, None] & (columns + 1 < n_inner)[None, :]
             odd_scale, zero = blocks_of(
@@ -204,16 +208,14 @@ def _add(
                 kind, middle,
             )  # fmt: skip
             high = values(n >> 4, zero[:, :, None], table, code)
-            total = _product(total, even, low, scale, tile_rows)
-            total = _product(total, odd, high, odd_scale, tile_rows)
+            total = _product(total, even, low, scale, code, tile_rows)
+            total = _product(total, odd, high, odd_scale, code, tile_rows)
+        elif tile_rows == 1:
+            both = low * even.to(tl.float32) + high * odd.to(tl.float32)
+            total += tl.reduce(both, 2, plus) * unit(code) * scale
         else:
-            high = values(n >> 4, zero[:, :, None], table, code)
-            if tile_rows == 1:
-                both = low * even.to(tl.float32) + high * odd.to(tl.float32)
-                total += tl.reduce(both, 2, plus) * scale
-            else:
-                total = _product(total, even, low, scale, tile_rows)
-                total = _product(total, odd, high, scale, tile_rows)
+            total = _product(total, even, low, scale, code, tile_rows)
+            total = _product(total, odd, high, scale, code, tile_rows)
     return total
 
 
@@ -226,15 +228,16 @@ def _half(pairs, side: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _product(total, x, weight, scale, tile_rows: tl.constexpr):
+def _product(total, x, weight, scale, code: tl.constexpr, tile_rows: tl.constexpr):
     """Add the products of rows and values `[out, pieces, piece]`, whose scales are `[out, pieces]`.
 
-    Those of one row are scaled when a piece is summed up; other weights are rounded to the rows' own kind.
+    Those of one row are scaled when a piece is summed up; other weights are rounded to the rows' own kind. There a
+    scale of 2^114 and more overflows.
     """
     if tile_rows == 1:
-        total += tl.reduce(weight * x.to(tl.float32), 2, plus) * scale
+        total += tl.reduce(weight * x.to(tl.float32), 2, plus) * unit(code) * scale
     else:
-        scaled = (weight * scale[:, :, None]).to(x.dtype)
+        scaled = (weight * (scale * unit(code))[:, :, None]).to(x.dtype)
         flat = tl.reshape(scaled, [scaled.shape[0], scaled.shape[1] * scaled.shape[2]])
         total = tl.dot(x, tl.trans(flat), total, input_precision="ieee")
     return total

@@ -31,7 +31,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, for the interpreter takes a while for each number it sums up, and products of bfloat16."""
     torch.manual_seed(0)
     if INTERPRETED:
-        monkeypatch.setattr(triton_packed, "packed_tile", lambda most: Tile(1 if most <= 1 else 4, 8, 8))
+        monkeypatch.setattr(triton_packed, "packed_tile", lambda most, _: Tile(1 if most <= 1 else 4, 8, 8))
         monkeypatch.setattr(triton_decode, "TILE_OUT", 8)
         monkeypatch.setattr(triton_decode, "TILE_INNER", 8)
         monkeypatch.setattr(
