@@ -25,7 +25,8 @@ from bench import machine
 from bench.report import Spread, command, finish, listing, result
 from fiddler.calibration.kernels import calibrated_kernels
 from fiddler.config import EngineConfig
-from fiddler.devices.cpu import CpuDevice, ExpertFormula, empty_results
+from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels, linear, rows_last
 from fiddler.devices.native import MOST_ROWS, native
 from fiddler.scheduler.routing import Load

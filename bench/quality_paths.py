@@ -37,6 +37,8 @@ EXACT = 1e-5
 """In float32, where roundings hardly show; seen was less than 1e-6."""
 LOSS = 0.05
 """Half of all visits a layer late; seen were 0.032."""
+INT8, INT4 = 0.005, 0.03
+"""Experts quantised to nearest; seen were 0.0008 and 0.0077."""
 CHUNK = 16
 FLOAT32 = EngineConfig(device="cpu", dtype="float32")
 SIM, VIRTUAL = "sim", "sim:rtx4090-desktop"
@@ -137,6 +139,10 @@ def _rounded(**options: Any) -> Path:
     return Path(_engine(device="cpu", **options), "rounding", ROUNDING)
 
 
+def _quantised(to: str, bound: float) -> Path:
+    return Path(_engine(device="cpu", expert_dtype=to), "lossy", bound)
+
+
 def _engine(**options: Any) -> Callable[[Texts], Tensor]:
     # Beside an accelerator two waves may be chosen, which are other rows in a wave.
     return partial(by_engine, config=EngineConfig(**{"waves": "one", **options}))
@@ -157,6 +163,9 @@ PATHS: dict[str, Path] = {
     "cpu, one of two experts deferred": Path(
         partial(by_engine, config=EngineConfig(device="cpu"), defer=1), "lossy", LOSS
     ),
+    "cpu, experts in int8": _quantised("int8", INT8),
+    "cpu, experts in int4": _quantised("int4", INT4),
+    "sim, experts in int4": _same("cpu, experts in int4", device=SIM, expert_dtype="int4"),
     "sim, a quarter resident": _same(device=SIM),
     "sim, no prefetch": _same(device=SIM, prefetch="off"),
     "virtual, a quarter resident": _same(device=VIRTUAL),

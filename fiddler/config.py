@@ -14,6 +14,7 @@ from fiddler.given import flag, real_number, shown, whole_number
 
 DeviceKind = Literal["cpu", "sim", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+ExpertDtype = Literal["checkpoint", "bf16", "int8", "int4"]
 KernelMode = Literal["auto", "linear"]
 StoreMode = Literal["auto", "mapped", "packed"]
 WaveMode = Literal["auto", "one", "two"]
@@ -23,6 +24,7 @@ PrefetchMode = Literal["auto", "off"]
 
 _CHOICES = {
     "dtype": DtypeName,
+    "expert_dtype": ExpertDtype,
     "kernels": KernelMode,
     "store": StoreMode,
     "waves": WaveMode,
@@ -72,6 +74,10 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     """Compute type; `"auto"` is the checkpoint's own. With another type each expert is converted when first used,
     and the copy is kept in memory."""
+    expert_dtype: ExpertDtype = "checkpoint"
+    """How experts are kept: as the checkpoint has them; quantised to `"int8"` or `"int4"` (groups of 32), which
+    `fiddler quantize` does once for all; or `"bf16"`: not quantised, those that are decoded to `dtype`. All but the
+    first read every expert into RAM when the engine opens."""
     max_running: int = 16
     """Most requests that run side by side; further ones wait their turn."""
     chunk_tokens: int = 512
@@ -275,7 +281,12 @@ def resolve(config: EngineConfig, *, checkpoint_dtype: str, model_context: int, 
             f"store='mapped' has no blocks to copy in; leave store='auto' with device={device!r}, "
             "or set device='cpu'"
         )
-    packed = device != "cpu" or config.store == "packed"
+    converted = config.expert_dtype != "checkpoint"
+    if converted and config.store == "mapped":
+        raise ConfigError(
+            f"store='mapped' has experts as files do; leave store='auto' with expert_dtype={config.expert_dtype!r}"
+        )
+    packed = device != "cpu" or config.store == "packed" or converted
     kv_tokens = config.kv_tokens or default_kv_tokens(device, context)
     return Resolved(device, machine or None, dtype, context, "packed" if packed else "mapped", kv_tokens)
 

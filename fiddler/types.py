@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fiddler.formats.packed import Matrix
+
 DEMO = Path(__file__).with_name("demo")
 """The built-in demo model's checkpoint folder."""
 
@@ -188,14 +190,14 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert's matrices, as `[out, in]` views; the store makes them, a device multiplies by them.
+    """One expert's matrices, as `[out, in]` views or packed; the store makes them, a device multiplies by them.
 
     `up` holds the matrices whose outputs stand side by side before the gate: one fused or ungated matrix
     `[(2)I, H]`, or gate and up `[I, H]` each. `up_bias` matches `up`; `down` is `[H, I]`.
     """
 
-    up: tuple[Tensor, ...]
-    down: Tensor
+    up: tuple[Matrix, ...]
+    down: Matrix
     up_bias: tuple[Tensor, ...] = ()
     down_bias: Tensor | None = None
     nbytes: int = field(init=False)
@@ -205,7 +207,16 @@ class ExpertWeights:
         object.__setattr__(self, "nbytes", sum(part.nbytes for part in self.parts))
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix."""
+        return (*self.up, self.down)
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """Every bias."""
+        return self.up_bias if self.down_bias is None else (*self.up_bias, self.down_bias)
+
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
         """Every matrix and bias."""
-        down_bias = () if self.down_bias is None else (self.down_bias,)
-        return (*self.up, self.down, *self.up_bias, *down_bias)
+        return (*self.matrices, *self.biases)

@@ -22,6 +22,7 @@ from fiddler.config import (
     DeviceKind,
     DtypeName,
     EngineConfig,
+    ExpertDtype,
     KernelMode,
     PlannerName,
     PolicyName,
@@ -45,6 +46,7 @@ FLAGS = ("promote", "graphs", "trace", "record", "trust_remote_code")
 PATHS = ("warm_start", "calibration_dir")
 CHOICES = {
     "dtype": DtypeName,
+    "expert_dtype": ExpertDtype,
     "kernels": KernelMode,
     "store": StoreMode,
     "policy": PolicyName,
@@ -269,6 +271,7 @@ class TestEngineConfig:
         config = EngineConfig(
             device="cuda",
             dtype="float32",
+            expert_dtype="int4",
             max_running=3,
             chunk_tokens=5,
             max_context=7,

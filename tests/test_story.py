@@ -19,7 +19,7 @@ def only_a_docstring(file: Path) -> bool:
 
 def test_every_file_has_its_purpose_in_the_table_of_rooms() -> None:
     table = STORY.partition("\n## The rooms\n")[2]
-    there = [f for f in (ROOT / "fiddler").rglob("*") if f.suffix in (".py", ".c") and "demo" not in f.parts]
+    there = [f for f in (ROOT / "fiddler").rglob("*") if f.suffix in (".py", ".c", ".h") and "demo" not in f.parts]
     wanted = [f.relative_to(ROOT).as_posix() for f in there if not only_a_docstring(f)]
     assert sorted(re.findall(r"\]\(\.\./(fiddler/[^)]+)\): \S", table)) == sorted(wanted)
 

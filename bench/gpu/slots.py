@@ -12,7 +12,9 @@ from bench.gpu.context import Context
 from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.slots import Picked, SlotExperts, Stack, Visits
+from fiddler.gpu.slots import Picked, SlotExperts
+from fiddler.gpu.stack import Stack
+from fiddler.gpu.visits import Visits
 from fiddler.store.blocks import BlockLayout
 
 AT_ONCE = 8
@@ -31,7 +33,7 @@ class Slots:
         n = max(AT_ONCE, -(-nbytes // self.layout.nbytes))
         self._gpu, arena = gpu, Arena(n, self.layout.nbytes, gpu.device)
         arena.slots.view(torch.bfloat16).normal_(std=0.02)
-        self._stack = Stack.over(arena.slots, arena.views(0, self.layout))
+        self._stack = Stack.over(arena.slots, self.layout)
         self._step = n // AT_ONCE
         self._firsts = cycle(range(self._step))
 

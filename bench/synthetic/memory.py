@@ -20,7 +20,7 @@ from bench import machine
 from bench.synthetic.replayed import Replay
 from bench.synthetic.shapes import Shape
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.cpu import DTYPES
+from fiddler.devices.formula import DTYPES
 from fiddler.engine.engine import Loader
 from fiddler.engine.sim_assembly import SHARE
 from fiddler.errors import ConfigError
@@ -83,6 +83,7 @@ def in_memory(
         formulas=tuple(map(seam.formula, modules)),
         n_experts=n_experts,
         weights=store.weights,
+        dtype=dtype,
         store=store,
         top_k=top_k,
         text=Text(None),

@@ -16,6 +16,7 @@ from fiddler.calibration.measure import Measured, Measures
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.devices.cpu import CpuDevice
+from fiddler.formats.packed import kind
 from fiddler.given import read_json
 from fiddler.models.loaded import LoadedModel
 
@@ -111,7 +112,7 @@ def _write(file: Path, costs: CostModel, held_out: tuple[HeldOut, ...]) -> None:
 
 def _shape(host: CpuDevice, layer: int) -> str:
     weights = host.weights(layer, 0)
-    return ", ".join(f"{tuple(m.shape)} {m.dtype}" for m in (*weights.up, weights.down))
+    return ", ".join(f"{tuple(m.shape)} {kind(m)}" for m in weights.matrices)
 
 
 def _cpu() -> str:

@@ -67,6 +67,8 @@ class GpuExperts:
     jobs: GpuJobs
     n_experts: tuple[int, ...]
     """Number of experts by layer."""
+    dtype: torch.dtype
+    """The rows' kind of number."""
 
     @property
     def n_slots(self) -> int:
@@ -80,7 +82,7 @@ class GpuExperts:
 
     def measure(self, layers: Sequence[int]) -> Measured:
         """Measure the experts of layers that share a shape; without slots, on the CPU alone."""
-        bench = Bench(self.jobs.host, self.n_experts)
+        bench = Bench(self.jobs.host, self.n_experts, dtype=self.dtype)
         with torch.inference_mode():
             keys = bench.sample(layers)
             on_host = [self.jobs.host.weights(*key) for key in keys]
@@ -175,7 +177,7 @@ class GpuExperts:
         def ask() -> Ask:
             numbers = torch.Generator(gpu.device).manual_seed(0)  # nobody else's random numbers are used up
             shape = n_rows, weight.shape[1]
-            hidden = torch.randn(shape, generator=numbers, device=gpu.device, dtype=torch.float32).to(weight.dtype)
+            hidden = torch.randn(shape, generator=numbers, device=gpu.device, dtype=torch.float32).to(self.dtype)
             visited = torch.arange(n_experts, device=gpu.device).expand(n_rows, -1)
             return Ask(index, hidden, visited, torch.ones_like(visited, dtype=torch.float32), None)
 
@@ -220,7 +222,7 @@ class GpuBench:
         """Measure with the devices of an engine's jobs."""
         gpu = jobs.gpu
         own = GpuJobs(gpu, Watch(), jobs.host, jobs.experts, jobs.copying)
-        return cls(loaded, GpuExperts(own, loaded.n_experts), config)
+        return cls(loaded, GpuExperts(own, loaded.n_experts, loaded.dtype), config)
 
     @property
     def host(self) -> CpuDevice:

@@ -28,6 +28,7 @@ from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
 from fiddler.devices.native import MOST_ROWS, Native, native
 from fiddler.errors import ConfigError
+from fiddler.formats.packed import Matrix
 from fiddler.given import read_json, shown
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
@@ -70,14 +71,15 @@ MARGIN = 0.97
 """A kernel must take less than this share of `linear`'s time to be chosen: a tie is no reason to switch."""
 
 
-def calibrated_kernels(matrices: Iterable[Tensor], config: EngineConfig) -> Kernels:
+def calibrated_kernels(matrices: Iterable[Matrix], config: EngineConfig) -> Kernels:
     """Return the kernel choice for weights shaped like `matrices` `[out, in]`; missing ones are measured."""
     if config.kernels == "linear":
         return Kernels()
     ours = native()
     file = calibration_file(config)
     stored = _read(file, ours)
-    measured = {shape_key(m) for m in matrices if m.dtype == torch.bfloat16 and _worth(m, ours)}
+    plain = [m for m in matrices if isinstance(m, Tensor)]
+    measured = {shape_key(m) for m in plain if m.dtype == torch.bfloat16 and _worth(m, ours)}
     missing = [key for key in sorted(measured, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
     for key in missing:
         times = measure(key, ours)
@@ -213,7 +215,7 @@ def checked(config: object) -> EngineConfig:
 def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:
     """Return the CPU's kernels for a model's experts and its dense part, calibrated as `config` says."""
     samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
-    experts = [matrix for sample in samples for matrix in (*sample.up, sample.down)]
+    experts = [matrix for sample in samples for matrix in sample.matrices]
     matrices = [*experts, *dense.matrices(loaded.model)] if with_dense else experts
     return calibrated_kernels(matrices, config)
 
@@ -225,7 +227,7 @@ def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> N
     one of them waits for it.
     """
     sample = loaded.weights(0, 0)
-    tiny = all(matrix.nbytes < MIN_BYTES for matrix in (*sample.up, sample.down))
+    tiny = all(matrix.nbytes < MIN_BYTES for matrix in sample.matrices)
     set_own_threads(config.threads or (1 if tiny else min(default, most_threads())))
 
 

@@ -93,6 +93,8 @@ class Bench:
     host: CpuDevice
     n_experts: tuple[int, ...]
     accelerator: SimDevice | None = None
+    dtype: torch.dtype = torch.bfloat16
+    """Dtype of rows that visit packed experts; others are visited in their own."""
 
     @property
     def device_name(self) -> str:
@@ -173,7 +175,8 @@ class Bench:
     def _rows(self, layer: int, n_rows: int) -> Tensor:
         sample = self.host.weights(layer, 0).up[0]
         numbers = torch.Generator().manual_seed(0)  # nobody else's random numbers are used up
-        return torch.randn(n_rows, sample.shape[1], generator=numbers, dtype=torch.float32).to(sample.dtype)
+        dtype = sample.dtype if isinstance(sample, Tensor) else self.dtype
+        return torch.randn(n_rows, sample.shape[1], generator=numbers, dtype=torch.float32).to(dtype)
 
 
 def curve_of(run: Callable[[int], float]) -> tuple[Curve, Points]:

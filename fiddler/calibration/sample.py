@@ -15,12 +15,14 @@ from fiddler.calibration.kernels import calibrated_kernels, choose_threads, comp
 from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.arena import Arena, SimDevice
-from fiddler.devices.cpu import DTYPES, CpuDevice
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import DTYPES
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
-from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.stack import Stack
 from fiddler.models import seam
 from fiddler.models.loaded import (
     LoadedModel,
@@ -66,6 +68,7 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
         formulas=tuple(seam.formula(module) for module in experts.values()),
         n_experts=layout.n_experts,
         weights=MappedStore(checkpoint, layout, DTYPES[resolved.dtype]).weights,
+        dtype=DTYPES[resolved.dtype],
     )
 
 
@@ -111,18 +114,18 @@ def bench_of(loaded: LoadedModel, config: EngineConfig) -> Bench:
     """
     kernels = _prepared(loaded, config)
     if config.device != "sim":
-        return Bench(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts)
+        return Bench(CpuDevice(loaded.weights, loaded.formulas, kernels), loaded.n_experts, dtype=loaded.dtype)
     blocks = _Blocks(loaded.weights)
     arena = _arena(loaded, blocks, SAMPLE_BYTES)
     host = CpuDevice(blocks.weights, loaded.formulas, kernels)
-    return Bench(host, loaded.n_experts, SimDevice(arena, blocks.block, blocks.layout))
+    return Bench(host, loaded.n_experts, SimDevice(arena, blocks.block, blocks.layout), loaded.dtype)
 
 
 def _prepared(loaded: LoadedModel, config: EngineConfig) -> Kernels:
     """Set this thread's torch threads, and return the kernels for a model's experts."""
     choose_threads(loaded, config, torch.get_num_threads())
     samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
-    return calibrated_kernels([m for sample in samples for m in (*sample.up, sample.down)], config)
+    return calibrated_kernels([m for sample in samples for m in sample.matrices], config)
 
 
 def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.device | None = None) -> Arena:
@@ -132,7 +135,7 @@ def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.de
 
 
 def _stack(blocks: "_Blocks", arena: Arena, layer: int) -> Stack:
-    return Stack.over(arena.slots, arena.views(0, blocks.layout(layer)))
+    return Stack.over(arena.slots, blocks.layout(layer))
 
 
 class _Blocks:

@@ -1,4 +1,4 @@
-"""The command line: `fiddler generate`, `chat`, `inspect`, `simulate`, `replay`, `record`, `calibrate`.
+"""The command line: `fiddler generate`, `chat`, `inspect`, `quantize`, `simulate`, `replay`, `record`, `calibrate`.
 
 Importing this imports next to nothing: ctrl-C has its handler before anything that takes long is imported.
 """

@@ -10,6 +10,7 @@ from fiddler.cli.chat import chat
 from fiddler.cli.flags import flattened
 from fiddler.cli.generate import generate
 from fiddler.cli.inspect import inspect
+from fiddler.cli.quantize import quantize
 from fiddler.cli.record import record
 from fiddler.cli.replay import replay
 from fiddler.cli.simulate import simulate
@@ -20,7 +21,7 @@ application = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, inspect, simulate, replay, record, calibrate):
+for _command in (generate, chat, inspect, quantize, simulate, replay, record, calibrate):
     application.command()(flattened(_command))
 application.command("trace", hidden=True)(flattened(record))  # what it was called before
 

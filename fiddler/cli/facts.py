@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from fiddler.config import EngineConfig, resolve
-from fiddler.devices.cpu import DTYPES
+from fiddler.devices.formula import DTYPES
+from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
-from fiddler.store.checkpoint import Checkpoint, Entry
+from fiddler.store.checkpoint import EXPERT_DTYPES, Checkpoint, Entry
 from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import Every, ExpertParts, Select, View
 
@@ -118,12 +119,12 @@ def _dense(skeleton: PreTrainedModel, dtype: torch.dtype) -> tuple[Amount, int]:
     return Amount(n_all, n_all * dtype.itemsize), n_read * dtype.itemsize
 
 
-def _expert(parts: ExpertParts, entries: Mapping[str, Entry]) -> Amount:
+def _expert(parts: ExpertParts, entries: Mapping[str, Entry | Quantised]) -> Amount:
     biases = parts.up_bias if parts.down_bias is None else (*parts.up_bias, parts.down_bias)
     return sum((_view(view, entries[view.tensor]) for view in (*parts.up, parts.down, *biases)), NOTHING)
 
 
-def _view(view: View, entry: Entry) -> Amount:
+def _view(view: View, entry: Entry | Quantised) -> Amount:
     share = 1
     for step in view.steps:
         if isinstance(step, Select):
@@ -169,6 +170,8 @@ class Facts:
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
     file_bytes: int
     """Bytes of every stored tensor, unused ones (such as multi-token prediction) included."""
+    experts_dtype: str
+    """Kind of number of the experts' weights."""
     sizes: Sizes
     machine: Fit
 
@@ -199,10 +202,23 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
         layers=int(text.num_hidden_layers),
         moe_layers=len(seam.find_experts(skeleton)),
         packed=seems_packed(skeleton),
-        file_bytes=sum(entry.nbytes for entry in checkpoint.entries.values()),
+        file_bytes=sum(entry.nbytes for entry in checkpoint.headers.values()),
+        experts_dtype=_experts_dtype(skeleton, checkpoint),
         sizes=sizes,
         machine=_machine(sizes, available_bytes()),
     )
+
+
+def _experts_dtype(skeleton: PreTrainedModel, checkpoint: Checkpoint) -> str:
+    """Return how experts' matrices are stored, the kinds of all layers side by side."""
+    layout = expert_layout(skeleton, seam.find_experts(skeleton), checkpoint)
+    views = [view for layer in layout.experts for view in (*layer[0].up, layer[0].down)]
+    kinds = dict.fromkeys(checkpoint.entries[view.tensor].dtype for view in views)
+    return ", ".join(NAMES.get(kind, kind) for kind in kinds)
+
+
+NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in EXPERT_DTYPES.items()}
+"""Dtypes of headers, as the rest of the facts names them."""
 
 
 def _machine(sizes: Sizes, available: int) -> Fit:

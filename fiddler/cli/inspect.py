@@ -58,7 +58,7 @@ def _rows(facts: "Facts") -> list[tuple[str, str]]:
         ("layers", f"{facts.layers}, {facts.moe_layers} of them with experts"),
         ("experts", f"{sizes.experts_per_layer} a layer, a token visits {sizes.top_k} of them"),
         ("dense part", _amount(sizes.dense)),
-        ("all experts", f"{_amount(sizes.experts)}, {size(sizes.bytes_per_expert)} each"),
+        ("all experts", f"{_amount(sizes.experts)}, {size(sizes.bytes_per_expert)} each, {facts.experts_dtype}"),
         ("total", _amount(sizes.total)),
         ("read per token", _per_token(facts)),
         ("sequences", "share one forward" if facts.packed else "run one forward each, and meet at the experts"),

@@ -13,6 +13,7 @@ from fiddler.config import (
     COMPARED,
     DtypeName,
     EngineConfig,
+    ExpertDtype,
     KernelMode,
     PlannerName,
     PolicyName,
@@ -172,6 +173,9 @@ class EngineOptions:
         str, choice(StoreMode, "Experts where they lie in the files, or each in a block of its own.")
     ] = "auto"
     dtype: Annotated[str, choice(DtypeName, "Compute type; auto is the checkpoint's own.")] = "auto"
+    expert_dtype: Annotated[
+        str, choice(ExpertDtype, "How experts are kept; all but checkpoint read every one into RAM at the start.")
+    ] = "checkpoint"
     kernels: Annotated[
         str, choice(KernelMode, "auto is calibrated on this machine; linear repeats across machines.")
     ] = "auto"

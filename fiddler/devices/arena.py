@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fiddler.formats.packed import tensors
 from fiddler.types import ExpertWeights
 
 ALIGNMENT = 64
@@ -21,6 +22,11 @@ ALIGNMENT = 64
 
 class Views(Protocol):
     """Finds the weights in a block; compared by identity."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether the views depend on a block's content, as a factor does: they are made anew for each block."""
+        ...
 
     def views(self, block: Tensor) -> ExpertWeights:
         """Return the weights in a block, without copying."""
@@ -81,12 +87,16 @@ class Arena:
         to = self._slot(slot)
         if block.numel() > self.slot_bytes:
             raise ValueError(f"a block of {block.numel()} bytes does not fit a slot of {self.slot_bytes}")
+        kept = self._views[slot]
+        if kept is not None and kept[0].reads:
+            self._views[slot] = None
         to[: block.numel()].copy_(block, non_blocking=True)
 
     def views(self, slot: int, layout: Views) -> ExpertWeights:
         """Return the weights in a slot, kept as long as it is asked for with the same layout.
 
-        They are views: later writes to the slot show in them. Raises `IndexError` for a slot that does not exist.
+        They are views: later writes to the slot show in them, unless the layout reads blocks. Raises `IndexError`
+        for a slot that does not exist.
         """
         found = self._views[slot] if 0 <= slot < len(self._views) else None
         if found is None or found[0] is not layout:
@@ -98,7 +108,8 @@ class Arena:
         assert self._slots.data_ptr() % ALIGNMENT == 0 == self.slot_bytes % ALIGNMENT
         for slot, kept in enumerate(self._views):
             start = self._slots.data_ptr() + slot * self.slot_bytes
-            for part in () if kept is None else kept[1].parts:
+            weights = () if kept is None else kept[1].parts
+            for part in (part for matrix in weights for part in tensors(matrix)):
                 assert start <= part.data_ptr() <= start + self.slot_bytes - part.nbytes, f"slot {slot}"
 
     def _slot(self, slot: int) -> Tensor:

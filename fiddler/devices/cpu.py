@@ -1,77 +1,22 @@
-"""An expert's formula (up, gate and down, with an activation between), and the CPU, which runs it in place."""
+"""The CPU: runs experts on the host, in place."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fiddler.devices.kernels import Kernels, Matmul
-from fiddler.devices.native import Outline, fits, learns
+from fiddler.devices.formula import ExpertFormula, run_expert
+from fiddler.devices.gates import Gate, recognised
+from fiddler.devices.kernels import Kernels
+from fiddler.devices.native import learns
+from fiddler.devices.outline import Outline, fits
+from fiddler.formats.packed import tensors
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
 
-
-@dataclass(frozen=True, slots=True)
-class ExpertFormula:
-    """The parts of an experts class that differ between architectures, beside the weights.
-
-    Exactly one of `activation` and `gate` decides: `gate` maps the joined up output `[n, 2I]` (or `[n, I]`) to `[n,
-    I]`; where it is `None` the standard `activation(gate) * up` (or `activation(up)` if not `gated`) applies.
-    """
-
-    gated: bool
-    activation: Callable[[Tensor], Tensor] | None
-    gate: Callable[[Tensor], Tensor] | None = None
-    post_norm: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def is_swiglu(self) -> bool:
-        """Whether it is `silu(gate) * up` and no more. The activation is tried: its class may be anybody's."""
-        if not self.gated or self.gate is not None or self.post_norm is not None or self.activation is None:
-            return False
-        sample = torch.linspace(-99.0, 99.0, 256, dtype=torch.float32, device="cpu")
-        return torch.equal(self.activation(sample), F.silu(sample))
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def run_expert(formula: ExpertFormula, weights: ExpertWeights, x: Tensor, up: Matmul, down: Matmul) -> Tensor:
-    """Return the expert's output `[n, H]` for rows `x` `[n, H]`, before the routing weight.
-
-    `up` and `down` are the matmuls for the two kinds of matrices.
-    """
-    biases: tuple[Tensor | None, ...] = weights.up_bias or (None,) * len(weights.up)
-    ups = [up(x, w, b) for w, b in zip(weights.up, biases, strict=True)]
-    y = down(gated(formula, ups), weights.down, weights.down_bias)
-    return y if formula.post_norm is None else formula.post_norm(y)
-
-
-def gated(formula: ExpertFormula, ups: list[Tensor]) -> Tensor:
-    """Turn the up outputs, `[n, I]` or `[n, 2I]` each, into the down input `[n, I]`."""
-    if formula.gate is not None:
-        return formula.gate(ups[0] if len(ups) == 1 else torch.cat(ups, dim=-1))
-    assert formula.activation is not None
-    if not formula.gated:
-        return formula.activation(ups[0])
-    gate, up = ups if len(ups) == 2 else ups[0].chunk(2, dim=-1)
-    return formula.activation(gate) * up
-
-
 MOST_OUTLINES = 1 << 16
 """Number of experts whose memory layout is remembered; all are forgotten when there are more."""
-
-
-class _Way(NamedTuple):
-    """The way in which a layer's experts run at some row count."""
-
-    up: Matmul
-    down: Matmul
-    together: bool
-    """Whether our own kernels run them all at once, or one runs after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +32,10 @@ class CpuDevice:
     """Formulas by layer."""
     kernels: Kernels
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
-    _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
-    _outlines: dict[int, tuple[ExpertWeights, Outline]] = field(default_factory=dict)
+    _ways: dict[tuple[int, int], bool] = field(default_factory=dict)
+    """By layer and row count, whether our own kernels run experts all at once, or one runs after the other."""
+    _gates: dict[int, Gate | None] = field(default_factory=dict)
+    _outlines: dict[int, tuple[ExpertWeights, Outline | None]] = field(default_factory=dict)
 
     def experts(self, layer: int, loads: Sequence[Load]) -> list[ExpertWeights]:
         """Return the weights that loads of a layer are run with on the host, each asked for once."""
@@ -108,51 +55,58 @@ class CpuDevice:
 
         `rows` and `out` are `[n, H]`, grouped by expert; `out` has no gaps and is written where the loads are.
         """
-        by_torch = torch.is_grad_enabled() and learns(rows, *(own.down for own in weights))
+        by_torch = rows.dtype != torch.bfloat16 or (
+            torch.is_grad_enabled() and learns(rows, *(part for own in weights for part in tensors(own.down)))
+        )
         ways, known = self._ways, self._outlines
         together, outlines, apart = [], [], []
         for load, own in zip(loads, weights, strict=True):
-            way = ways.get((layer, load.n_rows)) or self._way(layer, load.n_rows)
-            if by_torch or not way.together:
-                apart.append((load, own, way))
+            whole, outline = ways.get((layer, load.n_rows)), None
+            if whole is None:
+                whole = self._whole(layer, load.n_rows)
+            if whole and not by_torch:
+                outline = (known.get(id(own)) or self._look(layer, own))[1]
+            if outline is None:
+                apart.append((load, own))
             else:
                 together.append(load)
-                outlines.append((known.get(id(own)) or self._look(own))[1])
+                outlines.append(outline)
         if together:
             assert self.kernels.native is not None
             self.kernels.native.experts(together, outlines, rows, out)
-        for load, own, way in apart:
+        for load, own in apart:
             mine = slice(load.start, load.stop)
-            out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
+            up, down = (self.kernels.pick(matrix, load.n_rows) for matrix in (own.up[0], own.down))
+            out[mine] = run_expert(self.formulas[layer], own, rows[mine], up, down)
 
-    def _look(self, weights: ExpertWeights) -> tuple[ExpertWeights, Outline]:
-        """Return an expert's memory layout; the expert is kept alive, so that no other takes its id."""
+    def _look(self, layer: int, weights: ExpertWeights) -> tuple[ExpertWeights, Outline | None]:
+        """Return an expert's memory layout, or `None` for one that our kernels do not take.
+
+        The expert is kept alive, so that no other takes its id.
+        """
         if len(self._outlines) >= MOST_OUTLINES:
             self._outlines.clear()
-        found = self._outlines[id(weights)] = weights, Outline.of(weights)
+        gate = self._gates[layer]
+        assert gate is not None
+        try:
+            outline = Outline.of(weights, gate)
+        except ValueError:
+            outline = None
+        found = self._outlines[id(weights)] = weights, outline
         return found
 
-    def _way(self, layer: int, n_rows: int) -> _Way:
-        """Look up once per layer and row count: experts share a shape.
+    def _whole(self, layer: int, n_rows: int) -> bool:
+        """Decide once per layer and row count whether whole experts run in our kernels.
 
-        The layer's first expert decides, as in its blocks: a file may end between one's gate and up.
+        The layer's first expert decides for matrices that are not packed, as in its blocks: a file may end between
+        one's gate and up.
         """
-        found = self._ways.get((layer, n_rows))
-        if found is None:
-            found = self._ways[layer, n_rows] = self._choose(layer, n_rows)
+        if layer not in self._gates:
+            self._gates[layer] = recognised(self.formulas[layer])
+        matrices, ours = self.weights(layer, 0).matrices, self.kernels.is_ours
+        found = self._gates[layer] is not None and all(ours(matrix, n_rows) and fits(matrix) for matrix in matrices)
+        self._ways[layer, n_rows] = found
         return found
-
-    def _choose(self, layer: int, n_rows: int) -> _Way:
-        weights, kernels = self.weights(layer, 0), self.kernels
-        matrices = (*weights.up, weights.down)
-        whole = (
-            all(kernels.name(matrix, n_rows) == "native" and fits(matrix) for matrix in matrices)
-            and self.formulas[layer].is_swiglu
-            and not weights.up_bias
-            and weights.down_bias is None
-        )
-        up, down = (kernels.pick(matrix, n_rows) for matrix in (weights.up[0], weights.down))
-        return _Way(up, down, whole)
 
 
 def empty_results(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ and its rows are not padded.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fiddler.devices.formula import Matmul
 from fiddler.devices.native import MOST_ROWS, Native
-
-Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`(x [n, in], weight [out, in], bias [out] | None) -> [n, out]`."""
+from fiddler.formats.packed import Matrix, Packed
 
 ROOMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that are multiplied."""
@@ -116,6 +115,11 @@ def _without_gaps(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t() if weight.stride(0) < weight.stride(1) else weight.contiguous()
 
 
+def decoded(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """Return the same for a packed weight, decoded whole to the rows' dtype first."""
+    return linear(x, weight.dense(x.dtype) if isinstance(weight, Packed) else weight, bias)
+
+
 TORCH: Mapping[KernelName, Matmul] = {"linear": linear, "rows_last": rows_last, "vector": vector}
 """The kernels that are always there."""
 _WHOLE: Mapping[KernelName, Matmul] = {"linear": F.linear, "rows_last": _rows_last, "vector": vector}
@@ -142,9 +146,25 @@ class Kernels:
         chosen = self.choice.get((shape_key(weight), bucket(n_rows)), "linear")
         return "linear" if chosen == "native" and n_rows > MOST_ROWS else chosen
 
-    def pick(self, weight: Tensor, n_rows: int) -> Matmul:
+    def pick(self, weight: Matrix, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
-        return self.kernel(self.name(weight, n_rows))
+        if not isinstance(weight, Packed):
+            return self.kernel(self.name(weight, n_rows))
+        if self.native is None:
+            return decoded
+        return self.native.matmul if n_rows <= MOST_ROWS else self._whole
+
+    def _whole(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """Return the product with a packed weight that our kernels decode whole first."""
+        assert self.native is not None
+        narrow = x.dtype == torch.bfloat16
+        return linear(x, self.native.dense(weight) if narrow else weight.dense(x.dtype), bias)
+
+    def is_ours(self, weight: Matrix, n_rows: int) -> bool:
+        """Whether our own kernels are the ones to take for `n_rows` rows of this weight."""
+        if isinstance(weight, Packed):
+            return self.native is not None and n_rows <= MOST_ROWS
+        return self.name(weight, n_rows) == "native"
 
     def product(self, weight: Tensor, n_rows: int) -> Matmul:
         """Return a function that computes as that kernel does for exactly `n_rows` rows, without padding if they

@@ -136,7 +136,7 @@ def _ours_alone(found: os.stat_result) -> bool:
 
 VERSION_S = 8.0
 """Seconds that a compiler has to answer `--version`."""
-COMPILE_S = 20.0
+COMPILE_S = 90.0
 """Seconds for compiling, which takes one second on an idle machine."""
 PATIENCE_S = 5.0
 """Seconds after which the log names the compiler that is awaited."""

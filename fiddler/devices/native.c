@@ -1,4 +1,4 @@
-/* Few rows times many weights, all in bfloat16, at the speed at which memory hands out the weights.
+/* Few rows times many weights, in bfloat16 or packed, at the speed at which memory hands out the weights.
 
    torch runs one parallel region per matrix and ends it with a barrier: of a small expert that barrier is most of the
    time. Here a region holds a whole layer's experts, cut into chunks that threads take as they come free, so a core
@@ -6,206 +6,189 @@
    stream that ends with every row never gets going: four rows of weights are read side by side, each walking through
    its own part of the chunk.
 
-   A result depends on its row and its weights alone, never on how many rows or experts run beside it.
-   Compiled by native.py for the machine it runs on. */
+   Compiled by native.py for the machine it runs on, with the headers beside it. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "dots.h"
+#include "gates.h"
+#include "whole.h"
 
-#define UNROLL _Pragma("GCC unroll 4") /* or the sums would live in memory */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint16_t bf16;
-typedef int64_t integer;
-
-enum { W = 4, X = 4 };                 /* A tile: rows of weights by rows of activations. */
 enum { CHUNKS = 8, LEAST_BYTES = 1 << 15, MOST_BYTES = 1 << 20 }; /* For each thread, and their bytes of weights. */
 
 typedef struct {
-    const bf16 *gate, *up, *down; /* [inner, hidden] twice, [hidden, inner]; columns side by side */
-    const bf16 *x;                /* [n_rows, hidden] without gaps */
-    bf16 *y;                      /* [n_rows, hidden] without gaps */
-    integer gate_stride, up_stride, down_stride, n_rows;
+    matrix gate, up, down; /* [inner, hidden] twice, [hidden, inner]; without a gate the first two are the same */
+    gate_formula formula;
 } expert;
 
-INLINE float widen(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
+typedef struct {
+    const expert *e;
+    const bf16 *x; /* [n_rows, hidden] without gaps */
+    bf16 *y;       /* [n_rows, hidden] without gaps */
+    integer n_rows;
+} load;
 
-INLINE bf16 narrow(float value) { /* to nearest, ties to even; what is no number stays none */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value) return 0x7fc0;
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* LANES values of a row as the machine multiplies them, or as many as are left, zeros behind them; sums of products. */
-#if defined(__AVX512BF16__) && !defined(PORTABLE)
-#include <immintrin.h>
-
-enum { LANES = 32 };
-typedef __m512bh values;
-typedef __m512 sums;
-
-INLINE values load(const bf16 *from) { return (values)_mm512_loadu_si512(from); }
-INLINE values load_part(const bf16 *from, integer n) {
-    return (values)_mm512_maskz_loadu_epi16(((__mmask32)1 << n) - 1, from);
-}
-INLINE sums add(sums so_far, values a, values b) { return _mm512_dpbf16_ps(so_far, a, b); }
-INLINE float total(sums all) { return _mm512_reduce_add_ps(all); }
-#else
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#else
-enum { LANES = 8 };
-#endif
-typedef float values __attribute__((vector_size(LANES * 4)));
-typedef values sums;
-typedef bf16 halves __attribute__((vector_size(LANES * 2)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-
-INLINE values load(const bf16 *from) {
-    halves loaded;
-    memcpy(&loaded, from, sizeof loaded);
-    return (values)(__builtin_convertvector(loaded, words) << 16);
-}
-INLINE values load_part(const bf16 *from, integer n) {
-    bf16 padded[LANES] = {0};
-    memcpy(padded, from, (size_t)n * sizeof *padded);
-    return load(padded);
-}
-INLINE sums add(sums so_far, values a, values b) { return so_far + a * b; }
-INLINE float total(sums all) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += all[i];
-    return sum;
-}
-#endif
-
-/* The dot products of W rows of weights with n_x <= X rows of activations. */
-INLINE void dots(const bf16 *const w[W], const bf16 *x, integer columns, const int n_x, float out[W][X]) {
-    sums all[W][X];
-    values xs[X];
-    integer at = 0;
-    UNROLL for (int i = 0; i < W; i++) UNROLL for (int j = 0; j < n_x; j++) all[i][j] = (sums){0};
-    for (; at + LANES <= columns; at += LANES) {
-        UNROLL for (int j = 0; j < n_x; j++) xs[j] = load(x + j * columns + at);
-        UNROLL for (int i = 0; i < W; i++) {
-            values ws = load(w[i] + at);
-            UNROLL for (int j = 0; j < n_x; j++) all[i][j] = add(all[i][j], ws, xs[j]);
-        }
-    }
-    if (at < columns) {
-        UNROLL for (int j = 0; j < n_x; j++) xs[j] = load_part(x + j * columns + at, columns - at);
-        UNROLL for (int i = 0; i < W; i++) {
-            values ws = load_part(w[i] + at, columns - at);
-            UNROLL for (int j = 0; j < n_x; j++) all[i][j] = add(all[i][j], ws, xs[j]);
-        }
-    }
-    UNROLL for (int i = 0; i < W; i++) UNROLL for (int j = 0; j < n_x; j++) out[i][j] = total(all[i][j]);
-}
-
-static void tile(const bf16 *const w[W], const bf16 *x, integer columns, integer n_x, float found[W][X]) {
-    switch (n_x) { /* constants, so that each case keeps its sums in registers */
-        case 1: dots(w, x, columns, 1, found); break;
-        case 2: dots(w, x, columns, 2, found); break;
-        case 3: dots(w, x, columns, 3, found); break;
-        default: dots(w, x, columns, X, found);
-    }
-}
-
-INLINE integer least(integer a, integer b) { return a < b ? a : b; }
+/* Two rows of weights of each of two matrices, or four of one: a tile, and where its results go. */
+typedef struct {
+    const matrix *m;
+    integer start, stop; /* rows */
+    bf16 *y;             /* [n_rows, out] */
+} stream;
 
 /* Rows of weights to a chunk, of n matrices of so many rows that n_threads share. */
-static integer chunk_rows(integer n, integer rows, integer columns, integer n_threads) {
-    integer row_bytes = columns * (integer)sizeof(bf16), bytes = n * rows * row_bytes / (CHUNKS * n_threads);
-    bytes = bytes < LEAST_BYTES ? LEAST_BYTES : least(bytes, MOST_BYTES);
-    return (bytes / row_bytes + W) / W * W;
+static integer chunk_rows(integer n, integer rows, integer bytes_a_row, integer n_threads) {
+    integer chunk = n * rows * bytes_a_row / (CHUNKS * n_threads);
+    chunk = chunk < LEAST_BYTES ? LEAST_BYTES : least(chunk, MOST_BYTES);
+    return (chunk / bytes_a_row + W) / W * W;
 }
 
-/* Rows start to stop of y = x wT (+ bias), of which y has out columns. */
-static void multiply(const bf16 *w, integer stride, const bf16 *x, const bf16 *bias, bf16 *y, integer out,
-                     integer columns, integer n_rows, integer start, integer stop) {
-    integer part = (stop - start + W - 1) / W;
-    for (integer step = 0; step < part; step++) {
-        const bf16 *ws[W];
-        integer rows[W];
-        for (int i = 0; i < W; i++) {
-            rows[i] = least(start + i * part + step, stop - 1);
-            ws[i] = w + rows[i] * stride;
-        }
-        for (integer j = 0; j < n_rows; j += X) {
-            float found[W][X];
-            integer n_x = least(n_rows - j, X);
-            tile(ws, x + j * columns, columns, n_x, found);
-            for (int i = 0; i < W; i++)
-                for (int k = 0; k < n_x; k++)
-                    y[(j + k) * out + rows[i]] = narrow(found[i][k] + (bias ? widen(bias[rows[i]]) : 0.0f));
-        }
-    }
+static integer bytes_a_row(const matrix *m) {
+    return row_bytes(m) + (m->kind == PLAIN ? 0 : scales_across(m) * scale_bytes(m) / m->block_rows);
 }
 
-/* silu(gate) * up, rounded after each operation as the model rounds. */
-INLINE bf16 gated(float gate, float up) {
-    float g = widen(narrow(gate));
-    return narrow(widen(narrow(g / (1.0f + expf(-g)))) * widen(narrow(up)));
-}
-
-/* Rows start to stop of the up half, [n_rows, inner]: two rows of the gate and two of up make a tile. */
-static void rise(const expert *e, bf16 *middle, integer hidden, integer inner, integer start, integer stop) {
-    integer part = (stop - start + 1) / 2;
-    for (integer step = 0; step < part; step++) {
-        integer first = start + step, second = least(start + part + step, stop - 1);
-        const bf16 *ws[W] = {e->gate + first * e->gate_stride, e->gate + second * e->gate_stride,
-                             e->up + first * e->up_stride, e->up + second * e->up_stride};
-        for (integer j = 0; j < e->n_rows; j += X) {
-            float found[W][X];
-            integer n_x = least(e->n_rows - j, X);
-            tile(ws, e->x + j * hidden, hidden, n_x, found);
-            for (int k = 0; k < n_x; k++) {
-                middle[(j + k) * inner + first] = gated(found[0][k], found[2][k]);
-                middle[(j + k) * inner + second] = gated(found[1][k], found[3][k]);
+/* y = x wT (+ bias) of W streams of rows, of which y has out columns; their matrices are of one kind and width. */
+static void multiply(const stream streams[W], const bf16 *x, integer out, integer n_rows, integer steps, desk *d) {
+    const matrix *m = streams[0].m;
+    integer columns = m->columns;
+    walk way = walk_of(m);
+    forget(d);
+    for (integer panel = 0; panel < n_rows; panel += PANEL) {
+        integer n = least(n_rows - panel, PANEL);
+        const bf16 *xs = x + panel * columns;
+        arrange(m, &way, d, xs, columns, n);
+        for (integer step = 0; step < steps; step++) {
+            integer rows[W];
+            const byte *codes[W];
+            for (int i = 0; i < W; i++) {
+                const stream *s = streams + i;
+                rows[i] = least(s->start + step, s->stop - 1);
+                codes[i] = codes_of(s->m, rows[i]);
+                read(s->m, &way, d, i, rows[i]);
+            }
+            for (integer j = 0; j < n; j += X) {
+                float found[W][X];
+                integer n_x = least(n - j, X);
+                tile(m, &way, codes, d, xs, columns, j, n_x, found);
+                for (int i = 0; i < W; i++) {
+                    float factor = factor_of(streams[i].m), bias = bias_of(streams[i].m, rows[i]);
+                    bf16 *y = streams[i].y + (panel + j) * out + rows[i];
+                    for (int k = 0; k < n_x; k++) y[k * out] = narrow(found[i][k] * factor + bias);
+                }
             }
         }
     }
 }
 
-/* y [n_rows, out] = x [n_rows, columns] wT (+ bias [out]). */
-void fiddler_matmul(const bf16 *w, integer stride, const bf16 *x, const bf16 *bias, bf16 *y, integer out,
-                    integer columns, integer n_rows, int n_threads) {
-    integer rows = chunk_rows(1, out, columns, n_threads);
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-    for (integer start = 0; start < out; start += rows)
-        multiply(w, stride, x, bias, y, out, columns, n_rows, start, least(start + rows, out));
+/* Rows start to stop of one matrix: each stream walks through its own quarter. */
+static void multiply_one(const matrix *m, const bf16 *x, bf16 *y, integer out, integer n_rows, integer start,
+                         integer stop, desk *d) {
+    integer part = parts(stop - start, W);
+    stream streams[W];
+    for (int i = 0; i < W; i++) streams[i] = (stream){m, least(start + i * part, stop - 1), stop, y};
+    multiply(streams, x, out, n_rows, part, d);
 }
 
-/* A layer's experts; middle [sum of n_rows, inner] is room for what lies between up and down. */
-void fiddler_experts(const expert *experts, integer n, integer hidden, integer inner, bf16 *middle, int n_threads) {
-    integer up_rows = chunk_rows(n, inner, 2 * hidden, n_threads);
-    integer down_rows = chunk_rows(n, hidden, inner, n_threads);
-    integer up_chunks = (inner + up_rows - 1) / up_rows, down_chunks = (hidden + down_rows - 1) / down_rows;
-    bf16 *rooms[n];
-    for (integer i = 0; i < n; i++) {
-        rooms[i] = middle;
-        middle += experts[i].n_rows * inner;
+/* Rows start to stop of gate and up, two streams of each, and what lies between them and down. */
+static void rise(const load *l, bf16 *middle, integer inner, integer start, integer stop, desk *d) {
+    const expert *e = l->e;
+    const gate_formula *g = &e->formula;
+    bf16 *up = g->gated ? middle + l->n_rows * inner : middle;
+    if (g->gated) {
+        integer part = parts(stop - start, 2), half = least(start + part, stop - 1);
+        stream streams[W] = {{&e->gate, start, stop, middle}, {&e->gate, half, stop, middle},
+                             {&e->up, start, stop, up}, {&e->up, half, stop, up}};
+        multiply(streams, l->x, inner, l->n_rows, part, d);
+    } else {
+        multiply_one(&e->up, l->x, up, inner, l->n_rows, start, stop, d);
     }
+    for (integer j = 0; j < l->n_rows; j++)
+        apply(g, middle + j * inner + start, up + j * inner + start, stop - start);
+}
+
+/* y [n_rows, out] = x [n_rows, columns] wT (+ bias [out]), of a matrix of bfloat16. */
+void fiddler_matmul(const bf16 *w, integer stride, const bf16 *x, const bf16 *bias, bf16 *y, integer out,
+                    integer columns, integer n_rows, int n_threads) {
+    matrix m = {.codes = (const byte *)w, .stride = 2 * stride, .step = 1, .rows = out, .columns = columns,
+                .kind = PLAIN, .factor = 1.0, .bias = bias, .bias_stride = 1};
+    integer rows = chunk_rows(1, out, 2 * columns, n_threads);
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+    for (integer start = 0; start < out; start += rows) {
+        desk d; /* a matrix of bfloat16 puts nothing on it */
+        multiply_one(&m, x, y, out, n_rows, start, least(start + rows, out), &d);
+    }
+}
+
+/* The same of any matrix; -1 for one that is not held, or where a room for each thread is too small. */
+int fiddler_product(const matrix *m, const bf16 *x, bf16 *y, integer n_rows, byte *room, integer room_bytes,
+                    int n_threads) {
+    integer mine = room_of(m->columns);
+    if (!holds(m, m->rows, m->columns) || room_bytes < n_threads * mine) return -1;
+    integer rows = chunk_rows(1, m->rows, bytes_a_row(m), n_threads);
 #pragma omp parallel num_threads(n_threads)
     {
+        desk d = desk_of(room + thread() * mine, m->columns);
+#pragma omp for schedule(dynamic) nowait
+        for (integer start = 0; start < m->rows; start += rows)
+            multiply_one(m, x, y, m->rows, n_rows, start, least(start + rows, m->rows), &d);
+    }
+    return 0;
+}
+
+/* y [out, columns] is the matrix in bfloat16. Returns as fiddler_product does. */
+int fiddler_decode(const matrix *m, bf16 *y, byte *room, integer room_bytes, int n_threads) {
+    integer mine = room_of(m->columns);
+    if (!holds(m, m->rows, m->columns) || room_bytes < n_threads * mine) return -1;
+    integer rows = chunk_rows(1, m->rows, bytes_a_row(m), n_threads);
+#pragma omp parallel num_threads(n_threads)
+    {
+        desk d = desk_of(room + thread() * mine, m->columns);
+#pragma omp for schedule(dynamic) nowait
+        for (integer start = 0; start < m->rows; start += rows)
+            expand(m, y, start, least(start + rows, m->rows), &d);
+    }
+    return 0;
+}
+
+/* Which load is not of an expert of this shape, whose gate and up are of one kind; or n. */
+static integer stranger(const load *loads, integer n, integer hidden, integer inner) {
+    for (integer i = 0; i < n; i++) {
+        const expert *e = loads[i].e;
+        if (!holds(&e->up, inner, hidden) || !holds(&e->down, hidden, inner) || loads[i].n_rows < 1) return i;
+        if (e->formula.gated && (!holds(&e->gate, inner, hidden) || !alike(&e->gate, &e->up))) return i;
+    }
+    return n;
+}
+
+/* A layer's experts. room is for what lies between up and down, and for the threads. Returns the number of the load that
+   does not fit, n if all do, and -1 where the room is too small. */
+integer fiddler_experts(const load *loads, integer n, integer hidden, integer inner, byte *room, integer room_bytes,
+                        int n_threads) {
+    integer odd = stranger(loads, n, hidden, inner), mine = room_of(hidden > inner ? hidden : inner);
+    if (odd < n) return odd;
+    bf16 *rooms[n], *middle = (bf16 *)(room + n_threads * mine);
+    integer up_bytes = 0, down_bytes = 0;
+    for (integer i = 0; i < n; i++) {
+        rooms[i] = middle;
+        middle += 2 * loads[i].n_rows * inner;
+        up_bytes += bytes_a_row(&loads[i].e->up) * (loads[i].e->formula.gated ? 2 : 1);
+        down_bytes += bytes_a_row(&loads[i].e->down);
+    }
+    if ((byte *)middle > room + room_bytes) return -1;
+    integer up_rows = chunk_rows(n, inner, parts(up_bytes, n), n_threads), up_chunks = parts(inner, up_rows);
+    integer down_rows = chunk_rows(n, hidden, parts(down_bytes, n), n_threads), down_chunks = parts(hidden, down_rows);
+#pragma omp parallel num_threads(n_threads)
+    {
+        desk d = desk_of(room + thread() * mine, hidden > inner ? hidden : inner);
 #pragma omp for schedule(dynamic)
         for (integer chunk = 0; chunk < n * up_chunks; chunk++) {
             integer i = chunk / up_chunks, start = chunk % up_chunks * up_rows;
-            rise(experts + i, rooms[i], hidden, inner, start, least(start + up_rows, inner));
+            rise(loads + i, rooms[i], inner, start, least(start + up_rows, inner), &d);
         }
 #pragma omp for schedule(dynamic) nowait
         for (integer chunk = 0; chunk < n * down_chunks; chunk++) {
-            const expert *e = experts + chunk / down_chunks;
+            const load *l = loads + chunk / down_chunks;
             integer start = chunk % down_chunks * down_rows;
-            multiply(e->down, e->down_stride, rooms[chunk / down_chunks], 0, e->y, hidden, inner, e->n_rows, start,
-                     least(start + down_rows, hidden));
+            multiply_one(&l->e->down, rooms[chunk / down_chunks], l->y, hidden, l->n_rows, start,
+                         least(start + down_rows, hidden), &d);
         }
     }
+    return n;
 }

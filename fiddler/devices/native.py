@@ -1,4 +1,4 @@
-"""Our own kernels in native.c: compiled once for this machine, and kept in the user's cache folder.
+"""Our own kernels in native.c and its headers: compiled once for this machine, and kept in the user's cache folder.
 
 They need only gcc as `cc`, or the compiler that `$CC` names. Without it, torch's kernels do the work.
 """
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +22,27 @@ from torch.nn import functional as F
 
 from fiddler.config import cache_folder, most_threads
 from fiddler.devices.library import VERSION_S, compiled, keep, kept, loaded, run
+from fiddler.devices.outline import Outline, described
+from fiddler.formats.packed import Matrix, Packed
 from fiddler.scheduler.routing import Load
-from fiddler.types import ExpertWeights
 
 logger = logging.getLogger("fiddler")
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
+"""What it includes."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
+_SLACK, _ROOM_A_COLUMN = 256, 4 * (2 * 16 + 2 * 4 + 3)
+"""Columns more than a thread's room is made for, and its bytes a column: as in dots.h."""
 UNUSED = "cannot compile our own kernels, so experts run on torch's, which may be slower"
 DEFAULT = "cc"
 """The compiler, where `$CC` names none."""
 
 
 class Native:
-    """The compiled kernels; bfloat16 only.
+    """The compiled kernels: activations are bfloat16, and weights bfloat16 or packed.
 
     `torch.get_num_threads()` threads work: torch's own team, for gcc's OpenMP runtime is the one that torch loads.
     `made` is the compiled library; raises `OSError` or `AttributeError` for another one.
@@ -51,15 +55,21 @@ class Native:
         pointer, integer, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._matmul = functions.fiddler_matmul
         self._matmul.argtypes = [pointer, integer, *[pointer] * 3, *[integer] * 3, threads]
+        self._matmul.restype = None
         self._experts = functions.fiddler_experts
-        self._experts.argtypes = [pointer, *[integer] * 3, pointer, threads]
-        self._matmul.restype = self._experts.restype = None
+        self._experts.argtypes = [pointer, *[integer] * 3, pointer, integer, threads]
+        self._experts.restype = integer
+        self._product, self._decode = functions.fiddler_product, functions.fiddler_decode
+        self._product.argtypes = [*[pointer] * 3, integer, pointer, integer, threads]
+        self._decode.argtypes = [*[pointer] * 3, integer, threads]
 
-    def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
         """Return `x Wᵀ + b`, `[n, out]`, of `x` `[n, in]`; torch does what the kernels do not take.
 
         One long function, since it runs several times a layer and token; `fits` says what the kernels take.
         """
+        if isinstance(weight, Packed):
+            return self._packed(x, weight, bias)
         (out, columns), (stride, step), (n_rows, width) = weight.shape, weight.stride(), x.shape
         if (
             not (x.dtype == weight.dtype == torch.bfloat16)
@@ -78,8 +88,36 @@ class Native:
         self._matmul(weight.data_ptr(), stride, x.data_ptr(), added, y.data_ptr(), out, columns, n_rows, n_threads)
         return y
 
-    def experts(self, loads: Sequence[Load], outlines: Sequence["Outline"], rows: Tensor, out: Tensor) -> None:
-        """Run whole SiLU-gated experts without biases, all at once; `rows` and `out` are `[n, H]`.
+    def _packed(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        (n_rows, width), (out, columns) = x.shape, weight.shape
+        if width != columns:
+            raise ValueError(f"rows are {width} wide where the matrix is {out} x {columns}")
+        if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and learns(x)):
+            return F.linear(x, weight.dense(x.dtype), bias)
+        if n_rows > MOST_ROWS:
+            return F.linear(x, self.dense(weight), bias)
+        x, y, matrix = x.contiguous(), x.new_empty(n_rows, out), described(weight, bias)
+        n_threads = min(torch.get_num_threads(), most_threads())
+        room = _room(x, n_threads, columns)
+        done = self._product(matrix, x.data_ptr(), y.data_ptr(), n_rows, room.data_ptr(), room.numel(), n_threads)
+        if done:
+            raise ValueError("a packed matrix is not as it says it is")
+        return y
+
+    def dense(self, weight: Packed) -> Tensor:
+        """Return `weight.dense(torch.bfloat16)`, with all threads.
+
+        Raises `ValueError` for a matrix that the kernels do not take.
+        """
+        matrix, y = described(weight), torch.empty(weight.shape, dtype=torch.bfloat16)
+        n_threads = min(torch.get_num_threads(), most_threads())
+        room = _room(y, n_threads, weight.shape[1])
+        if self._decode(matrix, y.data_ptr(), room.data_ptr(), room.numel(), n_threads):
+            raise ValueError("a packed matrix is not as it says it is")
+        return y
+
+    def experts(self, loads: Sequence[Load], outlines: Sequence[Outline], rows: Tensor, out: Tensor) -> None:
+        """Run whole experts, all at once; `rows` and `out` are `[n, H]`.
 
         Each load's rows of `rows` go through its expert into the same rows of `out`, which has no gaps. The caller
         keeps the weights alive that the outlines are of. Raises `ValueError` where rows or an expert are not what
@@ -92,7 +130,7 @@ class Native:
                 raise ValueError(
                     f"rows are {tensor.dtype}, {tensor.shape[1]} wide, and not bfloat16, {hidden} wide"
                 )
-        table, n_rows = array("Q"), 0  # of `expert` of native.c
+        table, n_rows = array("Q"), 0  # of `load` of native.c
         start, to, row_bytes = rows.data_ptr(), out.data_ptr(), hidden * rows.itemsize
         for load, outline in zip(loads, outlines, strict=True):
             if outline.hidden != hidden or outline.inner != inner:
@@ -100,52 +138,27 @@ class Native:
                     f"expert {load.expert} is {outline.hidden} x {outline.inner}, not {hidden} x {inner}"
                 )
             shift = load.start * row_bytes
-            table.extend((*outline.pointers, start + shift, to + shift, *outline.strides, load.n_rows))
+            table.extend((outline.address, start + shift, to + shift, load.n_rows))
             n_rows += load.n_rows
-        middle = rows.new_empty(n_rows, inner)
         n_threads = min(torch.get_num_threads(), most_threads())
-        self._experts(table.buffer_info()[0], len(loads), hidden, inner, middle.data_ptr(), n_threads)
+        mine = (max(hidden, inner) // _SLACK + 2) * _SLACK * _ROOM_A_COLUMN
+        room = rows.new_empty(n_threads * mine // 2 + 2 * n_rows * inner)
+        done = self._experts(
+            table.buffer_info()[0], len(loads), hidden, inner, room.data_ptr(), 2 * room.numel(), n_threads
+        )
+        if done != len(loads):
+            raise ValueError(f"the kernels do not take load {done} of {len(loads)}")
 
 
-class Outline(NamedTuple):
-    """Addresses and sizes of an expert's matrices."""
-
-    pointers: tuple[int, int, int]
-    """Addresses of gate, up and down."""
-    strides: tuple[int, int, int]
-    hidden: int
-    inner: int
-
-    @classmethod
-    def of(cls, weights: ExpertWeights) -> "Outline":
-        """Look at an expert. Raises `ValueError` for one that the kernels do not take."""
-        gate, up, down = weights.up[0], weights.up[-1], weights.down
-        hidden, inner = down.shape
-        joined = len(weights.up) == 1
-        shapes = [tuple(matrix.shape) for matrix in weights.up]
-        if shapes != ([(2 * inner, hidden)] if joined else [(inner, hidden)] * 2):
-            raise ValueError(f"up is {shapes} where down is {(hidden, inner)}")
-        if not all(map(fits, weights.parts)):
-            raise ValueError("a matrix is not bfloat16 with its columns side by side")
-        halfway = inner * gate.stride(0) * gate.itemsize if joined else 0
-        pointers = gate.data_ptr(), up.data_ptr() + halfway, down.data_ptr()
-        return cls(pointers, (gate.stride(0), up.stride(0), down.stride(0)), hidden, inner)
+def _room(beside: Tensor, n_threads: int, columns: int) -> Tensor:
+    """Return memory in which so many threads multiply matrices of so many columns."""
+    n_bytes = n_threads * (columns // _SLACK + 2) * _SLACK * _ROOM_A_COLUMN
+    return beside.new_empty(n_bytes, dtype=torch.uint8)
 
 
 def learns(*tensors: Tensor) -> bool:
     """Whether gradients are wanted; our kernels compute none."""
     return any(tensor.requires_grad for tensor in tensors)
-
-
-def fits(weight: Tensor) -> bool:
-    """Whether the kernels take a matrix `[out, in]` as it lies in memory."""
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.dim() == 2
-        and weight.stride(1) == 1
-        and weight.shape[1] > 0
-        and weight.device.type == "cpu"
-    )
 
 
 def native() -> Native | None:
@@ -196,5 +209,6 @@ def _make(version: bytes) -> str:
             if line.startswith((b"model name", b"flags"))
         )
     machine = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
-    make = b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, machine.encode()])
+    sources = [file.read_bytes() for file in (SOURCE, *HEADERS)]
+    make = b"\0".join([*sources, " ".join(FLAGS).encode(), version, machine.encode()])
     return hashlib.sha256(make).hexdigest()[:12]

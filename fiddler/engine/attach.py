@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from fiddler.calibration.kernels import checked, choose_kernels, compute_lane
 from fiddler.config import EngineConfig
-from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import native
 from fiddler.errors import ModelError

@@ -19,7 +19,8 @@ from fiddler.calibration.kernels import torch_worker
 from fiddler.config import EngineConfig
 from fiddler.cost.model import CostModel
 from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.engine.assembly import Side
 from fiddler.errors import ConfigError
 from fiddler.gpu import cuda
@@ -27,7 +28,9 @@ from fiddler.gpu.budget import Division, budget, divide, shrunk
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.device import Gpu
 from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
-from fiddler.gpu.slots import SlotExperts, Stack
+from fiddler.gpu.scratch import scratch_bytes
+from fiddler.gpu.slots import SlotExperts, ability_of
+from fiddler.gpu.stack import Stack
 from fiddler.gpu.streams import StreamLanes
 from fiddler.models.kv import KvArena, SequenceKV
 from fiddler.models.loaded import ServableModel
@@ -117,7 +120,7 @@ class GpuMemory:
 
 def _stack(store: BlockStore, arena: Arena, layer: int) -> Stack:
     """Return all slots as experts of a layer."""
-    return Stack.over(arena.slots, arena.views(0, store.layout(layer)))
+    return Stack.over(arena.slots, store.layout(layer))
 
 
 def _arena(room: Division, gpu: Gpu) -> Arena:
@@ -181,7 +184,7 @@ class Needs:
     kv_token: int
     """One token's keys and values, over all layers."""
     workspace: int
-    """Bytes of the largest step: activations, and the rows of experts' visits."""
+    """Bytes of the largest step: activations, the rows of experts' visits, and decoded weights."""
 
 
 def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
@@ -198,7 +201,8 @@ def needs(loaded: ServableModel, gpu: Gpu, n_rows: int) -> Needs:
         peak = gpu.launch(lambda: gpu.peak(run))
         past = steps.pop().past
         held = past.token_bytes if isinstance(past, SequenceKV) else -(-past_bytes(past) // n_rows)
-    return Needs(held, peak + _visits_bytes(loaded, n_rows) + _mask_bytes(loaded, n_rows))
+    beside = _visits_bytes(loaded, n_rows) + _mask_bytes(loaded, n_rows) + _decoded_bytes(loaded, gpu)
+    return Needs(held, peak + beside)
 
 
 def _mask_bytes(loaded: ServableModel, n_rows: int) -> int:
@@ -218,8 +222,16 @@ def _visits_bytes(loaded: ServableModel, n_rows: int) -> int:
         weights = loaded.weights(layer, 0)
         n_hidden, n_between = weights.down.shape
         ups = sum(matrix.shape[0] for matrix in weights.up)
-        widest = max(widest, (2 * n_hidden + ups + n_between) * weights.down.element_size())
+        widest = max(widest, (2 * n_hidden + ups + n_between) * loaded.dtype.itemsize)
     return n_rows * loaded.top_k * widest
+
+
+def _decoded_bytes(loaded: ServableModel, gpu: Gpu) -> int:
+    """Return the bytes of the scratch in which quantised experts of many rows are decoded."""
+    kernels = ability_of(gpu.device).runs_triton
+    layers = enumerate(loaded.n_experts)
+    sizes = (scratch_bytes(loaded.weights(layer, 0), n, loaded.dtype, kernels=kernels) for layer, n in layers)
+    return max(sizes, default=0)
 
 
 GRAPHS_BYTES = 256 << 20

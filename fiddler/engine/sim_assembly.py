@@ -57,7 +57,7 @@ def _costs(loaded: ServableModel, host: CpuDevice, accelerator: SimDevice, confi
         return described_costs(loaded.resolved.machine, loaded)
     if not accelerator.arena.n_slots:
         return no_costs(len(loaded.n_experts))
-    return calibrate(Bench(host, loaded.n_experts, accelerator), loaded, config).costs
+    return calibrate(Bench(host, loaded.n_experts, accelerator, loaded.dtype), loaded, config).costs
 
 
 def _lanes(resolved: Resolved, work: ExpertWork, costs: CostModel, trace: Trace | None) -> LaneSet:

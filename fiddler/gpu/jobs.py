@@ -20,7 +20,8 @@ from fiddler.devices.arena import Arena
 from fiddler.devices.cpu import CpuDevice, empty_results
 from fiddler.gpu.crossing import GpuCrossing, GpuLayer, Watch
 from fiddler.gpu.device import Event, Gpu
-from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.visits import Visits
 from fiddler.lanes.experts import LaneCounters, each
 from fiddler.scheduler.messages import CopyExpert, Failures, RunExperts
 from fiddler.scheduler.routing import Load

@@ -2,7 +2,8 @@
 for the GPU.
 
 There are three paths. `triton` runs few rows in kernels of ours (triton_kernels.py). `grouped` runs many in torch's
-grouped matmul, over all slots at once. `loop` runs one expert after the other, and works everywhere.
+grouped matmul, over all slots at once. `loop` runs one expert after the other, and works everywhere. Quantised
+weights are decoded in the kernels' registers for few rows, and for many into a scratch (scratch.py).
 
 Facts about `torch.nn.functional.grouped_mm` are from torch's `GroupedBlas.cpp`, `GroupMM.cu`, `GroupMMCommon.cuh`
 and `GroupedMMUtils.h`; 2.11, the oldest torch that we admit, has the signature of 2.13 and the same headers. In
@@ -12,8 +13,7 @@ fewer than 1024. Rows of either operand take multiples of 16 bytes; weights may 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.cpu import DTYPES, ExpertFormula, run_expert
+from fiddler.devices.formula import DTYPES, ExpertFormula, run_expert
 from fiddler.devices.kernels import linear
-from fiddler.types import ExpertWeights
+from fiddler.gpu.scratch import Decode, by_torch, run_decoded
+from fiddler.gpu.stack import Stack
+from fiddler.gpu.visits import MOST_GROUPS, Visits, windows
 
 logger = logging.getLogger("fiddler")
 
@@ -35,107 +37,10 @@ Picked = Literal["triton", "grouped", "loop"]
 FEW_ROWS = 16
 """Rows of the largest group up to which `triton` is picked: one tile of its kernels, so that weights are read once.
 Source: `TILE_ROWS` in triton_kernels.py. Torch's grouped kernels have tiles of 64 rows and more (`GroupMM.cu`)."""
-MOST_GROUPS = 1023
-"""Groups of one grouped matmul. Source: `group_count < 1024` in `GroupMM.cu`."""
-ROW_ALIGNMENT = 16
-"""Bytes. Source: `check_valid_strides_and_return_transposed` in `GroupedMMUtils.h`."""
 TRITON_CAPABILITY = (8, 0)
 """CUDA compute capability of the oldest GPUs that Triton supports. Source: its README, "Compatibility"."""
 GROUPED_CAPABILITIES = (9, 10)
 """Major ones, with a grouped kernel. Source: `_grouped_mm_cuda` in `GroupedBlas.cpp`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Visits:
-    """Rows of one layer, grouped by the slot that runs them. Slots ascend, each once; a group may be empty."""
-
-    slots: Tensor
-    """int32 `[G]`, on the device."""
-    bounds: Tensor
-    """int32 `[G + 1]`, from 0 to R: group g is `positions[bounds[g]:bounds[g + 1]]`."""
-    positions: Tensor
-    """int32 `[R]`, in the flattened `[T, K]` routing, each once; a row's token is `position // top_k`."""
-    most_rows: int
-    """Rows of the largest group."""
-    n_rows: int
-    """R, the number of rows."""
-    top_k: int
-    groups: tuple[tuple[int, int, int], ...]
-    """(slot, start, stop) by group: the same as `slots` and `bounds`, for the host. `triton` does not read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The weights in all slots of an arena, as `ExpertWeights` has those in one: strided views, nothing is copied.
-
-    Slots that hold something else are in it all the same, and must not be visited.
-    """
-
-    up: tuple[Tensor, ...]
-    """One fused or ungated matrix `[n_slots, (2)I, H]`, or gate and up `[n_slots, I, H]` each."""
-    down: Tensor
-    """`[n_slots, H, I]`."""
-    up_bias: tuple[Tensor, ...] = ()
-    """Matching `up`, `[n_slots, (2)I]` or `[n_slots, I]` each."""
-    down_bias: Tensor | None = None
-    """`[n_slots, H]`."""
-    aligned: bool = field(init=False)
-    """Whether a grouped matmul takes the matrices."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "aligned", all(_aligned(matrix) for matrix in (*self.up, self.down)))
-
-    @classmethod
-    def over(cls, slots: Tensor, first: ExpertWeights) -> "Stack":
-        """Return views of `slots`, uint8 `[n_slots, slot_bytes]`, that lie in each slot as `first` does in slot 0.
-
-        Raises `ValueError` where a part of `first` is not in slot 0, or slots are not aligned to its dtype.
-        """
-        return cls(
-            up=tuple(_stacked(slots, part) for part in first.up),
-            down=_stacked(slots, first.down),
-            up_bias=tuple(_stacked(slots, part) for part in first.up_bias),
-            down_bias=None if first.down_bias is None else _stacked(slots, first.down_bias),
-        )
-
-    def of(self, slot: int) -> ExpertWeights:
-        """Return the weights in one slot."""
-        return self._part(slot)
-
-    def between(self, first: int, stop: int) -> ExpertWeights:
-        """Return the weights in slots `first … stop-1`: each part has the slot as one more dimension, its first."""
-        return self._part(slice(first, stop))
-
-    def _part(self, key: int | slice) -> ExpertWeights:
-        return ExpertWeights(
-            up=tuple(part[key] for part in self.up),
-            down=self.down[key],
-            up_bias=tuple(part[key] for part in self.up_bias),
-            down_bias=None if self.down_bias is None else self.down_bias[key],
-        )
-
-
-def _stacked(slots: Tensor, part: Tensor) -> Tensor:
-    """Return the tensors in all slots that lie where `part` lies in the first one."""
-    item, offset = part.element_size(), part.data_ptr() - slots.data_ptr()
-    extent = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True)) + 1
-    if offset < 0 or offset + extent * item > slots.shape[1]:
-        raise ValueError(
-            f"a part of {tuple(part.shape)} at byte {offset} is not in a slot of {slots.shape[1]} bytes"
-        )
-    if offset % item or slots.stride(0) % item:
-        raise ValueError(f"slots of {slots.stride(0)} bytes, or byte {offset} of one, are not aligned to {item}")
-    typed = slots.view(part.dtype)
-    shape, stride = (slots.shape[0], *part.shape), (typed.stride(0), *part.stride())
-    return typed.as_strided(shape, stride, typed.storage_offset() + offset // item)
-
-
-def _aligned(matrix: Tensor) -> bool:
-    """Whether a grouped matmul takes `[n_slots, out, in]`, and rows of `in` numbers without gaps."""
-    short, long = sorted(matrix.stride()[1:])
-    strides = (long, matrix.stride(0), matrix.shape[2])
-    addresses = (matrix.data_ptr(), *(stride * matrix.element_size() for stride in strides))
-    return short == 1 and all(address % ROW_ALIGNMENT == 0 for address in addresses)
 
 
 class Ability(NamedTuple):
@@ -148,6 +53,11 @@ class Ability(NamedTuple):
     triton: bool = False
     """Whether Triton is there and has not failed yet."""
 
+    @property
+    def runs_triton(self) -> bool:
+        """Whether kernels of Triton's run."""
+        return self.device == "cuda" and self.triton and self.capability >= TRITON_CAPABILITY
+
 
 def pick(most_rows: int, dtype: torch.dtype, ability: Ability, aligned: bool) -> Picked:
     """Return the path for a largest group of so many rows, and weights that a grouped matmul takes or not.
@@ -157,7 +67,7 @@ def pick(most_rows: int, dtype: torch.dtype, ability: Ability, aligned: bool) ->
     """
     if ability.device != "cuda" or dtype not in DTYPES.values():
         return "loop"
-    if ability.triton and ability.capability >= TRITON_CAPABILITY and most_rows <= FEW_ROWS:
+    if ability.runs_triton and most_rows <= FEW_ROWS:
         return "triton"
     if ability.capability[0] in GROUPED_CAPABILITIES and dtype == torch.bfloat16 and aligned:
         return "grouped"
@@ -200,13 +110,16 @@ class SlotExperts:
         """
         if visits.n_rows == 0:
             return
-        stack, formula = self._stacks(layer), self._formulas[layer]
+        stack = self._stacks(layer)
         path = self._pick(visits.most_rows, stack, hidden)
         if path == "triton":
             if self._run_triton(layer, stack, visits, hidden, out):
                 return
             path = self._pick(visits.most_rows, stack, hidden)
-        (_run_grouped if path == "grouped" else _run_loop)(stack, formula, visits, hidden, out)
+        if stack.packed:
+            self._run_decoded(layer, stack, visits, hidden, out, grouped=path == "grouped")
+        else:
+            (_run_grouped if path == "grouped" else _run_loop)(stack, self._formulas[layer], visits, hidden, out)
 
     def blind(self, layer: int, most_rows: int, hidden: Tensor) -> bool:
         """Whether `run` reads no row's place on the host, and leaves alone positions behind the last group."""
@@ -216,19 +129,35 @@ class SlotExperts:
     def _pick(self, most_rows: int, stack: Stack, hidden: Tensor) -> Picked:
         if self._path != "auto":
             return self._path
-        ability = ability_of(hidden.device)
-        if self._triton_failed:
-            ability = ability._replace(triton=False)
-        return pick(most_rows, hidden.dtype, ability, stack.aligned)
+        return pick(most_rows, hidden.dtype, self._ability(hidden.device), stack.aligned)
+
+    def _ability(self, device: torch.device) -> Ability:
+        ability = ability_of(device)
+        return ability._replace(triton=False) if self._triton_failed else ability
 
     def _run_triton(self, layer: int, stack: Stack, visits: Visits, hidden: Tensor, out: Tensor) -> bool:
         """Return whether it worked; if not, rows may have been written."""
         formula = self._formulas[layer]
         if layer not in self._swiglu:
             self._swiglu[layer] = formula.is_swiglu
+        swiglu = self._swiglu[layer]
+        return self._try(lambda kernels: kernels.run(stack, formula, swiglu, visits, hidden, out), "triton_kernels")
+
+    def _run_decoded(
+        self, layer: int, stack: Stack, visits: Visits, hidden: Tensor, out: Tensor, *, grouped: bool
+    ) -> None:
+        def run(decode: Decode) -> None:
+            formula = self._formulas[layer]
+            run_decoded(stack, formula, visits, hidden, out, decode=decode, grouped=grouped)
+
+        by_triton = self._path == "auto" and self._ability(hidden.device).runs_triton
+        if not (by_triton and self._try(lambda kernels: run(kernels.decode), "triton_decode")):
+            run(by_torch)
+
+    def _try(self, run: Callable[[Any], None], module: str) -> bool:
+        """Run something with a module of Triton's kernels; returns whether it worked."""
         try:
-            kernels: Any = import_module("fiddler.gpu.triton_kernels")
-            kernels.run(stack, formula, self._swiglu[layer], visits, hidden, out)
+            run(import_module(f"fiddler.gpu.{module}"))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # not installed, no C compiler, an unknown GPU: each has an exception of its own
@@ -271,28 +200,3 @@ def _grouped_linear(offs: Tensor, groups: Tensor, x: Tensor, weight: Tensor, bia
     """
     y: Tensor = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offs)
     return y if bias is None else y + bias.index_select(0, groups)
-
-
-class Window(NamedTuple):
-    """Neighbouring slots and the rows that they run."""
-
-    first_slot: int
-    stop_slot: int
-    start: int
-    stop: int
-
-
-def windows(groups: Sequence[tuple[int, int, int]], most_slots: int) -> Iterator[Window]:
-    """Yield windows of at most so many slots that hold all groups, (slot, start, stop) each, but for empty ones."""
-    window: Window | None = None
-    for slot, start, stop in groups:
-        if start == stop:
-            continue
-        if window is not None and slot < window.first_slot + most_slots:
-            window = window._replace(stop_slot=slot + 1, stop=stop)
-            continue
-        if window is not None:
-            yield window
-        window = Window(slot, slot + 1, start, stop)
-    if window is not None:
-        yield window

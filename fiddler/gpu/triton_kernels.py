@@ -1,5 +1,7 @@
 """Experts of few rows on slots, in Triton: each program finds its expert by a slot's number, nothing is gathered.
 
+The kernel here is that of plain weights; triton_packed.py has the one of quantised weights.
+
 Importing this imports triton. The kernels run on all devices of Triton, and in Triton's interpreter. Facts that
 this file relies on, with their sources:
 
@@ -12,47 +14,18 @@ this file relies on, with their sources:
 - What a mask leaves out is not read (Triton, `tl.load`).
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fiddler.devices.cpu import ExpertFormula, gated
-from fiddler.gpu.slots import Stack, Visits
+from fiddler.devices.formula import ExpertFormula, gated
+from fiddler.gpu.stack import PackedStack, Stack, StackedMatrix
+from fiddler.gpu.triton_packed import launch_packed
+from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
+from fiddler.gpu.visits import Visits
 
-TILE_ROWS = 16
-"""Rows of a tile, unless no group has more than one. Source: `mma.m16n8k16`, in the PTX ISA's "Warp-level Matrix
-Instructions", multiplies no fewer at a time. A group of up to so many rows reads its weights once."""
 LINE = 128
 """Bytes of a cache line. Source: CUDA C++ Best Practices Guide, "Coalesced Access to Global Memory"."""
-WARPS = 4
-STAGES = 3
-"""Turns of the loop over `tl.dot` that are under way: one multiplies while the others' tiles come to shared memory
-(Triton, `tl.range`). The largest tiles below take 40 KiB of it; the smallest GPUs with bfloat16 have 99 for a block
-(CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 8.6 and 8.9)."""
-
-
-class Tile(NamedTuple):
-    """What one program multiplies in one turn of its loop; powers of two."""
-
-    rows: int
-    out: int
-    """Rows of the weight `[out, in]`."""
-    inner: int
-    """Columns of the weight."""
-
-
-class Matrix(NamedTuple):
-    """A matrix `[n_slots, out, in]` and its bias `[n_slots, out]`.
-
-    With a twin, which lies in memory as the matrix does, `silu(x Wᵀ + b) * (x Vᵀ + c)` is computed.
-    """
-
-    weight: Tensor
-    twin: Tensor | None
-    bias: Tensor | None
-    twin_bias: Tensor | None
 
 
 def tile_of(most_rows: int, weight: Tensor) -> Tile:
@@ -98,13 +71,27 @@ def run(stack: Stack, formula: ExpertFormula, swiglu: bool, visits: Visits, hidd
 
 def _gate_and_up(stack: Stack) -> Matrix | None:
     """Return both of a gated stack; `None` where they do not lie alike."""
-    gate, up = stack.up if len(stack.up) == 2 else stack.up[0].chunk(2, dim=1)
-    if gate.stride() != up.stride():
+    pair = (stack.up[0], stack.up[1]) if len(stack.up) == 2 else _halves(stack.up[0])
+    if pair is None or not _alike(*pair):
         return None
     if not stack.up_bias:
-        return Matrix(gate, up, None, None)
+        return Matrix(*pair, None, None)
     gate_bias, up_bias = stack.up_bias if len(stack.up_bias) == 2 else stack.up_bias[0].chunk(2, dim=1)
-    return Matrix(gate, up, gate_bias, up_bias) if gate_bias.stride() == up_bias.stride() else None
+    return Matrix(*pair, gate_bias, up_bias) if gate_bias.stride() == up_bias.stride() else None
+
+
+def _halves(matrix: StackedMatrix) -> tuple[StackedMatrix, StackedMatrix] | None:
+    if isinstance(matrix, PackedStack):
+        return matrix.halves()
+    gate, up = matrix.chunk(2, dim=1)
+    return gate, up
+
+
+def _alike(gate: StackedMatrix, up: StackedMatrix) -> bool:
+    """Whether the matrices differ in nothing but where they begin."""
+    if isinstance(gate, PackedStack):
+        return isinstance(up, PackedStack) and gate.outline == up.outline
+    return isinstance(up, Tensor) and gate.stride() == up.stride()
 
 
 def _up(hidden: Tensor, matrix: Matrix, visits: Visits) -> Tensor:
@@ -123,6 +110,9 @@ def _launch(
     `visits`. Columns of both lie side by side.
     """
     weight, bias = matrix.weight, matrix.bias
+    if isinstance(weight, PackedStack):
+        launch_packed(x, matrix, out, visits, gather=gather, scatter=scatter)
+        return
     tile = tile_of(visits.most_rows, weight)
     blocks, tiles = triton.cdiv(weight.shape[1], tile.out), triton.cdiv(visits.most_rows, tile.rows)
     _multiply[blocks, visits.slots.shape[0], tiles](  # blocks first: programs side by side read memory side by side
@@ -240,16 +230,10 @@ def _add(total, x, weight, tile_rows: tl.constexpr):
 
 
 @triton.jit
-def _plus(a, b):
-    """Return the sum of two partial sums."""
-    return a + b
-
-
-@triton.jit
 def _finish(total, bias, places, there, tile_rows: tl.constexpr):
     """Return the sums `[rows, out]`, with the bias."""
     if tile_rows == 1:
-        total = tl.reduce(total, 0, _plus)[None, :]
+        total = tl.reduce(total, 0, plus)[None, :]
     if bias is not None:
         total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
     return total

@@ -216,4 +216,4 @@ def _dense_on(machine: Machine, nbytes: float) -> Curve:
 
 
 def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
-    return expert_costs(machine, weights.nbytes, 2.0 * sum(m.numel() for m in (*weights.up, weights.down)))
+    return expert_costs(machine, weights.nbytes, 2.0 * sum(math.prod(m.shape) for m in weights.matrices))

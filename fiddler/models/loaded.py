@@ -1,8 +1,9 @@
 """A model ready to run: its dense part, its experts' weights, and whether its sequences share a forward."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
-from fiddler.devices.cpu import DTYPES, ExpertFormula
-from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.devices.formula import DTYPES, ExpertFormula
+from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
 from fiddler.models.generation import check_folder, vocabulary
@@ -42,6 +43,8 @@ class LoadedModel:
     """Number of experts by layer."""
     weights: Callable[[int, int], ExpertWeights]
     """(layer, expert) to its weights."""
+    dtype: torch.dtype
+    """Dtype of the rows that visit experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
-    store = _store(checkpoint, layout, resolved)
+    refuse_groups(experts.values(), options.expert_dtype, "expert_dtype")
+    store = _store(checkpoint, layout, dtype, resolved, options.expert_dtype)
     checkpoint.check()  # what was read until now is what the headers say
     with alone():
         text = Text.open(folder, trust_remote_code=options.trust_remote_code)
@@ -93,6 +97,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
         formulas=tuple(seam.formula(module) for module in experts.values()),
         n_experts=layout.n_experts,
         weights=store.weights,
+        dtype=dtype,
         store=store,
         top_k=experts_per_token(config),
         text=text,
@@ -102,12 +107,35 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     )
 
 
-def _store(checkpoint: Checkpoint, layout: Layout, resolved: Resolved) -> "MappedStore | BlockStore":
+def _store(
+    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, resolved: Resolved, expert_dtype: str
+) -> "MappedStore | BlockStore":
     if resolved.store == "mapped":
-        return MappedStore(checkpoint, layout, DTYPES[resolved.dtype])
+        return MappedStore(checkpoint, layout, dtype)
     from fiddler.store.blocks import BlockStore  # only what copies experts needs blocks
 
-    return BlockStore(checkpoint, layout, DTYPES[resolved.dtype])
+    if expert_dtype == "checkpoint":
+        return BlockStore(checkpoint, layout, dtype)
+    from fiddler.formats.quantise import converted  # which few need
+
+    return BlockStore(checkpoint, layout, dtype, convert=partial(converted, to=expert_dtype, dtype=dtype))
+
+
+def refuse_groups(experts: Iterable[seam.ExpertsModule], to: str, option: str) -> None:
+    """Raise `ConfigError` where groups of a target do not divide the rows of an expert."""
+    if to in ("checkpoint", "bf16"):
+        return
+    from fiddler.formats.quantise import TARGETS
+
+    group = TARGETS[to].group or 1
+    for module in experts:
+        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            columns = module._shapes[name][1 if module.is_transposed else 2]
+            if columns % group:
+                raise ConfigError(
+                    f"{option}={to!r} needs rows of a multiple of {group} numbers, and {name} has {columns}; "
+                    f"use {option}='int8'"
+                )
 
 
 def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:
@@ -181,6 +209,7 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
         formulas=tuple(seam.formula(module) for module in modules),
         n_experts=tuple(module.down_proj.shape[0] for module in modules),
         weights=lambda layer, expert: seam.module_weights(modules[layer], expert),
+        dtype=modules[0].down_proj.dtype,
     )
 
 
@@ -190,9 +219,11 @@ def checkpoint_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> str:
     if dtype is not None:
         return str(dtype).removeprefix("torch.")
     sizes: dict[str, int] = {}
-    for entry in checkpoint.entries.values():
+    for entry in checkpoint.headers.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     most = max(sizes, key=sizes.__getitem__, default="F32")
+    if len(checkpoint.headers) != len(checkpoint.entries):  # quantised
+        most = "BF16"
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
 
 

@@ -8,6 +8,7 @@ architecture's experts need.
 `check_views` compares every expert's tensors with the shapes that the model computes with, from the headers alone.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,36 +19,64 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.formats.quantised import Quantised
 from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint, Entry
-from fiddler.store.mapped import Axis, Every, ExpertParts, Layout, Select, Step, Transpose, View
+from fiddler.store.mapped import (
+    Axis,
+    Every,
+    ExpertParts,
+    Layout,
+    Select,
+    Step,
+    Transpose,
+    View,
+    rows_of,
+    unviewable,
+)
 
 Shape = tuple[int, ...]
 
 
 def check_views(
-    parameter: str, due: Shape, experts: Sequence[tuple[View, ...]], entries: Mapping[str, Entry]
+    parameter: str, due: Shape, experts: Sequence[tuple[View, ...]], entries: Mapping[str, Entry | Quantised]
 ) -> None:
     """Hold the views that make each expert's part of a parameter against the shape `due`, `[out, in]` or `[out]`.
 
     An expert has one view, or two halves along `out`. Raises `CheckpointError`, which names the tensor and both
-    shapes, and for numbers that are no floats of 16 bits or more.
+    shapes, and for numbers that are no floats of 16 bits or more; `UnsupportedModelError` where experts of a layer
+    are quantised in different ways, or their numbers lie in an order that cannot be seen as `[out, in]`.
     """
+    kinds: dict[object, str] = {}
     for views in experts:
         out, *rest = due
         share = (out // len(views), *rest) if out % len(views) == 0 else None
         for view in views:
             entry = entries[view.tensor]
-            if entry.dtype not in EXPERT_DTYPES:
-                raise CheckpointError(
-                    f"tensor {view.tensor!r} is {entry.dtype}; experts must be {EXPERT_NAMES}: use a checkpoint "
-                    "that is not quantised"
-                )
+            if isinstance(entry, Quantised):
+                _check_packed(view, entry, kinds)
+            elif entry.dtype not in EXPERT_DTYPES:
+                raise CheckpointError(f"tensor {view.tensor!r} is {entry.dtype}; experts must be {EXPERT_NAMES}")
+            else:
+                kinds.setdefault("floats", view.tensor)
             if share is None or _seen(entry.shape, view.steps) != share:
                 raise CheckpointError(_complaint(parameter, due, views, view, entry))
 
 
-def _complaint(parameter: str, due: Shape, views: tuple[View, ...], view: View, entry: Entry) -> str:
+def _check_packed(view: View, entry: Quantised, kinds: dict[object, str]) -> None:
+    kinds.setdefault((entry.dtype, entry.block), view.tensor)
+    if len(kinds) > 1:
+        first = next(iter(kinds.values()))
+        raise UnsupportedModelError(
+            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, and {first!r} of the same "
+            "layer is stored in another way; Fiddler takes a layer's experts in one"
+        )
+    fused = bool(view.steps) and isinstance(view.steps[0], Select)
+    if fused != (len(entry.shape) == 3) or rows_of(entry, view.steps[fused:]) is None:
+        raise UnsupportedModelError(unviewable(view.tensor, entry))
+
+
+def _complaint(parameter: str, due: Shape, views: tuple[View, ...], view: View, entry: Entry | Quantised) -> str:
     part = "" if len(views) == 1 else f" and this is a part of {len(views)}"
     found = _seen(entry.shape, view.steps)
     seen = "" if found == entry.shape else f" ({_named(found)} for an expert)"
@@ -126,16 +155,52 @@ def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> 
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     meta = dict.fromkeys(wanted, True)
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    spare: list[tuple[str, str]] = []
     for name in sorted(names, key=loading.dot_natural_key):
         renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
         if renamed not in meta and name in meta:
             renamed, pattern = name, None
+        if pattern is None and renamed not in meta:
+            spare.append((renamed, name))
         for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)
-    return {
+    made = {
         parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
         for parameter, by in found.items()
     }
+    return made | _apart(wanted - set(made), spare)
+
+
+_MATRIX = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_PLACES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+
+
+def _apart(missing: set[str], spare: Sequence[tuple[str, str]]) -> dict[str, Source]:
+    """Return the sources of parameters that a checkpoint has as a matrix an expert, and transformers only as one.
+
+    Some architectures have their floats fused, and are published quantised as plain linear layers. `spare` are the
+    tensors without a place, by the names that transformers gives them.
+    """
+    if not missing:
+        return {}
+    found: dict[str, tuple[list[str], ...]] = defaultdict(lambda: ([], [], []))
+    for renamed, name in spare:
+        if match := _MATRIX.fullmatch(renamed):
+            found[match[1]][_PLACES[match[2]]].append(name)
+    made = {}
+    for path, (gates, ups, downs) in found.items():
+        kinds = {"gate_up_proj": (gates, ups), "up_proj": (ups,), "down_proj": (downs,)}
+        for parameter, lists in kinds.items():
+            if f"{path}.{parameter}" in missing and all(lists):
+                made[f"{path}.{parameter}"] = _side_by_side(parameter, lists)
+    return made
+
+
+def _side_by_side(parameter: str, lists: Sequence[list[str]]) -> Source:
+    patterns = [f"experts.*.{i}.weight" for i in range(len(lists))]
+    operations = [loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)]
+    converter = loading.WeightConverter(patterns, parameter, operations)
+    return Source({p: tuple(names) for p, names in zip(converter.source_patterns, lists, strict=True)}, converter)
 
 
 def _targets(renamed: str, converter: loading.WeightConverter | None) -> set[str]:

@@ -11,7 +11,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
 from transformers.integrations import moe
 
-from fiddler.devices.cpu import ExpertFormula
+from fiddler.devices.formula import ExpertFormula
 from fiddler.errors import EngineError
 from fiddler.types import ExpertWeights
 

@@ -18,12 +18,21 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
+from fiddler.formats.quantised import Quantised, refuse_unread
 from fiddler.given import shown
 from fiddler.models import seam
 from fiddler.models.alone import alone
 from fiddler.models.packing import dry_step
 from fiddler.store.checkpoint import Checkpoint
-from fiddler.store.folder import CONFIG, read_raw
+from fiddler.store.folder import (
+    CONFIG,
+    QUANTISATION,
+    is_file,
+    parts_of,
+    promised_files,
+    quantisation,
+    read_raw,
+)
 
 
 def text_lacks(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
@@ -85,21 +94,40 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         raise CheckpointError(
             f"{file} does not describe a {kind!r} model; correct it or download it again: {error}"
         ) from error
+    _without_quantisation(config)
     return config
 
 
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Keys that mark a quantised checkpoint; the last is mlx's. A multimodal model's text part may have its own."""
+def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
+    """Raise `UnsupportedModelError` for a method whose formats are not read, by its name."""
+    found = quantisation(raw)
+    if (found or _says_quantised(raw)) and str(found.get("quant_method")) not in METHODS:
+        method = found.get("quant_method", "unknown")
+        bits = found.get("bits") or found.get("w_bit")
+        files = sum(file.stat().st_size for file in promised_files(folder) if is_file(file))
+        larger = f" (about {files * 16 / bits / 1e9:.1f} GB)" if isinstance(bits, int) and 0 < bits < 16 else ""
+        raise UnsupportedModelError(
+            f"{folder.name} is quantised ({shown(method)[:40]}), which Fiddler does not read; use a bf16 checkpoint"
+            f"{larger}, or one in {', '.join(METHODS)}"
+        )
 
 
-def _refuse_quantised(raw: Mapping[str, Any], folder: Path) -> None:
-    for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
-        for name in _QUANTISED:
-            if (found := part.get(name)) is not None:
-                method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else repr(found)
-                raise UnsupportedModelError(
-                    f"{folder.name} is quantised ({method}); use a bf16, fp16 or fp32 checkpoint"
-                )
+METHODS = (
+    *("fp8", "fbgemm_fp8", "mxfp8", "mxfp4", "nvfp4", "modelopt", "modelopt_fp4", "compressed-tensors"),
+    *("gptq", "awq", "bitsandbytes"),
+)
+"""Names of methods, as `quant_method` has them, whose formats are read."""
+
+
+def _says_quantised(raw: Mapping[str, Any]) -> bool:
+    return any(part.get(name) is not None for part in parts_of(raw) for name in QUANTISATION)
+
+
+def _without_quantisation(config: PretrainedConfig) -> None:
+    """Take out what would have transformers quantise: weights come from our own readers, in floats."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        for name in QUANTISATION:
+            vars(part).pop(name, None) if part is not None else None
 
 
 MOST_LAYERS = 1000
@@ -195,6 +223,7 @@ def load_skeleton(
     load it.
     """
     folder = checkpoint.folder
+    refuse_unread(checkpoint.entries)
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
     _refuse_missing_layers(config, checkpoint)
     cls: Any = _hollow(whole, _most(checkpoint))
@@ -202,7 +231,7 @@ def load_skeleton(
     try:
         model, report = cls.from_pretrained(
             None,  # one reader for all: two would answer two questions of which files are the checkpoint
-            state_dict={name: _Lazy(checkpoint, name) for name in checkpoint.entries},
+            state_dict={name: _Lazy(checkpoint, name, dtype) for name in checkpoint.entries},
             config=config,
             dtype=dtype,
             output_loading_info=True,
@@ -229,9 +258,12 @@ class _Lazy:
 
     checkpoint: Checkpoint
     name: str
+    dtype: torch.dtype
 
     def __getitem__(self, _all: Any) -> torch.Tensor:
-        return self.checkpoint.tensor(self.name).clone()  # the mapping cannot be written to, and a file may change
+        if isinstance(self.checkpoint.entries[self.name], Quantised):
+            return self.checkpoint.tensor(self.name, dtype=self.dtype)
+        return self.checkpoint.stored(self.name).clone()  # the mapping cannot be written to, and a file may change
 
 
 def _add_generation(model: Any, folder: Path, *, trust_remote_code: bool) -> None:
@@ -275,6 +307,7 @@ def meta_skeleton(
     folder, most = (Path(), inf) if checkpoint is None else (checkpoint.folder, _most(checkpoint))
     whole, config = text_model(config, folder, trust_remote_code=trust_remote_code)
     if checkpoint is not None:
+        refuse_unread(checkpoint.entries)
         _refuse_missing_layers(config, checkpoint)
     cls: Any = _hollow(whole, most)
     try:

@@ -22,7 +22,8 @@ from torch import Tensor
 from fiddler.errors import UnsupportedModelError
 from fiddler.gpu.crossing import blank_visits, noted
 from fiddler.gpu.device import Gpu, Graph
-from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.visits import Visits
 from fiddler.lanes.experts import Ask, LaneCounters, Own, summed
 from fiddler.models.attention import CapturedCache, Row, StaticInputs, step_numbers
 from fiddler.models.kv import KvArena

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fiddler.errors import CheckpointError
+from fiddler.formats.packed import Code, Matrix, Packed
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore
 from fiddler.types import ExpertWeights
@@ -55,11 +56,34 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedPart:
+    """Where a quantised matrix lies in a block: its codes, scales and zeros, and its factor among the block's."""
+
+    parts: tuple[Part, ...]
+    code: Code
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    factor: Part
+
+    def view(self, block: Tensor) -> Packed:
+        """Return the matrix in a block; its factor is read, since experts of one layout have their own."""
+        codes, scales, *zeros = (part.view(block) for part in self.parts)
+        factor = float(self.factor.view(block))
+        own = zeros[0] if zeros else None
+        return Packed(self.code, codes, scales, self.shape, self.block, zeros=own, factor=factor)
+
+
+Place = Part | PackedPart
+Pair = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Tensors of a block, and those that are copied to them: the same rows, perhaps cut otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLayout:
     """The parts of a block, as `ExpertWeights` has them; experts of one layer share a layout."""
 
-    up: tuple[Part, ...]
-    down: Part
+    up: tuple[Place, ...]
+    down: Place
     up_bias: tuple[Part, ...]
     down_bias: Part | None
     nbytes: int
@@ -68,18 +92,16 @@ class BlockLayout:
     @classmethod
     def of(cls, sample: ExpertWeights) -> "BlockLayout":
         """Return the layout for experts of the shapes, dtypes and memory order of `sample`."""
-        end = 0
+        room = _Room()
+        up, down = tuple(map(room.matrix, sample.up)), room.matrix(sample.down)
+        up_bias = tuple(map(room.tensor, sample.up_bias))
+        down_bias = None if sample.down_bias is None else room.tensor(sample.down_bias)
+        return cls(up, down, up_bias, down_bias, room.end)
 
-        def place(tensor: Tensor) -> Part:
-            nonlocal end
-            part = Part.of(tensor, end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            return part
-
-        up, down = tuple(map(place, sample.up)), place(sample.down)
-        up_bias = tuple(map(place, sample.up_bias))
-        down_bias = None if sample.down_bias is None else place(sample.down_bias)
-        return cls(up, down, up_bias, down_bias, end)
+    @property
+    def reads(self) -> bool:
+        """Whether `views` reads a block: factors are numbers of each expert's own."""
+        return any(isinstance(part, PackedPart) for part in (*self.up, self.down))
 
     def views(self, block: Tensor) -> ExpertWeights:
         """Return the weights in a block, without copying: uint8, aligned to `ALIGNMENT`, at least `nbytes` long."""
@@ -96,7 +118,10 @@ class BlockLayout:
         Gate and up may be joined in the layout and apart in `weights`, or the reverse: a shard can end between the
         two. Raises `ValueError`, before a byte is written, for weights of other shapes than the layout's.
         """
-        pairs = list(zip(_groups(self.views(block)), _groups(weights), strict=True))
+        pairs = [*self._pairs(weights.up, self.up, block), *self._pairs((weights.down,), (self.down,), block)]
+        down_bias = () if weights.down_bias is None else (weights.down_bias,)
+        for tensors, places in ((weights.up_bias, self.up_bias), (down_bias, self._down_bias)):
+            pairs.append((tuple(part.view(block) for part in places), tensors))
         for parts, tensors in pairs:
             if _outline(parts) != _outline(tensors):
                 raise ValueError(f"weights are {_shapes(tensors)} where the layout has {_shapes(parts)}")
@@ -106,10 +131,63 @@ class BlockLayout:
             for part, source in zip(parts, sources, strict=True):
                 part.copy_(source)
 
+    @property
+    def _down_bias(self) -> tuple[Part, ...]:
+        return () if self.down_bias is None else (self.down_bias,)
 
-def _groups(weights: ExpertWeights) -> tuple[tuple[Tensor, ...], ...]:
-    down_bias = () if weights.down_bias is None else (weights.down_bias,)
-    return weights.up, (weights.down,), weights.up_bias, down_bias
+    def _pairs(self, matrices: Sequence[Matrix], places: Sequence[Place], block: Tensor) -> list[Pair]:
+        """Return the tensors of a block that take those of `matrices`, one pair for each kind of part."""
+        packed = [matrix for matrix in matrices if isinstance(matrix, Packed)]
+        plain = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        rooms = [place for place in places if isinstance(place, PackedPart)]
+        if not packed and not rooms:
+            return [(tuple(place.view(block) for place in places if isinstance(place, Part)), tuple(plain))]
+        kinds = [*map(_kind, packed), *map(_kind, rooms)]
+        if plain or len(rooms) != len(places) or kinds.count(kinds[0]) != len(kinds):
+            raise ValueError("an expert is not quantised as the first one of its layer is")
+        taken = list(zip(*(map(_bytes, matrix.parts) for matrix in packed), strict=True))
+        given = list(zip(*([_bytes(part.view(block)) for part in place.parts] for place in rooms), strict=True))
+        factors = torch.tensor([matrix.factor for matrix in packed], dtype=torch.float32)
+        if len(packed) != len(rooms):
+            if len(set(factors.tolist())) != 1:
+                raise ValueError(
+                    f"an expert has the factors {factors.tolist()} where the first of its layer has one"
+                )
+            factors = factors[:1].expand(len(rooms))
+        return [*zip(given, taken, strict=True), *_factors(rooms, factors, block)]
+
+
+def _factors(rooms: Sequence[PackedPart], factors: Tensor, block: Tensor) -> list[Pair]:
+    return [((room.factor.view(block),), (factor.view(1),)) for room, factor in zip(rooms, factors, strict=True)]
+
+
+def _kind(matrix: Packed | PackedPart) -> tuple[object, ...]:
+    """Return all that must be the same where matrices share a layout, beside their rows."""
+    return matrix.code, matrix.shape[1], matrix.block, [part.dtype for part in matrix.parts]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return numbers of 8 bits as bytes: torch joins and copies them, whatever they are."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+
+
+class _Room:
+    """Places one tensor behind the other."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def tensor(self, tensor: Tensor) -> Part:
+        part = Part.of(tensor, self.end)
+        self.end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return part
+
+    def matrix(self, matrix: Matrix) -> Place:
+        if isinstance(matrix, Tensor):
+            return self.tensor(matrix)
+        parts = tuple(map(self.tensor, matrix.parts))
+        factor = self.tensor(torch.empty(1, dtype=torch.float32))
+        return PackedPart(parts, matrix.code, matrix.shape, matrix.block, factor)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -169,6 +247,7 @@ def on_pages(n_blocks: int, block_bytes: int) -> Tensor:
 
 logger = logging.getLogger("fiddler")
 
+Convert = Callable[[ExpertWeights], ExpertWeights]
 Fill = Callable[[int, int, Tensor], None]
 """`(layer, expert, block)`: writes an expert's block, uint8 `[nbytes]`, in place."""
 
@@ -187,15 +266,22 @@ class _Layer:
 class BlockStore:
     """Every expert's block, read from the checkpoint at once; the checkpoint is not needed afterwards.
 
-    Arguments are those of `MappedStore`. The pages of the mapped files are released behind the reader, so memory
-    stays near one copy. Raises `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape
-    than the same tensor of the layer's first expert. At most `piece_bytes` are locked into RAM at once.
+    Arguments are those of `MappedStore`; `convert` makes the weights that are kept from those that were read. The
+    pages of the mapped files are released behind the reader, so memory stays near one copy. Raises
+    `CheckpointError` where a tensor is missing, cannot be viewed, or has another shape than the same tensor of the
+    layer's first expert. At most `piece_bytes` are locked into RAM at once.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, *, piece_bytes: int = PIECE_BYTES
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        dtype: torch.dtype,
+        *,
+        convert: Convert | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        source = _Source(checkpoint, layout, dtype)
+        source = _Source(checkpoint, layout, dtype, convert)
 
         def fill(layer: int, expert: int, block: Tensor) -> None:
             source.write(layer, expert, self.layout(layer), block)
@@ -322,10 +408,12 @@ class _Source:
     checkpoint: Checkpoint
     layout: Layout
     dtype: torch.dtype
+    convert: Convert | None
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """Return an expert's weights from a mapped store of its own: a converted copy lives no longer than they."""
-        return MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
+        weights = MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
+        return weights if self.convert is None else self.convert(weights)
 
     def write(self, layer: int, expert: int, layout: BlockLayout, block: Tensor) -> None:
         """Write an expert's block, and release the pages it was read from."""

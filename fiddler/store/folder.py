@@ -5,7 +5,7 @@ Nothing here imports torch or transformers, so a command can refuse a folder at 
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -113,6 +113,24 @@ def read_raw(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object: this is not a transformers checkpoint")
     return raw
+
+
+QUANTISATION = ("quantization_config", "compression_config", "quantization")
+"""Keys that describe a quantised checkpoint; the last is mlx's. A multimodal model's text part may have its own."""
+
+
+def parts_of(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a configuration and those in it, as of a multimodal model's text."""
+    return [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
+
+
+def quantisation(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return how a configuration says that its checkpoint is quantised; empty where it does not."""
+    for part in parts_of(raw):
+        for name in QUANTISATION:
+            if (found := part.get(name)) is not None:
+                return found if isinstance(found, dict) else {"quant_method": found}
+    return {}
 
 
 def weight_files(folder: Path) -> Files:

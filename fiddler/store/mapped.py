@@ -1,9 +1,10 @@
 """The experts' weights as views of the mapped checkpoint files.
 
 `ExpertParts` names the tensors of each expert's parts and the `View` steps that lead into them. `MappedStore` makes
-the views, when an expert is first used.
+the views, when an expert is first used. Quantised matrices stay packed, whatever the dtype that is computed in.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.formats.packed import Matrix, Packed
+from fiddler.formats.quantised import Quantised
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint
 from fiddler.types import ExpertWeights
 
@@ -81,8 +84,8 @@ class MappedStore:
     """Every expert's weights by (layer, expert); views are made when first asked for and kept.
 
     `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. Matrices
-    at an odd byte of the file are copied too, and so are unaligned float32 ones where this machine's products
-    depend on alignment (`aligned`).
+    at an odd byte of the file are copied too. So are unaligned float32 ones where this machine's products depend on
+    alignment (`aligned`), and quantised ones whose codes lie in another order than `Packed` has them.
     """
 
     checkpoint: Checkpoint
@@ -99,20 +102,60 @@ class MappedStore:
         return weights
 
     def _assemble(self, parts: ExpertParts) -> ExpertWeights:
-        up = self._joined(parts.up)
+        up = self._joined(parts.up) or tuple(matrix for view in parts.up for matrix in self._matrices(view))
+        if len(up) > 2:
+            raise CheckpointError(
+                f"tensor {parts.up[0].tensor!r} has {len(up)} factors for an expert, and gate and up have one each"
+            )
+        down = self._matrices(parts.down)
+        if len(down) != 1:
+            raise CheckpointError(f"tensor {parts.down.tensor!r} has {len(down)} factors where an expert has one")
         return ExpertWeights(
-            up=up if up is not None else tuple(self._part(v) for v in parts.up),
-            down=self._part(parts.down),
-            up_bias=self._bias(parts.up_bias, n=len(parts.up) if up is None else 1),
+            up=up,
+            down=down[0],
+            up_bias=self._bias(parts.up_bias, n=len(up)),
             down_bias=self._part(parts.down_bias) if parts.down_bias is not None else None,
         )
 
-    def _joined(self, views: tuple[View, ...]) -> tuple[Tensor] | None:
+    def _joined(self, views: tuple[View, ...]) -> tuple[Matrix] | None:
         """Gate and up as one matrix where they lie back to back: one multiplication instead of two."""
         if len(views) != 2 or any(v.steps for v in views):
             return None
-        tensor = self.checkpoint.joined(views[0].tensor, views[1].tensor)
+        first, second = views[0].tensor, views[1].tensor
+        quantised = [isinstance(self.checkpoint.entries.get(name), Quantised) for name in (first, second)]
+        if any(quantised):
+            return self._joined_packed(first, second) if all(quantised) else None
+        tensor = self.checkpoint.joined(first, second)
         return None if tensor is None else (aligned(tensor.to(self.dtype)),)
+
+    def _joined_packed(self, first: str, second: str) -> tuple[Matrix] | None:
+        entry = self.checkpoint.entries[first]
+        assert isinstance(entry, Quantised)
+        if entry.scaled or entry.copied:  # one expert's factors may be equal where another's are not
+            return None
+        gate, up = self.checkpoint.matrices(first)[0], self.checkpoint.matrices(second)[0]
+        joined = gate.beside(up)
+        return None if joined is None else (joined,)
+
+    def _matrices(self, view: View) -> tuple[Matrix, ...]:
+        entry = self.checkpoint.entries.get(view.tensor)
+        return self._packed(view, entry) if isinstance(entry, Quantised) else (self._part(view),)
+
+    def _packed(self, view: View, entry: Quantised) -> tuple[Packed, ...]:
+        match view.steps:
+            case (Select(index), *steps) if len(entry.shape) == 3:
+                matrices = self.checkpoint.matrices(view.tensor, index)
+            case steps:
+                matrices = self.checkpoint.matrices(view.tensor)
+        rows = rows_of(entry, steps)
+        if rows is None:
+            raise UnsupportedModelError(f"{unviewable(view.tensor, entry)}")
+        try:
+            for start in rows:
+                matrices = tuple(matrix.rows(start, 2) for matrix in matrices)
+        except ValueError as error:
+            raise UnsupportedModelError(f"tensor {view.tensor!r}: {error}") from error
+        return matrices
 
     def _bias(self, views: tuple[View, ...], n: int) -> tuple[Tensor, ...]:
         biases = tuple(self._part(v) for v in views)
@@ -126,10 +169,10 @@ class MappedStore:
     def _view(self, view: View) -> Tensor:
         match view.steps:
             case (Select(index), *steps):  # first: what has to be copied is one expert then, not all
-                tensor = self.checkpoint.tensor(view.tensor, index)
+                tensor = self.checkpoint.stored(view.tensor, index)
             case steps:
-                tensor = self.checkpoint.tensor(view.tensor)
-        if (name := self.checkpoint.entries[view.tensor].dtype) not in EXPERT_DTYPES:
+                tensor = self.checkpoint.stored(view.tensor)
+        if (name := self.checkpoint.headers[view.tensor].dtype) not in EXPERT_DTYPES:
             raise CheckpointError(f"tensor {view.tensor!r} is {name}; experts must be {EXPERT_NAMES}")
         for step in steps:
             tensor = _apply(tensor, step)
@@ -161,6 +204,31 @@ def _bits_hang_on_alignment() -> bool:
         room = torch.empty(n * n + 1, dtype=torch.float32, device="cpu")
         off = room[1:].view(n, n).copy_(weight)
         return any(not torch.equal(F.linear(rows, weight), F.linear(rows, off)) for rows in (x, x.repeat(3, 1)))
+
+
+def rows_of(entry: Quantised, steps: Sequence[Step]) -> list[int] | None:
+    """Return which halves of a quantised matrix's rows the steps take, in order, after its expert is selected.
+
+    `None` where they lead to its transpose or take columns apart, of which two may share a byte.
+    """
+    turned, starts = entry.turned, list[int]()
+    for step in steps:
+        match step:
+            case Transpose():
+                turned = not turned
+            case Every(axis, start) if axis == int(turned):
+                starts.append(start)
+            case _:
+                return None
+    return None if turned or (starts and entry.block[0] != 1) else starts
+
+
+def unviewable(name: str, entry: Quantised) -> str:
+    """Return the complaint about steps that cannot be taken."""
+    return (
+        f"tensor {name!r} is {entry.dtype}, in another order than the formula of this architecture needs; use the "
+        "bf16 version of the model"
+    )
 
 
 def _apply(tensor: Tensor, step: Step) -> Tensor:

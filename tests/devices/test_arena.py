@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 
 from fiddler.config import EngineConfig
 from fiddler.devices.arena import Arena
-from fiddler.devices.cpu import CpuDevice, ExpertFormula, empty_results
+from fiddler.devices.cpu import CpuDevice, empty_results
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.devices.native import native
 from fiddler.models.loaded import load

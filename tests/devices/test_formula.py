@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from fiddler.devices.cpu import CpuDevice, ExpertFormula, run_expert
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula, run_expert
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import seam

@@ -21,10 +21,12 @@ from fiddler.calibration.kernels import calibrated_kernels, calibration_file
 from fiddler.config import EngineConfig
 from fiddler.devices import library as compiler
 from fiddler.devices import native as kernels_of_ours
-from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import BUCKETS, Kernels, shape_key
 from fiddler.devices.library import compiled, keep, kept, loaded, private_room
-from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, Outline, _native, native
+from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, _native, native
+from fiddler.devices.outline import Outline
 from fiddler.lanes.experts import Ask, ExpertWork, HostRows
 from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import RunExperts
@@ -241,13 +243,13 @@ class TestDevice:
         [
             (SWIGLU, True),
             (ExpertFormula(gated=True, activation=torch.nn.SiLU()), True),
-            (ExpertFormula(gated=True, activation=F.gelu), False),
+            (ExpertFormula(gated=True, activation=F.gelu), True),
             (ExpertFormula(gated=True, activation=F.silu, post_norm=torch.nn.Identity()), False),
             (ExpertFormula(gated=True, activation=None, gate=lambda y: y.chunk(2, -1)[0]), False),
         ],
     )
-    def test_only_plain_swiglu_is_run_whole(self, formula: ExpertFormula, whole: bool) -> None:
-        assert self.device(formula)._way(0, 1).together == whole
+    def test_only_a_formula_that_the_kernels_know_is_run_whole(self, formula: ExpertFormula, whole: bool) -> None:
+        assert self.device(formula)._whole(0, 1) == whole
 
     def test_weights_are_let_go_with_their_device(self) -> None:
         device = self.device()

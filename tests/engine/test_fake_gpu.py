@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fiddler import Engine
 from fiddler.config import EngineConfig, PolicyName, PrefetchMode, WaveMode
-from fiddler.devices.cpu import gated
+from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
 from fiddler.gpu import cuda
-from fiddler.gpu.slots import SlotExperts, Visits
+from fiddler.gpu.slots import SlotExperts
+from fiddler.gpu.visits import Visits
 from fiddler.steps import graphs
 from fiddler.types import Statistics
 from tests.engine.test_invariance import RAGGED, ids, scripts, uneven

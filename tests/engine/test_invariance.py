@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from fiddler import DEMO, ConfigError, Engine, EngineConfig
 from fiddler.config import PolicyName, WaveMode
 from fiddler.cost.model import Contention, CostModel, Curve, Dense, ExpertCosts, Moves
-from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import TORCH, KernelName, Kernels, Matmul, rows_last, shape_key
 from fiddler.engine.assembly import DEFER_FROM, assemble_rig
 from fiddler.models.kv import Directness, SequenceKV, WaveCache

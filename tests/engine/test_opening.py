@@ -87,8 +87,10 @@ def test_an_unknown_architecture(tiny: Path) -> None:
 
 
 def test_a_quantised_checkpoint(tiny: Path) -> None:
-    edit_config(tiny, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(UnsupportedModelError, match=r"quantised \(fp8\); use a bf16"):
+    edit_config(tiny, quantization_config={"quant_method": "quark", "bits": 8})
+    with pytest.raises(
+        UnsupportedModelError, match=r"quantised \('quark'\).* use a bf16 checkpoint \(about 0\.0 GB"
+    ):
         opened(tiny)
 
 
@@ -221,8 +223,9 @@ def test_a_configuration_nested_too_deeply(tiny: Path, content: str) -> None:
         ({"num_hidden_layers": "3"}, "does not describe a 'qwen3_moe' model; correct it"),
         ({"text_config": {}}, "does not describe a 'qwen3_moe' model"),
         ({"quantization_config": 5}, r"quantised \(5\)"),
-        ({"quantization_config": {}}, r"quantised \(unknown\)"),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantised \(awq\)"),
+        ({"quantization_config": {}}, r"quantised \('unknown'\)"),
+        ({"quantization_config": {"quant_method": []}}, r"quantised \(\[\]\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, r"quantised \('hqq'\)"),
         ({"vocab_size": 10**9}, "describes a dense part of"),
         ({"head_dim": 10**9}, "describes a dense part of"),
         ({"vocab_size": -5}, "cannot"),

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fiddler.devices.cpu import CpuDevice, ExpertFormula
+from fiddler.devices.cpu import CpuDevice
+from fiddler.devices.formula import ExpertFormula
 from fiddler.devices.kernels import Kernels
 from fiddler.lanes.experts import Ask, ExpertWork, HostCrossing
 from fiddler.scheduler.layer import Layer, Wave

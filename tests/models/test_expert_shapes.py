@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fiddler import CheckpointError, EngineConfig
 from fiddler.cli.facts import read_facts
+from fiddler.errors import ModelError, UnsupportedModelError
 from fiddler.models.loaded import load
 from fiddler.models.naming import expert_layout
 from fiddler.models.seam import find_experts
@@ -31,7 +32,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     return folder
 
 
-def refused(folder: Path, *words: str) -> None:
+def refused(folder: Path, *words: str, error: type[ModelError] = CheckpointError) -> None:
     """Opening says all words, and so do looking at it and opening it packed."""
     attempts: tuple[Callable[[], Any], ...] = (
         lambda: load(folder, EngineConfig()),
@@ -39,7 +40,7 @@ def refused(folder: Path, *words: str) -> None:
         lambda: read_facts(folder, trust_remote_code=False),
     )
     for attempt in attempts:
-        with pytest.raises(CheckpointError) as found:
+        with pytest.raises(error) as found:
             attempt()
         assert all(word in str(found.value) for word in words), str(found.value)
 
@@ -92,7 +93,10 @@ def test_fused_experts_that_are_turned_and_interleaved(tmp_path: Path, part: str
 def test_numbers_that_are_no_floats_of_16_bits(tmp_path: Path, dtype: torch.dtype, expert: int) -> None:
     name = f"{LAYER}.{expert}.down_proj.weight"
     folder = edit(save_tiny(tmp_path), lambda t: t.update({name: torch.zeros(64, 32).to(dtype)}))
-    refused(folder, repr(name), "experts must be one of F64, F32, F16, BF16")
+    if dtype == torch.bool:
+        refused(folder, repr(name), "experts must be one of F64, F32, F16, BF16")
+    else:
+        refused(folder, repr(name), "quantised in a way", "or without its scales", error=UnsupportedModelError)
 
 
 @pytest.mark.parametrize("store", ["mapped", "packed"])

@@ -1,0 +1,173 @@
+"""The weights in all slots of an arena at once, as strided views: nothing is copied, and nothing is read."""
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fiddler.formats.packed import Code, Matrix, Packed
+from fiddler.store.blocks import BlockLayout, Part, Place
+from fiddler.types import ExpertWeights
+
+ROW_ALIGNMENT = 16
+"""Bytes that a grouped matmul's rows are multiples of. Source: `check_valid_strides_and_return_transposed` in
+`GroupedMMUtils.h`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStack:
+    """A quantised matrix in all slots; the parts are those of `Packed`, with the slot as their first dimension."""
+
+    code: Code
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    factors: Tensor
+    """float32 `[n_slots]`: the factor lies in each block, where only the device can read it without a wait."""
+    matrix: tuple[int, int]
+    """(out, in)."""
+    block: tuple[int, int]
+    """(rows, columns) that share a scale."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(slots, out, in), as a plain stack of matrices has it."""
+        return len(self.codes), *self.matrix
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Every tensor of it."""
+        found = self.codes, self.scales, self.factors
+        return found if self.zeros is None else (*found, self.zeros)
+
+    @property
+    def outline(self) -> tuple[object, ...]:
+        """All but where the parts begin."""
+        return self.code, self.matrix, self.block, [(part.dtype, part.stride()) for part in self.parts]
+
+    def of(self, slot: int) -> Packed:
+        """Return the matrix in one slot, its scales multiplied by its factor."""
+        zeros = None if self.zeros is None else self.zeros[slot]
+        scales = self.scales[slot].float() * self.factors[slot]
+        return Packed(self.code, self.codes[slot], scales, self.matrix, self.block, zeros)
+
+    def halves(self) -> "tuple[PackedStack, PackedStack] | None":
+        """Return the upper and the lower rows, if no block has some of both."""
+        rows, odd = divmod(self.matrix[0], 2)
+        if odd or (rows % self.block[0] and self.block[0] < self.matrix[0]):
+            return None
+        first, second = (self._rows(start, start + rows) for start in (0, rows))
+        return first, second
+
+    def _rows(self, start: int, stop: int) -> "PackedStack":
+        """Return rows between borders of blocks, or of the one block."""
+        high = self.block[0]
+        grid = slice(start // high, -(-stop // high))
+        zeros = None if self.zeros is None else self.zeros[:, grid]
+        codes, scales, matrix = self.codes[:, start:stop], self.scales[:, grid], (stop - start, self.matrix[1])
+        return PackedStack(self.code, codes, scales, zeros, self.factors, matrix, self.block)
+
+
+StackedMatrix = Tensor | PackedStack
+"""A matrix `[n_slots, out, in]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The weights in all slots of an arena, as `ExpertWeights` has those in one.
+
+    Slots that hold something else are in it all the same, and must not be visited.
+    """
+
+    up: tuple[StackedMatrix, ...]
+    """One fused or ungated matrix `[n_slots, (2)I, H]`, or gate and up `[n_slots, I, H]` each."""
+    down: StackedMatrix
+    """`[n_slots, H, I]`."""
+    up_bias: tuple[Tensor, ...] = ()
+    """Matching `up`, `[n_slots, (2)I]` or `[n_slots, I]` each."""
+    down_bias: Tensor | None = None
+    """`[n_slots, H]`."""
+    aligned: bool = field(init=False)
+    """Whether a grouped matmul takes the matrices, packed ones when they have been decoded."""
+    packed: bool = field(init=False)
+    """Whether a matrix is quantised."""
+
+    def __post_init__(self) -> None:
+        matrices = *self.up, self.down
+        object.__setattr__(self, "aligned", all(_aligned(matrix) for matrix in matrices))
+        object.__setattr__(self, "packed", any(isinstance(matrix, PackedStack) for matrix in matrices))
+
+    @classmethod
+    def over(cls, slots: Tensor, layout: BlockLayout) -> "Stack":
+        """Return views of `slots`, uint8 `[n_slots, slot_bytes]`, each of which starts with a block of `layout`.
+
+        Raises `ValueError` where a part is not in a slot, or slots are not aligned to its dtype.
+        """
+        return cls(
+            up=tuple(_matrix(slots, place) for place in layout.up),
+            down=_matrix(slots, layout.down),
+            up_bias=tuple(_stacked(slots, part) for part in layout.up_bias),
+            down_bias=None if layout.down_bias is None else _stacked(slots, layout.down_bias),
+        )
+
+    def of(self, slot: int) -> ExpertWeights:
+        """Return the weights in one slot."""
+        return ExpertWeights(
+            up=tuple(_of(part, slot) for part in self.up),
+            down=_of(self.down, slot),
+            up_bias=tuple(part[slot] for part in self.up_bias),
+            down_bias=None if self.down_bias is None else self.down_bias[slot],
+        )
+
+    def between(self, first: int, stop: int) -> "Stack":
+        """Return slots `first … stop-1` of a stack that is not packed."""
+        up, down = [part for part in self.up if isinstance(part, Tensor)], self.down
+        assert isinstance(down, Tensor)
+        return Stack(
+            up=tuple(part[first:stop] for part in up),
+            down=down[first:stop],
+            up_bias=tuple(part[first:stop] for part in self.up_bias),
+            down_bias=None if self.down_bias is None else self.down_bias[first:stop],
+        )
+
+
+def _of(part: StackedMatrix, slot: int) -> Matrix:
+    return part[slot] if isinstance(part, Tensor) else part.of(slot)
+
+
+def _matrix(slots: Tensor, place: Place) -> StackedMatrix:
+    if isinstance(place, Part):
+        return _stacked(slots, place)
+    codes, scales, *zeros = (_stacked(slots, part) for part in place.parts)
+    own = zeros[0] if zeros else None
+    factors = _stacked(slots, place.factor)[:, 0]
+    return PackedStack(place.code, codes, scales, own, factors, place.shape, place.block)
+
+
+def _stacked(slots: Tensor, part: Part) -> Tensor:
+    """Return the tensors that lie where a part lies, in all slots."""
+    item, (n_slots, slot_bytes) = part.dtype.itemsize, slots.shape
+    if part.offset < 0 or part.offset + prod(part.shape) * item > slot_bytes:
+        raise ValueError(
+            f"a part of {tuple(part.shape)} at byte {part.offset} is not in a slot of {slot_bytes} bytes"
+        )
+    if part.offset % item or slots.stride(0) % item:
+        raise ValueError(
+            f"slots of {slots.stride(0)} bytes, or byte {part.offset} of one, are not aligned to {item}"
+        )
+    typed = slots.view(part.dtype)
+    strides = [prod(part.shape[at + 1 :]) for at in range(len(part.shape))]
+    start = typed.storage_offset() + part.offset // item
+    stacked = typed.as_strided((n_slots, *part.shape), (typed.stride(0), *strides), start)
+    return stacked.transpose(1, 2) if part.transposed else stacked
+
+
+def _aligned(matrix: StackedMatrix) -> bool:
+    """Whether a grouped matmul takes `[n_slots, out, in]`, and rows of `in` numbers without gaps."""
+    if isinstance(matrix, PackedStack):
+        return matrix.shape[2] * torch.bfloat16.itemsize % ROW_ALIGNMENT == 0
+    short, long = sorted(matrix.stride()[1:])
+    strides = (long, matrix.stride(0), matrix.shape[2])
+    addresses = (matrix.data_ptr(), *(stride * matrix.element_size() for stride in strides))
+    return short == 1 and all(address % ROW_ALIGNMENT == 0 for address in addresses)
