@@ -27,8 +27,8 @@ from tests.formats.test_compressed import LARGE, scheme
 from tests.formats.writers import Writer, fp8, integers, mxfp4, nf4, nvfp4
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Subject, run
-from tests.test_fake_gpu import LONG, close, on_gpu
-from tests.test_invariance import RAGGED
+from tests.engine.test_fake_gpu import LONG, close, on_gpu
+from tests.engine.test_invariance import RAGGED
 
 FORMATS: dict[str, tuple[str, Writer, dict[str, Any]]] = {
     "nvfp4": ("qwen3_moe", nvfp4("weight", "weight_scale_2"), {"quant_method": "modelopt"}),

@@ -21,8 +21,8 @@ from fiddler.gpu.stack import PackedStack, Stack
 from fiddler.gpu.triton_tiles import Matrix
 from fiddler.store.blocks import BlockLayout
 from fiddler.types import ExpertWeights
-from tests.devices.quantised import WHOLE, Quantisation
-from tests.devices.test_slot_experts import random_visits
+from tests.gpu.quantised import WHOLE, Quantisation
+from tests.gpu.test_slots import random_visits
 
 FORMS = {
     "mxfp4": Quantisation(Code.FP4, torch.float8_e8m0fnu, block=(1, 32)),

@@ -19,8 +19,8 @@ from fiddler.gpu import slots as slot_experts
 from fiddler.gpu.scratch import by_torch, scratch_bytes
 from fiddler.gpu.slots import FEW_ROWS, Ability, Method, SlotExperts
 from fiddler.gpu.stack import PackedStack
-from tests.devices.quantised import BLOCKS, QUANTISATIONS, WHOLE, Quantisation, every_block, in_slots
-from tests.devices.test_slot_experts import (
+from tests.gpu.quantised import BLOCKS, QUANTISATIONS, WHOLE, Quantisation, every_block, in_slots
+from tests.gpu.test_slots import (
     ADA,
     DEVICE,
     GATED,

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiddler.formats.packed import SCALES, Code, Packed
-from tests.devices.quantised import BLOCKS, QUANTISATIONS, Quantisation, every_block, in_slots
-from tests.devices.test_slot_experts import DEVICE, GATED, KINDS, TOLERANCE, Kind, Sizes
+from tests.gpu.quantised import BLOCKS, QUANTISATIONS, Quantisation, every_block, in_slots
+from tests.gpu.test_slots import DEVICE, GATED, KINDS, TOLERANCE, Kind, Sizes
 
 pytest.importorskip("triton")
 
@@ -19,7 +19,7 @@ from fiddler.gpu.stack import PackedStack
 from fiddler.gpu.triton_decode import decode
 from fiddler.gpu.triton_packed import packed_tile
 from fiddler.gpu.triton_tiles import Tile
-from tests.devices.test_slot_triton import COUNTS, INTERPRETED, create_dot, widened
+from tests.gpu.test_triton_kernels import COUNTS, INTERPRETED, create_dot, widened
 
 PLAIN = [kind for kind in KINDS if not kind.transposed]
 SIZES = Sizes(22, 10, n_slots=3)

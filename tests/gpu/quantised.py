@@ -12,7 +12,7 @@ from fiddler.formats.packed import MIDDLE, SCALES, VALUES, Code, Packed
 from fiddler.gpu.stack import Stack
 from fiddler.store.blocks import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
-from tests.devices.test_slot_experts import DEVICE, Kind, Layer, Sizes
+from tests.gpu.test_slots import DEVICE, Kind, Layer, Sizes
 
 WHOLE = 1 << 20
 """More than any side."""
