@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
-from bench import kernels, latency, lookahead
+from bench import kernels, latency, lookahead, packed
 from bench.contest import ours
 from bench.report import Spread, table
 from bench.workload import Run, Workload
@@ -87,6 +87,19 @@ def test_a_complete_checkpoint_is_kept_and_another_never_overwritten(tmp_path: P
 def test_an_unknown_spec_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="NAME"):
         synthesize.config_of(spec)
+
+
+def test_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if native() is None:
+        pytest.skip("this machine has no gcc")
+    file = tmp_path / "packed.json"
+    packed.main(
+        ["--shape", "qwen3-30b-a3b", "--rows", "1", "--format", "mxfp4", "--set-mib", "1", "--json", str(file)]
+    )
+    report = json.loads(file.read_text())
+    assert [cell["format"] for cell in report["experts"]] == ["bf16", "mxfp4"]
+    assert all(cell["us"] > 0 for cell in report["experts"])
+    assert "Read ceiling" in capsys.readouterr().out
 
 
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
