@@ -2,7 +2,7 @@
 
     python -m bench.packed [--shape qwen3-30b-a3b] [--rows 1,4,16] [--format mxfp4] [--json FILE]
 
-A figure in GB/s counts codes, scales and zeros once; `of bf16` is the share of the bfloat16 experts' time.
+A figure in GB/s counts codes, scales and zeros once; `of bf16` is the time as a share of the bfloat16 experts' own.
 Every measurement walks over experts that together are larger than any cache.
 """
 

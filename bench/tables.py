@@ -70,6 +70,16 @@ def chunks(report: Record) -> Iterator[Row]:
         yield str(c.n_input), str(c.chunk_tokens), f"{c.first_token_s.median:.2f}", speed, read, _percent(c.of_gemm)
 
 
+@table("packed", "packed-2core-epyc")
+def packed(report: Record) -> Iterator[Row]:
+    yield "model", "format", "1 row: GB/s (of the ceiling)", "time of bf16's", "4 rows", "16 rows"
+    cells = {(c.model, c.format, c.n_rows): c for c in report.experts}
+    for model, name in dict.fromkeys((c.model, c.format) for c in report.experts):
+        one, *more = (cells[model, name, n] for n in (1, 4, 16))
+        speed = f"{one.gbs.high:.1f} ({_percent(one.of_ceiling)})"
+        yield model, name, speed, *(f"{c.of_bf16:.2f}" for c in (one, *more))
+
+
 @table("overhead", "overhead-2core-epyc", "overhead-qwen3-2core-epyc")
 def overhead(demo: Record, qwen3: Record) -> Iterator[Row]:
     yield "what deciding costs", "median", "goal"

@@ -58,7 +58,7 @@ INLINE floats scales_of(integer kind, const byte *from) {
         case FLOAT32: return load_floats((const float *)from);
         case BFLOAT16: return (floats)(load_halves(from) << 16);
         case FLOAT16: return of_f16(load_halves(from));
-        case E4M3: return of_e4m3(load_bytes(from));
+        case E4M3: return load_e4m3(from);
         default: return of_e8m0(load_bytes(from));
     }
 }
