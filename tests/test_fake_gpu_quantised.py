@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache, partial
 from math import prod
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -39,15 +40,16 @@ FORMATS: dict[str, tuple[str, Writer, dict[str, Any]]] = {
 }
 
 
+def save(folder: Path, name: str) -> Pair:
+    """Write a tiny checkpoint in a format of `FORMATS`."""
+    kind, write, settings = FORMATS[name]
+    sizes = LARGE if name == "nf4" else {}  # whose blocks must divide rows
+    return save_pair(folder, kind, write, settings, **sizes)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    @cache
-    def get(name: str) -> Pair:
-        kind, write, settings = FORMATS[name]
-        sizes = LARGE if name == "nf4" else {}  # whose blocks must divide rows
-        return save_pair(tmp_path_factory.mktemp(name), kind, write, settings, **sizes)
-
-    return get
+    return cache(lambda name: save(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="module")

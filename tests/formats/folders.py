@@ -107,11 +107,12 @@ async def agrees(pair: Pair, within: Mapping[str, float] = WITHIN) -> None:
     for dtype, most in within.items():
         model = cls.from_pretrained(pair.twin, dtype=getattr(torch, dtype)).eval()
         for way in WAYS:
-            worst = await _error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
+            worst = await error(pair, model, EngineConfig(dtype=dtype, **way))  # type: ignore[arg-type]
             assert worst < most, (dtype, way)
 
 
-async def _error(pair: Pair, model: Any, config: EngineConfig) -> float:
+async def error(pair: Pair, model: Any, config: EngineConfig) -> float:
+    """Return by how much the engine's log-probabilities of its tokens differ from the model's, at most."""
     worst = 0.0
     async with Engine(pair.quantised, config) as engine:
         for prompt in PROMPTS:
