@@ -39,6 +39,9 @@ FORMATS: dict[str, tuple[str, Writer, dict[str, Any]]] = {
     "nf4": ("qwen3_moe", nf4(nested=True), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 }
 
+EVERY = 16
+"""Experts of each model."""
+
 
 def save(folder: Path, name: str) -> Pair:
     """Write a tiny checkpoint in a format of `FORMATS`."""
@@ -58,9 +61,10 @@ def subject(folder: Callable[[str], Pair]) -> Callable[[str], Subject]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("slots", [0, 5, 24])
+@pytest.mark.parametrize("slots", [0, 5, EVERY])
 def test_logits_are_those_of_the_cpu(subject: Callable[[str], Subject], name: str, slots: int) -> None:
     model = subject(name)
+    assert model.n_experts == EVERY
     plain = run(model, RAGGED)
     played = run(model, RAGGED, on_gpu(FakeGpu(slots), slots, waves="one"))
     assert not played.differs_from(plain)
@@ -130,7 +134,7 @@ def test_recorded_steps_of_quantised_experts(
     monkeypatch.setattr(SlotExperts, "run", either)
     model = subject("nvfp4")
     plain = run(model, LONG, Placement(EngineConfig(waves="one")))
-    for slots in (7, 24):
+    for slots in (7, EVERY):
         gpu = FakeGpu(7)
         assert close(run(model, LONG, on_gpu(gpu, slots, graphs=True, waves="one")), plain)
         assert gpu.n_graphs
@@ -150,4 +154,4 @@ def test_an_engine_calibrates_and_generates(folder: Callable[[str], Pair], name:
         config = EngineConfig(device="cuda", dtype="float32", vram_budget=64 << 20, kv_tokens=64, graphs=False)
         tokens, statistics = anyio.run(partial(generate, config))
     assert tokens == expected
-    assert statistics.n_slots == 24
+    assert statistics.n_slots == EVERY
