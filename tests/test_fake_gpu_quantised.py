@@ -25,6 +25,7 @@ from fiddler.gpu.visits import Visits
 from fiddler.types import Statistics
 from tests.formats.folders import Pair, save_pair
 from tests.formats.test_compressed import LARGE, scheme
+from tests.formats.test_fp4 import save_gpt_oss
 from tests.formats.writers import Writer, fp8, integers, mxfp4, nf4, nvfp4
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Subject, run
@@ -44,7 +45,9 @@ EVERY = 16
 
 
 def save(folder: Path, name: str) -> Pair:
-    """Write a tiny checkpoint in a format of `FORMATS`."""
+    """Write a tiny checkpoint in a format of `FORMATS`, or gpt-oss."""
+    if name == "gpt_oss":
+        return save_gpt_oss(folder)
     kind, write, settings = FORMATS[name]
     sizes = LARGE if name == "nf4" else {}  # whose blocks must divide rows
     return save_pair(folder, kind, write, settings, **sizes)
@@ -60,7 +63,7 @@ def subject(folder: Callable[[str], Pair]) -> Callable[[str], Subject]:
     return cache(lambda name: Subject.open(folder(name).quantised, Kernels()))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "gpt_oss"])
 @pytest.mark.parametrize("slots", [0, 5, EVERY])
 def test_logits_are_those_of_the_cpu(subject: Callable[[str], Subject], name: str, slots: int) -> None:
     model = subject(name)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("setting", list(SETTINGS))
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", [*FORMATS, "gpt_oss"])
 async def test_values_are_those_of_transformers(
     folder: Callable[[str], Pair], name: str, setting: str, dtype: DtypeName
 ) -> None:
