@@ -67,6 +67,7 @@ SECTIONS: Mapping[str, Section] = {
     "multiplying": device.multiplying,
     "launches": device.launches,
     "slot_experts": slots.paths,
+    "slot_quantised": slots.quantised,
     "slot_launch": slots.launch,
     "recording": recorded,
 }

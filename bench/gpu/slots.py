@@ -1,8 +1,8 @@
 """Experts in a GPU's slots, by path, shape and rows: how much of their weights the GPU reads a second."""
 
 from collections.abc import Sequence
-from itertools import cycle, islice
-from typing import Any, get_args
+from itertools import cycle, islice, product
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -11,11 +11,13 @@ from bench.gpu.clock import Work, busy, spread, took
 from bench.gpu.context import Context
 from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
+from fiddler.formats.packed import Code, Packed
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.slots import Picked, SlotExperts
+from fiddler.gpu.slots import Path, Picked, SlotExperts
 from fiddler.gpu.stack import Stack
 from fiddler.gpu.visits import Visits
 from fiddler.store.blocks import BlockLayout
+from fiddler.types import ExpertWeights
 
 AT_ONCE = 8
 """Experts of a layer, as many as a token of Qwen3-30B-A3B visits."""
@@ -23,21 +25,57 @@ BUSY = 8192
 """Rows and columns of what the GPU multiplies while the host gets ahead."""
 
 
+class Form(NamedTuple):
+    """A way to quantise a matrix."""
+
+    code: Code
+    scales: torch.dtype
+    block: tuple[int, int]
+    zeros: bool = False
+
+    def expert(self, hidden: int, intermediate: int) -> ExpertWeights:
+        """Return a gated expert of random codes, gate and up as one matrix."""
+        return ExpertWeights((self._matrix(2 * intermediate, hidden),), self._matrix(hidden, intermediate))
+
+    def _matrix(self, out: int, columns: int) -> Packed:
+        codes = torch.randint(0x70, (out, columns * self.code.bits // 8), dtype=torch.uint8)
+        grid = -(-out // self.block[0]), -(-columns // self.block[1])
+        zeros = torch.full(grid, 8, dtype=torch.uint8) if self.zeros else None
+        return Packed(
+            self.code, codes, torch.ones(grid).to(self.scales), (out, columns), self.block, zeros, factor=0.01
+        )
+
+
+FORMS = {
+    "mxfp4": Form(Code.FP4, torch.float8_e8m0fnu, (1, 32)),
+    "nvfp4": Form(Code.FP4, torch.float8_e4m3fn, (1, 16)),
+    "int4": Form(Code.INT4, torch.bfloat16, (1, 128), zeros=True),
+    "nf4": Form(Code.NF4, torch.float32, (1, 64)),
+    "fp8": Form(Code.FP8, torch.float32, (128, 128)),
+    "int8": Form(Code.INT8, torch.bfloat16, (1, 128)),
+}
+
+
 class Slots:
     """Slots full of experts of one shape; each run visits other ones, so that none comes from a cache."""
 
-    def __init__(self, gpu: Gpu, shape: tuple[int, int], nbytes: int) -> None:
-        sample = kernels.expert(*shape)
+    def __init__(self, gpu: Gpu, shape: tuple[int, int], nbytes: int, form: "Form | None" = None) -> None:
+        sample = kernels.expert(*shape) if form is None else form.expert(*shape)
         self.layout = BlockLayout.of(sample)
         self.expert_bytes, self.hidden = sample.nbytes, shape[0]
         n = max(AT_ONCE, -(-nbytes // self.layout.nbytes))
         self._gpu, arena = gpu, Arena(n, self.layout.nbytes, gpu.device)
-        arena.slots.view(torch.bfloat16).normal_(std=0.02)
+        if form is None:
+            arena.slots.view(torch.bfloat16).normal_(std=0.02)
+        else:
+            block = torch.empty(self.layout.nbytes, dtype=torch.uint8)
+            self.layout.write(sample, block)
+            arena.slots.copy_(block.to(gpu.device))
         self._stack = Stack.over(arena.slots, self.layout)
         self._step = n // AT_ONCE
         self._firsts = cycle(range(self._step))
 
-    def run(self, path: Picked, n_rows: int) -> Work:
+    def run(self, path: Path, n_rows: int) -> Work:
         """Return runs of `AT_ONCE` experts of `n_rows` rows each, with everything that is not timed made before."""
         experts = SlotExperts(lambda _: self._stack, (kernels.SWIGLU,), path=path)
         firsts = islice(self._firsts, min(self._step, 16))
@@ -78,7 +116,21 @@ def paths(ctx: Context) -> list[dict[str, Any]]:
     return found
 
 
-def _measured(ctx: Context, slots: Slots, path: Picked, n_rows: int, filler: Any) -> dict[str, Any]:
+def quantised(ctx: Context) -> list[dict[str, Any]]:
+    """Measure quantised experts by format, on the path that an engine picks; GB/s are of packed bytes."""
+    found, gpu = list[dict[str, Any]](), ctx.gpu
+    filler = busy(gpu, min(BUSY, ctx.sizes.gemm))
+    for (name, shape), (kind, form) in product(ctx.sizes.shapes.items(), FORMS.items()):
+        slots = Slots(gpu, shape, ctx.sizes.slot_bytes, form)
+        for n_rows in ctx.sizes.rows:
+            row = {"shape": name, "format": kind, "n_rows": n_rows, "n_experts": AT_ONCE}
+            found.append(row | _measured(ctx, slots, "auto", n_rows, filler))
+        del slots
+        gpu.reclaim()
+    return found
+
+
+def _measured(ctx: Context, slots: Slots, path: Path, n_rows: int, filler: Any) -> dict[str, Any]:
     gpu, passes = ctx.gpu, ctx.sizes.passes
     try:
         run = slots.run(path, n_rows)

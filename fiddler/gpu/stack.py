@@ -29,6 +29,18 @@ class PackedStack:
     """(out, in)."""
     block: tuple[int, int]
     """(rows, columns) that share a scale."""
+    arguments: tuple[Tensor | None, ...] = field(init=False)
+    """Codes, scales, zeros and factors as a kernel takes them: scales of 8 bits are bytes."""
+    strides: tuple[int, ...] = field(init=False)
+    """Elements from slot to slot and from row to row: codes, scales, zeros; from slot to slot: factors."""
+
+    def __post_init__(self) -> None:
+        scales, zeros = self.scales, self.zeros
+        scales = scales.view(torch.uint8) if scales.itemsize == 1 else scales
+        object.__setattr__(self, "arguments", (self.codes, scales, zeros, self.factors))
+        parts = [part.stride()[:2] for part in (self.codes, scales)]
+        parts += [(0, 0) if zeros is None else zeros.stride()[:2], (self.factors.stride(0),)]
+        object.__setattr__(self, "strides", tuple(stride for part in parts for stride in part))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,6 +83,8 @@ class PackedStack:
 
 StackedMatrix = Tensor | PackedStack
 """A matrix `[n_slots, out, in]`."""
+Twin = tuple[StackedMatrix, Tensor | None]
+"""A matrix, and its bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +106,12 @@ class Stack:
     """Whether a grouped matmul takes the matrices, packed ones when they have been decoded."""
     packed: bool = field(init=False)
     """Whether a matrix is quantised."""
+    twins: "tuple[Twin, Twin] | None" = field(init=False)
+    """Gate and up of a gated stack, each with its bias, where they differ in nothing but where they begin."""
 
     def __post_init__(self) -> None:
         matrices = *self.up, self.down
+        object.__setattr__(self, "twins", _twins(self.up, self.up_bias))
         object.__setattr__(self, "aligned", all(_aligned(matrix) for matrix in matrices))
         object.__setattr__(self, "packed", any(isinstance(matrix, PackedStack) for matrix in matrices))
 
@@ -130,6 +147,32 @@ class Stack:
             up_bias=tuple(part[first:stop] for part in self.up_bias),
             down_bias=None if self.down_bias is None else self.down_bias[first:stop],
         )
+
+
+def _twins(up: tuple[StackedMatrix, ...], bias: tuple[Tensor, ...]) -> tuple[Twin, Twin] | None:
+    pair = (up[0], up[1]) if len(up) == 2 else _halves(up[0])
+    if pair is None or not _alike(*pair):
+        return None
+    if not bias:
+        return (pair[0], None), (pair[1], None)
+    gate_bias, up_bias = bias if len(bias) == 2 else bias[0].chunk(2, dim=1)
+    return ((pair[0], gate_bias), (pair[1], up_bias)) if gate_bias.stride() == up_bias.stride() else None
+
+
+def _halves(matrix: StackedMatrix) -> tuple[StackedMatrix, StackedMatrix] | None:
+    """Return upper and lower rows; `None` where there are no two halves."""
+    if isinstance(matrix, PackedStack):
+        return matrix.halves()
+    if matrix.shape[1] % 2:
+        return None
+    first, second = matrix.chunk(2, dim=1)
+    return first, second
+
+
+def _alike(gate: StackedMatrix, up: StackedMatrix) -> bool:
+    if isinstance(gate, PackedStack):
+        return isinstance(up, PackedStack) and gate.outline == up.outline
+    return isinstance(up, Tensor) and gate.stride() == up.stride()
 
 
 def _of(part: StackedMatrix, slot: int) -> Matrix:

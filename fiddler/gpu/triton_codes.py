@@ -48,27 +48,6 @@ class Coding(NamedTuple):
         return cls(code.value, middle, KINDS.get(matrix.scales.dtype, "float"), per, piece, span < per)
 
 
-class Given(NamedTuple):
-    """A matrix's parts as arguments of a kernel."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    factors: Tensor
-
-    @classmethod
-    def of(cls, matrix: PackedStack) -> "Given":
-        """Return the parts; scales of 8 bits are bytes."""
-        scales = matrix.scales.view(torch.uint8) if matrix.scales.itemsize == 1 else matrix.scales
-        return cls(matrix.codes, scales, matrix.zeros, matrix.factors)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Elements from slot to slot and from row to row: codes, scales, zeros; from slot to slot: factors."""
-        zeros = (0, 0) if self.zeros is None else self.zeros.stride()[:2]
-        return *self.codes.stride()[:2], *self.scales.stride()[:2], *zeros, self.factors.stride(0)
-
-
 @lru_cache
 def table_of(code: Code, device: torch.device) -> Tensor | None:
     """Return the values of codes that follow no rule, float32 `[16]`."""

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.stack import ROW_ALIGNMENT, PackedStack
-from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, both_values, table_of, unit, values
+from fiddler.gpu.triton_codes import INTEGERS, Coding, blocks_of, both_values, table_of, unit, values
 from fiddler.gpu.triton_tiles import WARPS
 
 TILE_OUT, TILE_INNER = 16, 256
@@ -21,10 +21,10 @@ def decode(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: torc
     (n_out, n_inner), n_bytes = matrix.matrix, matrix.codes.shape[2]
     step = ROW_ALIGNMENT // dtype.itemsize
     room = matrix.codes.new_empty((len(slots), n_out, -(-n_inner // step) * step), dtype=dtype)
-    coding, given = Coding.of(matrix, TILE_INNER), Given.of(matrix)
+    coding = Coding.of(matrix, TILE_INNER)
     to = room.view(INTEGERS[dtype]) if coding.places == 2 else room
     _decode[triton.cdiv(n_bytes, TILE_INNER), triton.cdiv(n_out, TILE_OUT), len(slots)](
-        *given,
+        *matrix.arguments,
         to,
         slots,
         table_of(matrix.code, slots.device),
@@ -33,7 +33,7 @@ def decode(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: torc
         n_bytes,
         to.stride(0),
         to.stride(1),
-        *given.strides,
+        *matrix.strides,
         *matrix.block,
         **coding._asdict(),
         dtype=NUMBERS[dtype],

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.devices.formula import ExpertFormula, gated
-from fiddler.gpu.stack import PackedStack, Stack, StackedMatrix
+from fiddler.gpu.stack import PackedStack, Stack
 from fiddler.gpu.triton_packed import launch_packed
 from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
 from fiddler.gpu.visits import Visits
@@ -53,13 +53,14 @@ def run(stack: Stack, formula: ExpertFormula, swiglu: bool, visits: Visits, hidd
     `visits`. Raises Triton's error for a kernel that it cannot compile.
     """
     hidden = hidden.contiguous()
-    matrix = _gate_and_up(stack) if swiglu else None
-    if matrix is None:
+    twins = stack.twins if swiglu else None
+    if twins is None:
         biases: tuple[Tensor | None, ...] = stack.up_bias or (None,) * len(stack.up)
         ups = [_up(hidden, Matrix(w, None, b, None), visits) for w, b in zip(stack.up, biases, strict=True)]
         middle = gated(formula, ups).contiguous()
     else:
-        middle = _up(hidden, matrix, visits)
+        (gate, gate_bias), (up, up_bias) = twins
+        middle = _up(hidden, Matrix(gate, up, gate_bias, up_bias), visits)
     down = Matrix(stack.down, None, stack.down_bias, None)
     if formula.post_norm is None:
         _launch(middle, down, out, visits, scatter=True)
@@ -67,31 +68,6 @@ def run(stack: Stack, formula: ExpertFormula, swiglu: bool, visits: Visits, hidd
     y = middle.new_empty(visits.n_rows, stack.down.shape[1])
     _launch(middle, down, y, visits)
     out.index_copy_(0, visits.positions.long(), formula.post_norm(y))
-
-
-def _gate_and_up(stack: Stack) -> Matrix | None:
-    """Return both of a gated stack; `None` where they do not lie alike."""
-    pair = (stack.up[0], stack.up[1]) if len(stack.up) == 2 else _halves(stack.up[0])
-    if pair is None or not _alike(*pair):
-        return None
-    if not stack.up_bias:
-        return Matrix(*pair, None, None)
-    gate_bias, up_bias = stack.up_bias if len(stack.up_bias) == 2 else stack.up_bias[0].chunk(2, dim=1)
-    return Matrix(*pair, gate_bias, up_bias) if gate_bias.stride() == up_bias.stride() else None
-
-
-def _halves(matrix: StackedMatrix) -> tuple[StackedMatrix, StackedMatrix] | None:
-    if isinstance(matrix, PackedStack):
-        return matrix.halves()
-    gate, up = matrix.chunk(2, dim=1)
-    return gate, up
-
-
-def _alike(gate: StackedMatrix, up: StackedMatrix) -> bool:
-    """Whether the matrices differ in nothing but where they begin."""
-    if isinstance(gate, PackedStack):
-        return isinstance(up, PackedStack) and gate.outline == up.outline
-    return isinstance(up, Tensor) and gate.stride() == up.stride()
 
 
 def _up(hidden: Tensor, matrix: Matrix, visits: Visits) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fiddler.formats.packed import Code
 from fiddler.gpu.stack import PackedStack
-from fiddler.gpu.triton_codes import INTEGERS, Coding, Given, blocks_of, both_values, table_of, unit, values
+from fiddler.gpu.triton_codes import INTEGERS, Coding, blocks_of, both_values, table_of, unit, values
 from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
 from fiddler.gpu.visits import Visits
 
@@ -43,14 +43,14 @@ def launch_packed(
     weight, twin = matrix.weight, matrix.twin
     assert isinstance(weight, PackedStack)
     tile = packed_tile(visits.most_rows, x.dtype.itemsize)
-    coding, given = Coding.of(weight, tile.inner), Given.of(weight)
+    coding, given = Coding.of(weight, tile.inner), weight.arguments
     x = paired(x) if coding.places == 2 else x
     (n_out, n_inner), n_bytes = weight.matrix, weight.codes.shape[2]
     blocks, tiles = triton.cdiv(n_out, tile.out), triton.cdiv(visits.most_rows, tile.rows)
     _multiply_packed[blocks, visits.slots.shape[0], tiles](
         x,
         *given,
-        *(Given.of(twin) if isinstance(twin, PackedStack) else (None,) * len(given)),
+        *(twin.arguments if isinstance(twin, PackedStack) else (None,) * len(given)),
         matrix.bias,
         matrix.twin_bias,
         out,
@@ -64,7 +64,7 @@ def launch_packed(
         n_bytes,
         x.stride(0),
         out.stride(0),
-        *given.strides,
+        *weight.strides,
         0 if matrix.bias is None else matrix.bias.stride(0),
         *weight.block,
         **coding._asdict(),

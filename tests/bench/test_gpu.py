@@ -18,6 +18,7 @@ from bench.gpu.context import Context
 from bench.gpu.facts import Rates
 from bench.gpu.running import Reading
 from bench.gpu.sizes import QUICK, Sizes
+from bench.gpu.slots import FORMS
 from bench.report import Record, label
 from fiddler import ConfigError, EngineConfig
 from fiddler.calibration import dense as measure_dense
@@ -90,6 +91,7 @@ def _check_facts(out: Path, facts: dict[str, Any]) -> None:
     assert made.link_bytes_per_s == facts["link"]["to_gpu_gbs"]["median"] * 1e9
     assert facts["recording"]["records"]
     assert set(facts["recording"]["n_pieces"]) == {4}
+    assert {row["format"] for row in facts["slot_quantised"] if row["gbs"]["median"] > 0} == set(FORMS)
     paths = {row["path"]: row for row in facts["slot_experts"]}
     assert set(paths) == {"triton", "grouped", "loop"}
     assert paths["loop"]["gbs"]["median"] > 0.0

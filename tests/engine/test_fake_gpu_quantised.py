@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache, partial
 from math import prod
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,13 +23,14 @@ from fiddler.gpu.slots import SlotExperts
 from fiddler.gpu.stack import PackedStack, StackedMatrix
 from fiddler.gpu.visits import Visits
 from fiddler.types import Statistics
+from tests.engine.test_fake_gpu import LONG, close, on_gpu
+from tests.engine.test_invariance import RAGGED
 from tests.formats.folders import Pair, save_pair
 from tests.formats.test_compressed import LARGE, scheme
+from tests.formats.test_fp4 import save_gpt_oss
 from tests.formats.writers import Writer, fp8, integers, mxfp4, nf4, nvfp4
 from tests.support.fake_gpu import FakeGpu
 from tests.support.placement import Placement, Subject, run
-from tests.engine.test_fake_gpu import LONG, close, on_gpu
-from tests.engine.test_invariance import RAGGED
 
 FORMATS: dict[str, tuple[str, Writer, dict[str, Any]]] = {
     "nvfp4": ("qwen3_moe", nvfp4("weight", "weight_scale_2"), {"quant_method": "modelopt"}),
@@ -38,16 +40,22 @@ FORMATS: dict[str, tuple[str, Writer, dict[str, Any]]] = {
     "nf4": ("qwen3_moe", nf4(nested=True), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 }
 
+EVERY = 16
+"""Experts of each model."""
+
+
+def save(folder: Path, name: str) -> Pair:
+    """Write a tiny checkpoint in a format of `FORMATS`, or gpt-oss."""
+    if name == "gpt_oss":
+        return save_gpt_oss(folder)
+    kind, write, settings = FORMATS[name]
+    sizes = LARGE if name == "nf4" else {}  # whose blocks must divide rows
+    return save_pair(folder, kind, write, settings, **sizes)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    @cache
-    def get(name: str) -> Pair:
-        kind, write, settings = FORMATS[name]
-        sizes = LARGE if name == "nf4" else {}  # whose blocks must divide rows
-        return save_pair(tmp_path_factory.mktemp(name), kind, write, settings, **sizes)
-
-    return get
+    return cache(lambda name: save(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +63,11 @@ def subject(folder: Callable[[str], Pair]) -> Callable[[str], Subject]:
     return cache(lambda name: Subject.open(folder(name).quantised, Kernels()))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("slots", [0, 5, 24])
+@pytest.mark.parametrize("name", [*FORMATS, "gpt_oss"])
+@pytest.mark.parametrize("slots", [0, 5, EVERY])
 def test_logits_are_those_of_the_cpu(subject: Callable[[str], Subject], name: str, slots: int) -> None:
     model = subject(name)
+    assert model.n_experts == EVERY
     plain = run(model, RAGGED)
     played = run(model, RAGGED, on_gpu(FakeGpu(slots), slots, waves="one"))
     assert not played.differs_from(plain)
@@ -128,7 +137,7 @@ def test_recorded_steps_of_quantised_experts(
     monkeypatch.setattr(SlotExperts, "run", either)
     model = subject("nvfp4")
     plain = run(model, LONG, Placement(EngineConfig(waves="one")))
-    for slots in (7, 24):
+    for slots in (7, EVERY):
         gpu = FakeGpu(7)
         assert close(run(model, LONG, on_gpu(gpu, slots, graphs=True, waves="one")), plain)
         assert gpu.n_graphs
@@ -148,4 +157,4 @@ def test_an_engine_calibrates_and_generates(folder: Callable[[str], Pair], name:
         config = EngineConfig(device="cuda", dtype="float32", vram_budget=64 << 20, kv_tokens=64, graphs=False)
         tokens, statistics = anyio.run(partial(generate, config))
     assert tokens == expected
-    assert statistics.n_slots == 24
+    assert statistics.n_slots == EVERY

@@ -115,6 +115,7 @@ async def agrees(pair: Pair, within: Mapping[str, float] = WITHIN) -> None:
 
 
 async def error(pair: Pair, model: Any, config: EngineConfig) -> float:
+    """Return by how much the engine's log-probabilities of its tokens differ from the model's, at most."""
     worst = 0.0
     async with Engine(pair.quantised, config) as engine:
         for prompt in PROMPTS:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.formats.folders import agrees, packed_bits, quantised, save_pair, save_source, saved
+from tests.formats.folders import Pair, agrees, packed_bits, quantised, save_pair, save_source, saved
 from tests.formats.writers import Writer, mxfp4, nvfp4
 from tests.support.tiny import N_EXPERTS
 
@@ -36,9 +36,9 @@ def stack(tensors: dict[str, Tensor], write: Writer, prefix: str) -> tuple[dict[
     return parts, torch.stack([decoded for _, decoded in written])
 
 
-@pytest.mark.anyio
-async def test_gpt_oss_is_fused_with_gate_and_up_interleaved(tmp_path: Path) -> None:
-    source, tensors = save_source(tmp_path, "gpt_oss")
+def save_gpt_oss(folder: Path) -> Pair:
+    """Write a gpt-oss as it is published."""
+    source, tensors = save_source(folder, "gpt_oss")
     stored, decoded = dict(tensors), dict(tensors)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         turned = {name: stored.pop(name).mT}
@@ -46,7 +46,12 @@ async def test_gpt_oss_is_fused_with_gate_and_up_interleaved(tmp_path: Path) -> 
         stored[f"{name}_blocks"] = parts["blocks"].unflatten(-1, (-1, 16)).contiguous()
         stored[f"{name}_scales"] = parts["scales"]
         decoded[name] = values.mT.contiguous()
-    pair = saved(tmp_path, source, stored, decoded, {"quant_method": "mxfp4"})
+    return saved(folder, source, stored, decoded, {"quant_method": "mxfp4"})
+
+
+@pytest.mark.anyio
+async def test_gpt_oss_is_fused_with_gate_and_up_interleaved(tmp_path: Path) -> None:
+    pair = save_gpt_oss(tmp_path)
     await agrees(pair)
     assert packed_bits(pair) == 4.25
 
