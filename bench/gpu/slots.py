@@ -13,7 +13,7 @@ from bench.gpu.device import TINY
 from fiddler.devices.arena import Arena
 from fiddler.formats.packed import Code, Packed
 from fiddler.gpu.device import Gpu
-from fiddler.gpu.slots import Path, Picked, SlotExperts
+from fiddler.gpu.slots import Method, Picked, SlotExperts
 from fiddler.gpu.stack import Stack
 from fiddler.gpu.visits import Visits
 from fiddler.store.blocks import BlockLayout
@@ -75,7 +75,7 @@ class Slots:
         self._step = n // AT_ONCE
         self._firsts = cycle(range(self._step))
 
-    def run(self, path: Path, n_rows: int) -> Work:
+    def run(self, path: Method, n_rows: int) -> Work:
         """Return runs of `AT_ONCE` experts of `n_rows` rows each, with everything that is not timed made before."""
         experts = SlotExperts(lambda _: self._stack, (kernels.SWIGLU,), path=path)
         firsts = islice(self._firsts, min(self._step, 16))
@@ -130,7 +130,7 @@ def quantised(ctx: Context) -> list[dict[str, Any]]:
     return found
 
 
-def _measured(ctx: Context, slots: Slots, path: Path, n_rows: int, filler: Any) -> dict[str, Any]:
+def _measured(ctx: Context, slots: Slots, path: Method, n_rows: int, filler: Any) -> dict[str, Any]:
     gpu, passes = ctx.gpu, ctx.sizes.passes
     try:
         run = slots.run(path, n_rows)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fiddler import EngineConfig
 from fiddler.config import DtypeName
 from tests.formats.folders import WITHIN, Pair, error
-from tests.test_fake_gpu_quantised import FORMATS, save
+from tests.engine.test_fake_gpu_quantised import FORMATS, save
 
 pytestmark = pytest.mark.anyio
 
