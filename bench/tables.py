@@ -17,6 +17,7 @@ WHOLE = {"mixtral": ("Mixtral-8x7B", 32), "qwen3": ("Qwen3-30B-A3B", 48)}
 """What a synthetic checkpoint is a part of, and how many layers the whole has; by how its folder's name begins."""
 ASKED = {"single": "one sequence", "concurrent": "{} sequences at once", "prefill": "a prompt of {}"}
 PLANNERS = {"best_cut": "ours", "all_fetch": "every miss fetched", "all_cpu": "every miss on the CPU"}
+QUANTISED = {"cpu": "bfloat16", "cpu, experts in int8": "int8", "cpu, experts in int4": "int4, groups of 32"}
 FED = {
     "1 hidden as the experts get it": "**the rows as the experts get them**",
     "2 hidden / this norm's weight * the next one's": "with the next layer's norm instead of this one's",
@@ -89,6 +90,16 @@ def overhead(demo: Record, qwen3: Record) -> Iterator[Row]:
     yield "a bare hop to two lanes and back", f"{demo.hop_us.median:.0f} {US}", ""
     yield "on a CPU alone, of a step of the demo model", _percent(demo.cost, 1), "3 %"
     yield "on a CPU alone, of a step of Qwen3-30B-A3B's shape, 4 layers", _percent(qwen3.cost, 1), "3 %"
+
+
+@table("quantised", "quality-2core-epyc")
+def quantised(report: Record) -> Iterator[Row]:
+    yield "experts of the demo model", "bits per byte", "more than bfloat16", "perplexity"
+    base = report.paths["cpu"]
+    for name, said in QUANTISED.items():
+        path = report.paths[name]
+        more = _percent(path.bits_per_byte / base.bits_per_byte - 1.0, 2)
+        yield said, f"{path.bits_per_byte:.4f}", more if path is not base else DASH, f"{path.perplexity:.2f}"
 
 
 @table("plan", "plan-2core-epyc")

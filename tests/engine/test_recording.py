@@ -210,7 +210,7 @@ async def test_what_was_taken_does_not_change(tiny: Path) -> None:
 
 async def test_off_it_costs_nothing_and_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rigs, "Recorder", None)
-    monkeypatch.setattr(rigs, "Lookahead", None)
+    monkeypatch.setattr("fiddler.models.lookahead.Lookahead", None)
     for options in ({}, {"device": VIRTUAL, "prefetch": "off"}):
         async with opened(tiny, record=False, **options) as engine:
             await engine.generate(PROMPTS[0], greedy(2))

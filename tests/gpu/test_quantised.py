@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from fiddler import EngineConfig
 from fiddler.config import DtypeName
-from tests.formats.folders import WITHIN, Pair, error
 from tests.engine.test_fake_gpu_quantised import FORMATS, save
+from tests.formats.folders import WITHIN, Pair, error
 
 pytestmark = pytest.mark.anyio
 
