@@ -121,16 +121,16 @@ def test_an_empty_trace_is_a_valid_one() -> None:
 
 def test_a_window_is_some_layers_of_one_decoding_step(run: tuple[Trace, Report]) -> None:
     trace, report = run
-    window = choose_window(trace, report.first_token_s)
+    window = choose_window(trace, report.decodes_from_s)
 
-    assert report.first_token_s <= window.start_s < window.end_s <= report.first_token_s + report.decode_s
+    assert report.decodes_from_s <= window.start_s < window.end_s <= report.decodes_from_s + report.decode_s
     inside = [d for d in trace.decisions if d.at_s >= window.start_s and d.at_s + d.measured_s <= window.end_s]
     assert timeline.N_LAYERS in {sum(d.wave == wave for d in inside) for wave in {d.wave for d in inside}}
 
 
 def test_a_window_shows_as_many_kinds_of_jobs_as_it_can() -> None:
     trace, report = traced(n=1)
-    window = choose_window(trace, report.first_token_s)
+    window = choose_window(trace, report.decodes_from_s)
 
     seen = {span.kind for span in trace.spans if window.sees(span.start_s, span.end_s)}
     assert len(seen) >= 4
@@ -139,7 +139,7 @@ def test_a_window_shows_as_many_kinds_of_jobs_as_it_can() -> None:
 def test_a_window_can_be_of_any_length() -> None:
     trace, report = traced()
 
-    assert choose_window(trace, report.first_token_s, 0.25).length_ms == pytest.approx(250.0)
+    assert choose_window(trace, report.decodes_from_s, 0.25).length_ms == pytest.approx(250.0)
     assert choose_window(trace, 1e9).end_s > 0.0
     assert choose_window(Trace(), 0.0).length_ms > 0.0
 
@@ -149,7 +149,7 @@ def test_a_picture_is_drawn(run: tuple[Trace, Report], tmp_path: Path, suffix: s
     trace, report = run
     file = tmp_path / f"run{suffix}"
 
-    timeline.write(trace, file, ABOUT, from_s=report.first_token_s, length_s=None)
+    timeline.write(trace, file, ABOUT, from_s=report.decodes_from_s, length_s=None)
 
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
@@ -162,7 +162,7 @@ def test_a_picture_names_its_lanes_layers_and_kinds(tmp_path: Path) -> None:
     trace, report = traced("two")
     file = tmp_path / "run.svg"
     with rc_context({"svg.fonttype": "none"}):
-        timeline.write(trace, file, ABOUT, from_s=report.first_token_s, length_s=None)
+        timeline.write(trace, file, ABOUT, from_s=report.decodes_from_s, length_s=None)
 
     drawn = file.read_text()
     for text in (

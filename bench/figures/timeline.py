@@ -32,7 +32,7 @@ def draw() -> Figure:
         f"{N_SEQUENCES} sequences of {N_PROMPT} prompt and {N_NEW} new tokens, made-up routing; "
         f"{report.tokens_per_s:.3g} tokens/s; of a dense part {1e3 * machine.host_layer_s:.2f} ms are the host's",
     )
-    window = timeline.choose_window(trace, report.first_token_s, LENGTH_S)
+    window = timeline.choose_window(trace, report.decodes_from_s, LENGTH_S)
     return style.framed(timeline.draw(trace, about, window), HEIGHT)
 
 

@@ -149,7 +149,7 @@ def simulate(
         if output.timeline is not None and report.trace is not None:
             window_s = None if output.window is None else output.window / 1e3
             timeline.write(
-                report.trace, output.timeline, result.about(), from_s=report.first_token_s, length_s=window_s
+                report.trace, output.timeline, result.about(), from_s=report.decodes_from_s, length_s=window_s
             )
             notes.say(f"timeline: {output.timeline}")
         if output.as_json:

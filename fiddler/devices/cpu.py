@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fiddler.devices.formula import ExpertFormula, run_expert
+from fiddler.devices.formula import ExpertFormula, Matmul, run_expert
 from fiddler.devices.gates import Gate, recognised
 from fiddler.devices.kernels import Kernels
 from fiddler.devices.native import learns
@@ -17,6 +18,15 @@ from fiddler.types import ExpertWeights
 
 MOST_OUTLINES = 1 << 16
 """Number of experts whose memory layout is remembered; all are forgotten when there are more."""
+
+
+class _Way(NamedTuple):
+    """The way in which a layer's experts run at some row count."""
+
+    up: Matmul
+    down: Matmul
+    together: bool
+    """Whether our own kernels run them all at once, or one runs after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +42,8 @@ class CpuDevice:
     """Formulas by layer."""
     kernels: Kernels
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
-    _ways: dict[tuple[int, int], bool] = field(default_factory=dict)
-    """By layer and row count, whether our own kernels run experts all at once, or one runs after the other."""
+    _ways: dict[tuple[int, int], _Way] = field(default_factory=dict)
+    """By layer and row count."""
     _gates: dict[int, Gate | None] = field(default_factory=dict)
     _outlines: dict[int, tuple[ExpertWeights, Outline | None]] = field(default_factory=dict)
 
@@ -61,23 +71,20 @@ class CpuDevice:
         ways, known = self._ways, self._outlines
         together, outlines, apart = [], [], []
         for load, own in zip(loads, weights, strict=True):
-            whole, outline = ways.get((layer, load.n_rows)), None
-            if whole is None:
-                whole = self._whole(layer, load.n_rows)
-            if whole and not by_torch:
+            way, outline = ways.get((layer, load.n_rows)) or self._way(layer, load.n_rows), None
+            if way.together and not by_torch:
                 outline = (known.get(id(own)) or self._look(layer, own))[1]
             if outline is None:
-                apart.append((load, own))
+                apart.append((load, own, way))
             else:
                 together.append(load)
                 outlines.append(outline)
         if together:
             assert self.kernels.native is not None
             self.kernels.native.experts(together, outlines, rows, out)
-        for load, own in apart:
+        for load, own, way in apart:
             mine = slice(load.start, load.stop)
-            up, down = (self.kernels.pick(matrix, load.n_rows) for matrix in (own.up[0], own.down))
-            out[mine] = run_expert(self.formulas[layer], own, rows[mine], up, down)
+            out[mine] = run_expert(self.formulas[layer], own, rows[mine], way.up, way.down)
 
     def _look(self, layer: int, weights: ExpertWeights) -> tuple[ExpertWeights, Outline | None]:
         """Return an expert's memory layout, or `None` for one that our kernels do not take.
@@ -95,17 +102,17 @@ class CpuDevice:
         found = self._outlines[id(weights)] = weights, outline
         return found
 
-    def _whole(self, layer: int, n_rows: int) -> bool:
-        """Decide once per layer and row count whether whole experts run in our kernels.
+    def _way(self, layer: int, n_rows: int) -> _Way:
+        """Look up once per layer and row count: experts share a shape, and codes where they have any.
 
-        The layer's first expert decides for matrices that are not packed, as in its blocks: a file may end between
-        one's gate and up.
+        The layer's first expert decides, as in its blocks: a file may end between one's gate and up.
         """
         if layer not in self._gates:
             self._gates[layer] = recognised(self.formulas[layer])
-        matrices, ours = self.weights(layer, 0).matrices, self.kernels.is_ours
-        found = self._gates[layer] is not None and all(ours(matrix, n_rows) and fits(matrix) for matrix in matrices)
-        self._ways[layer, n_rows] = found
+        weights, kernels = self.weights(layer, 0), self.kernels
+        taken = all(kernels.is_ours(matrix, n_rows) and fits(matrix) for matrix in weights.matrices)
+        up, down = (kernels.pick(matrix, n_rows) for matrix in (weights.up[0], weights.down))
+        found = self._ways[layer, n_rows] = _Way(up, down, taken and self._gates[layer] is not None)
         return found
 
 

@@ -140,6 +140,11 @@ class Report:
     trace: Trace | None = field(default=None, compare=False)
 
     @property
+    def decodes_from_s(self) -> float:
+        """The moment on the trace's clock from which all sequences decode."""
+        return self.preload_s + self.first_token_s
+
+    @property
     def tokens_per_s(self) -> float:
         """Decoded tokens per second, over all sequences."""
         return self.n_decoded / self.decode_s if self.decode_s else 0.0

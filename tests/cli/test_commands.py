@@ -179,6 +179,7 @@ def test_every_engine_option_is_in_the_help_and_arrives(tiny: Path, monkeypatch:
         "defer": 1,
         "warm_start": tiny / "none.json",
         "dtype": "bfloat16",
+        "expert_dtype": "int8",
         "kernels": "linear",
         "threads": 1,
         "max_context": 99,

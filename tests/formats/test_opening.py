@@ -3,28 +3,23 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fiddler import Engine, EngineConfig
 from fiddler.cli import app
 from fiddler.cli.facts import read_facts
-from fiddler.errors import ConfigError
 from fiddler.formats.find import find
 from fiddler.formats.names import groups
 from fiddler.formats.packed import Packed
 from fiddler.formats.quantised import Quantised
-from fiddler.gpu import cuda
 from fiddler.models import seam
 from fiddler.models.loaded import load
 from fiddler.store.checkpoint import Entry
 from tests.formats.folders import WAYS, save_pair
 from tests.formats.writers import fp8, integers, nvfp4
 from tests.support.entries import entries
-from tests.support.fake_gpu import FakeGpu
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -89,18 +84,6 @@ def test_a_tensor_costs_few_calls(quantised: bool) -> None:
     assert len(made[0]) == n
     assert all(isinstance(entry, Quantised) for entry in made[0].values()) is quantised
     assert len(called) < (6 * n if quantised else 10)
-
-
-@pytest.mark.anyio
-async def test_a_gpu_does_not_run_them_yet(tmp_path: Path) -> None:
-    folder = save_pair(tmp_path, "qwen3_moe", fp8(128, 128), FP8).quantised
-    with (
-        patch.object(cuda, "open_gpu", FakeGpu),
-        patch.object(torch.cuda, "is_available", lambda: True),
-        pytest.raises(ConfigError, match="do not run on a GPU yet; set device='cpu'"),
-    ):
-        async with Engine(folder, EngineConfig(device="cuda")):
-            pass
 
 
 def test_inspect_tells_the_format_and_the_bytes(tmp_path: Path) -> None:

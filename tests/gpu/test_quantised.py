@@ -13,7 +13,7 @@ from fiddler.config import DtypeName
 from tests.engine.test_fake_gpu_quantised import FORMATS, save
 from tests.formats.folders import WITHIN, Pair, error
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.nvidia]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "no-slots": {"slots": 0},
