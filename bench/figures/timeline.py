@@ -29,7 +29,7 @@ def draw() -> Figure:
     about = (
         "CPU experts, copies and GPU work side by side",
         f"{MODEL} on {MACHINE}, simulated, in virtual time; {100 * RESIDENT:g} % of the experts on the GPU",
-        f"{N_SEQUENCES} sequences of {N_PROMPT} prompt and {N_NEW} new tokens, made-up routing; "
+        f"{N_SEQUENCES} sequences of {N_PROMPT} + {N_NEW} tokens, made-up routing; "
         f"{report.tokens_per_s:.3g} tokens/s; of a dense part {1e3 * machine.host_layer_s:.2f} ms are the host's",
     )
     window = timeline.choose_window(trace, report.decodes_from_s, LENGTH_S)
