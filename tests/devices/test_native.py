@@ -249,7 +249,7 @@ class TestDevice:
         ],
     )
     def test_only_a_formula_that_the_kernels_know_is_run_whole(self, formula: ExpertFormula, whole: bool) -> None:
-        assert self.device(formula)._whole(0, 1) == whole
+        assert self.device(formula)._way(0, 1).together == whole
 
     def test_weights_are_let_go_with_their_device(self) -> None:
         device = self.device()
