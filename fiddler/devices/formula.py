@@ -36,7 +36,7 @@ Matmul = Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
 class Parts(Protocol):
-    """An expert's parts as `ExpertWeights` has them, for matmuls that take what it has as a weight."""
+    """The parts of `ExpertWeights`, with weights of any kind that the matmuls take."""
 
     @property
     def up(self) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Recognises what an expert does between up and down, by trying it: no class or model has to be known by name."""
+"""Recognises the formula between an expert's up and down by trying it: no class or model is known by name."""
 
 import math
 from collections.abc import Callable

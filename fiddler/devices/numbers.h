@@ -40,7 +40,7 @@ INLINE uint32_t bits_of(float value) {
 
 INLINE float widen(bf16 value) { return float_of((uint32_t)value << 16); }
 
-INLINE bf16 narrow(float value) { /* to nearest, ties to even; what is no number stays none */
+INLINE bf16 narrow(float value) { /* to nearest, ties to even; not-a-number stays so */
     uint32_t bits = bits_of(value);
     if (value != value) return 0x7fc0;
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);

@@ -1,7 +1,7 @@
 """Many rows of quantised experts: a few matrices at a time are decoded into a scratch, and multiplied there.
 
-Decoding costs once what the scratch takes to write and to read, however many rows there are. The scratch holds one
-of an expert's matrices, of as many experts as fit `SCRATCH_BYTES`, and lives no longer than its product.
+A matrix is written to the scratch and read from it once, however many rows there are. The scratch holds the same
+matrix of as many experts as fit `SCRATCH_BYTES`, and lives no longer than its product.
 """
 
 from collections.abc import Callable, Sequence

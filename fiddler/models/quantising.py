@@ -33,7 +33,8 @@ from fiddler.store.folder import CONFIG, INDEX, SINGLE, find_checkpoint, read_ra
 from fiddler.store.mapped import ExpertParts, Select, Transpose, View
 
 MADE_BY = "fiddler"
-"""Key of a file's metadata under which stand what it was made from and its errors."""
+"""Key of a file's metadata: the digest of its conversion, and its errors by layer."""
+WORD_BYTES = 4
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -117,7 +118,7 @@ class Conversion:
         layout = expert_layout(skeleton, experts, checkpoint)
         pieces: dict[str, list[Piece]] = {}
         for layer, module in enumerate(experts.values()):
-            _refuse(module, config.model_type)
+            _refuse(module, config.model_type, to)
             for expert, parts in enumerate(layout.experts[layer]):
                 for tensor, piece in _pieces(module, layer, expert, parts):
                     pieces.setdefault(tensor, []).append(piece)
@@ -141,7 +142,8 @@ class Conversion:
             n_bytes, n_resumed = self._write_files(folder, done)
             self.checkpoint.check()
             _copy_others(self.checkpoint.folder, folder)
-            _write_json(folder / CONFIG, {**self.config, "quantization_config": self.quantization()})
+            config = {key: value for key, value in self.config.items() if key != "transformers_weights"}
+            _write_json(folder / CONFIG, {**config, "quantization_config": self.quantization()})
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written: {error}; free some space, or give another") from error
         source_bytes = sum(entry.nbytes for entry in self.checkpoint.entries.values())
@@ -260,11 +262,16 @@ class Conversion:
         return sorted(patterns)
 
 
-def _refuse(module: seam.ExpertsModule, kind: str) -> None:
-    """Refuse experts that compressed-tensors has no names for."""
+def _refuse(module: seam.ExpertsModule, kind: str, to: str) -> None:
+    """Refuse experts that compressed-tensors has no names for, or whose rows do not fill its words of 4 bytes."""
     if seam.formula(module).gate is not None or module.has_bias:
         raise UnsupportedModelError(
             f"the experts of {kind!r} have biases or a gate of their own, for which compressed-tensors has no names"
+        )
+    columns = module._shapes["down_proj"][1 if module.is_transposed else 2]
+    if to == "int8" and columns % WORD_BYTES:
+        raise ConfigError(
+            f"to='int8' needs rows of a multiple of 4 numbers, and down_proj has {columns}; use to='fp8'"
         )
 
 
@@ -322,7 +329,7 @@ def _noted(file: Path) -> dict[str, Any] | None:
 
 
 def _refuse_folder(folder: Path, made_from: str, source: Path) -> None:
-    """Refuse a target that holds anything but what the same conversion left there."""
+    """Refuse a target that holds files of anything but the same conversion."""
     if folder.resolve() == source.resolve():
         raise ConfigError(f"{folder} is the checkpoint itself; give another folder")
     if folder.exists() and not folder.is_dir():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fiddler.formats.quantise import TARGETS
 from fiddler.models.quantising import Conversion
+from fiddler.store.checkpoint import Checkpoint
 from tests.architectures.model import build
 from tests.support.tiny import save_tiny
 
@@ -151,6 +152,9 @@ def test_what_cannot_be_quantised(tmp_path: Path) -> None:
         Conversion.of(source(tmp_path / "a"), "int3")
     with pytest.raises(ConfigError, match="multiple of 32 numbers, and down_proj has 40; use to='int8'"):
         Conversion.of(source(tmp_path / "b", moe_intermediate_size=40), "int4")
+    with pytest.raises(ConfigError, match=r"to='int8' needs rows of a multiple of 4 .* has 30; use to='fp8'"):
+        Conversion.of(source(tmp_path / "e", moe_intermediate_size=30), "int8")
+    Conversion.of(source(tmp_path / "f", moe_intermediate_size=30), "fp8").write(tmp_path / "f-new")
     with pytest.raises(UnsupportedModelError, match="'gpt_oss' have biases or a gate of their own"):
         Conversion.of(save_tiny(tmp_path / "c", "gpt_oss"), "int4")
     bad = source(tmp_path / "d")
@@ -179,3 +183,12 @@ def test_other_names_and_fused_experts(tmp_path: Path, name: str) -> None:
     assert len(stems) == conversion.n_matrices
     assert all(new[f"{stem}.weight_scale"].shape[0] == new[f"{stem}.weight_shape"][0] for stem in stems)
     assert all(error < 0.01 for error in written.errors.values())
+
+
+def test_weights_of_another_name_are_found_again(tmp_path: Path) -> None:
+    before = source(tmp_path)
+    (before / "model.safetensors").rename(before / "weights.safetensors")
+    config = before / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": "weights.safetensors"}))
+    written = Conversion.of(before, "int8").write(tmp_path / "new")
+    assert Checkpoint.open(written.folder).entries.keys() == Checkpoint.open(before).entries.keys()
