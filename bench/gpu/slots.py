@@ -16,7 +16,7 @@ from fiddler.gpu.device import Gpu
 from fiddler.gpu.slots import Method, Picked, SlotExperts
 from fiddler.gpu.stack import Stack
 from fiddler.gpu.visits import Visits
-from fiddler.store.blocks import BlockLayout
+from fiddler.store.layout import BlockLayout
 from fiddler.types import ExpertWeights
 
 AT_ONCE = 8

@@ -28,7 +28,8 @@ from fiddler.models import attention, seam
 from fiddler.models.loaded import ServableModel, experts_per_token, model_context
 from fiddler.models.skeleton import meta_skeleton
 from fiddler.recording import RoutingTrace
-from fiddler.store.blocks import BlockLayout, BlockStore
+from fiddler.store.blocks import BlockStore
+from fiddler.store.layout import BlockLayout
 from fiddler.text.tokenizer import Text
 from fiddler.types import ExpertWeights
 

@@ -33,9 +33,10 @@ from fiddler.models.loaded import (
 )
 from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
-from fiddler.store.blocks import BlockLayout, on_pages
+from fiddler.store.blocks import on_pages
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import find_checkpoint
+from fiddler.store.layout import BlockLayout
 from fiddler.store.mapped import MappedStore
 from fiddler.types import ExpertWeights
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fiddler.formats.packed import Code, Matrix, Packed
-from fiddler.store.blocks import BlockLayout, Part, Place
+from fiddler.store.layout import BlockLayout, Part, Place
 from fiddler.types import ExpertWeights
 
 ROW_ALIGNMENT = 16

@@ -18,9 +18,10 @@ from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, shape_key
 from fiddler.devices.native import native
 from fiddler.models.loaded import load
 from fiddler.scheduler.routing import Load
-from fiddler.store.blocks import ALIGNMENT, BlockLayout, BlockStore
+from fiddler.store.blocks import BlockStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
+from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore, View
 from fiddler.types import ExpertWeights
 from tests.support.tiny import N_EXPERTS, N_LAYERS, save_tiny

@@ -27,7 +27,7 @@ from fiddler.devices.kernels import TORCH, KernelName, Kernels, Matmul, rows_las
 from fiddler.engine.assembly import DEFER_FROM, assemble_rig
 from fiddler.models.kv import Directness, SequenceKV, WaveCache
 from fiddler.scheduler.routing import Load
-from fiddler.store.blocks import BlockLayout
+from fiddler.store.layout import BlockLayout
 from fiddler.types import ExpertWeights
 from tests.architectures import build
 from tests.architectures.overrides import OVERRIDES

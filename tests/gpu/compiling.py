@@ -19,7 +19,7 @@ from fiddler.formats.packed import Code
 from fiddler.gpu import triton_decode, triton_packed
 from fiddler.gpu.stack import PackedStack, Stack
 from fiddler.gpu.triton_tiles import Matrix
-from fiddler.store.blocks import BlockLayout
+from fiddler.store.layout import BlockLayout
 from fiddler.types import ExpertWeights
 from tests.gpu.quantised import WHOLE, Quantisation
 from tests.gpu.test_slots import random_visits

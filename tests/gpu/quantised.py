@@ -10,7 +10,7 @@ from torch import Tensor
 from fiddler.devices.formula import ExpertFormula
 from fiddler.formats.packed import MIDDLE, SCALES, VALUES, Code, Packed
 from fiddler.gpu.stack import Stack
-from fiddler.store.blocks import ALIGNMENT, BlockLayout
+from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
 from tests.gpu.test_slots import DEVICE, Kind, Layer, Sizes
 

@@ -21,7 +21,7 @@ from fiddler.gpu import slots as slot_experts
 from fiddler.gpu.slots import FEW_ROWS, Ability, Method, SlotExperts, pick
 from fiddler.gpu.stack import Stack
 from fiddler.gpu.visits import Visits, windows
-from fiddler.store.blocks import ALIGNMENT, BlockLayout, Part
+from fiddler.store.layout import ALIGNMENT, BlockLayout, Part
 from fiddler.types import ExpertWeights
 from tests.support.covering import covering
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from fiddler.config import EngineConfig
 from fiddler.errors import CheckpointError
 from fiddler.models.loaded import load
-from fiddler.store.blocks import ALIGNMENT, BlockLayout, BlockStore
+from fiddler.store.blocks import BlockStore
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import INDEX, SINGLE
+from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore, Select, View
 from fiddler.types import ExpertWeights
 from tests.support.tiny import N_EXPERTS, N_LAYERS, save_tiny

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiddler.store.blocks import ALIGNMENT, PAGE_BYTES, PIECE_BYTES, BlockStore, Pinned, cut, on_pages
+from fiddler.store.blocks import PAGE_BYTES, PIECE_BYTES, BlockStore, Pinned, cut, on_pages
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import SINGLE
+from fiddler.store.layout import ALIGNMENT
 from fiddler.store.mapped import ExpertParts, Layout, Select, View
 
 WIDTHS = (12, 300, 7)
