@@ -38,7 +38,7 @@ class QuantizeOptions:
 def quantize(options: QuantizeOptions) -> None:
     """Write a checkpoint anew with its experts quantised; everything else stays as it is.
 
-    The result is a compressed-tensors checkpoint, which transformers and vLLM read too. Run again after an
+    The result is a compressed-tensors checkpoint, a format of transformers and vLLM. Run again after an
     interruption, it goes on where it ended.
     """
     notes = Notes(quiet=options.as_json)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint anew with quantised experts, in compressed-tensors' form, which transformers and vLLM read.
+"""Writes a checkpoint anew with quantised experts, in compressed-tensors' form, one of transformers and vLLM.
 
 Experts' matrices become `….weight_packed` and `….weight_scale`, one expert after the other; every other tensor and
 file is copied. A file of the source becomes a file of the target. The configuration comes last: a folder without
