@@ -94,7 +94,7 @@ def _matrix(matrix: Matrix, bias: Tensor | None, rows: int, first: int, step: in
     pointers = [0 if part is None else part.data_ptr() for part in parts]
     extents = [0 if part is None else _extent(part) for part in parts]
     strides = [0 if part is None else part.stride(0) * part.itemsize for part in parts]
-    kinds = _KINDS[matrix.code], SCALES.index(matrix.scales.dtype)
+    kinds = _KINDS[matrix.code], 0 if matrix.scales is None else SCALES.index(matrix.scales.dtype)
     return _MATRIX.pack(
         *pointers, *extents, *strides, first, step, rows, columns, *matrix.block, *kinds, matrix.factor, *kept
     )

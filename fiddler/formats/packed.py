@@ -1,7 +1,8 @@
 """A quantised matrix in the one form that everything computes with: codes and their scales, as they are published.
 
 A number is `(value - zero) * scale * factor`, of a code's `value`. Formats differ in the code, in the block that
-shares a scale, and in the scales' own numbers; a reader of a format only makes views of these.
+shares a scale, and in the scales' own numbers; a reader of a format only makes views of these. GGUF has codes and
+scales in one run of bytes: such a matrix has no `scales`, and `formats.ggml` says what the bytes are.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fiddler.formats import ggml
 
 
 class Code(Enum):
@@ -27,11 +30,33 @@ class Code(Enum):
     """0 to 255, less 128 where there are no zeros."""
     FP8 = "fp8"
     """Sign, four bits of exponent, three of mantissa, no infinity: e4m3 (OCP 8-bit Floating Point 1.0)."""
+    Q4_0 = "q4_0"
+    """This and those below are GGUF's blocks of codes and scales; rows of them are rows of bytes."""
+    Q8_0 = "q8_0"
+    MXFP4 = "mxfp4"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Bits of a code that has its scale elsewhere."""
         return 4 if self in VALUES else 8
+
+    @property
+    def run(self) -> ggml.Block | None:
+        """The block of a code that has its scales beside it."""
+        return ggml.BLOCKS.get(self.value)
+
+    def width(self, columns: int) -> int:
+        """Return the bytes of a row of codes. Raises `ValueError` where blocks do not fill it."""
+        if self.run is None:
+            return -(-columns * self.bits // 8)
+        if columns % self.run.columns:
+            raise ValueError(
+                f"rows of {columns} columns are not filled by {self.value}'s blocks of {self.run.columns}"
+            )
+        return columns // self.run.columns * self.run.nbytes
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -61,9 +86,9 @@ class Packed:
 
     code: Code
     codes: Tensor
-    """uint8 `[out, in / 2]` of two codes each (the last may be half used), or `[out, in]`."""
-    scales: Tensor
-    """`[⌈out / block rows⌉, ⌈in / block columns⌉]` of a dtype of `SCALES`."""
+    """uint8 `[out, code.width(in)]`: two codes of 4 bits (the last may be half used), one of 8, or blocks."""
+    scales: Tensor | None
+    """`[⌈out / block rows⌉, ⌈in / block columns⌉]` of a dtype of `SCALES`; `None` where blocks hold them."""
     shape: tuple[int, int]
     """(out, in)."""
     block: tuple[int, int]
@@ -79,10 +104,12 @@ class Packed:
         (out, columns), (block_rows, block_columns) = self.shape, self.block
         if min(out, columns, block_rows, block_columns) < 1:
             raise ValueError(f"a matrix of {self.shape} in blocks of {self.block}")
-        width = -(-columns * self.code.bits // 8)
-        _expect("codes", self.codes, (out, width), (torch.uint8,))
+        _expect("codes", self.codes, (out, self.code.width(columns)), (torch.uint8,))
+        if (self.scales is None) != (self.code.run is not None):
+            raise ValueError(f"{self.code.value} has scales where it needs none, or needs them")
         grid = -(-out // block_rows), -(-columns // block_columns)
-        _expect("scales", self.scales, grid, SCALES)
+        if self.scales is not None:
+            _expect("scales", self.scales, grid, SCALES)
         if self.zeros is not None:
             if self.code not in MIDDLE:
                 raise ValueError(f"{self.code.value} has no zeros of its own")
@@ -92,27 +119,24 @@ class Packed:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Every tensor of it."""
-        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
+        return tuple(part for part in (self.codes, self.scales, self.zeros) if part is not None)
 
     def with_parts(self, parts: tuple[Tensor, ...]) -> "Packed":
         """Return the same matrix whose `parts` lie elsewhere."""
-        codes, scales, *zeros = parts
-        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None)
+        return self._of(parts, self.shape)
 
     def rows(self, start: int, step: int = 1) -> "Packed":
         """Return every `step`-th row from `start`. Raises `ValueError` where rows share scales."""
         if self.block[0] != 1:
             raise ValueError(f"{self.block[0]} rows share a scale, so they cannot be taken apart")
-        codes, scales, *zeros = (part[start::step] for part in self.parts)
-        shape = len(codes), self.shape[1]
-        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, shape=shape)
+        parts = tuple(part[start::step] for part in self.parts)
+        return self._of(parts, (len(parts[0]), self.shape[1]))
 
     def between(self, start: int, stop: int) -> "Packed":
         """Return rows `start … stop-1`; `start` must be the first row of a block."""
-        rows = self.block[0]
-        codes, grid = self.codes[start:stop], slice(start // rows, -(-stop // rows))
-        zeros = None if self.zeros is None else self.zeros[grid]
-        return replace(self, codes=codes, scales=self.scales[grid], zeros=zeros, shape=(len(codes), self.shape[1]))
+        rows, (codes, *grids) = self.block[0], self.parts
+        codes, grid = codes[start:stop], slice(start // rows, -(-stop // rows))
+        return self._of((codes, *(each[grid] for each in grids)), (len(codes), self.shape[1]))
 
     def beside(self, other: "Packed") -> "Packed | None":
         """Return this matrix with another below it, which lies behind it in memory; `None` where it does not."""
@@ -122,12 +146,14 @@ class Packed:
         if ours != theirs or self.shape[0] % self.block[0]:
             return None
         joined = [_joined(*pair) for pair in zip(self.parts, other.parts, strict=True)]
-        parts = [part for part in joined if part is not None]
+        parts = tuple(part for part in joined if part is not None)
         if len(parts) != len(joined):
             return None
-        codes, scales, *zeros = parts
-        shape = self.shape[0] + other.shape[0], self.shape[1]
-        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, shape=shape)
+        return self._of(parts, (self.shape[0] + other.shape[0], self.shape[1]))
+
+    def _of(self, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> "Packed":
+        codes, scales, zeros = parts[0], *(*parts[1:], None, None)[:2]
+        return replace(self, codes=codes, scales=scales, zeros=zeros, shape=shape)
 
     def values(self) -> Tensor:
         """Return the codes' values, float32 `[out, in]`, before zeros and scales."""
@@ -140,6 +166,8 @@ class Packed:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix `[out, in]`, computed in float32 and rounded once."""
+        if self.scales is None:
+            return ggml.numbers(self.code.value, self.codes).mul_(self.factor).to(dtype)
         numbers = self.values()
         if self.code in MIDDLE:
             numbers -= MIDDLE[self.code] if self.zeros is None else self._spread(self.zeros.float())
@@ -172,6 +200,8 @@ def kind(matrix: Matrix) -> str:
     """Return how a matrix's numbers are stored, for messages and as a key of measurements."""
     if isinstance(matrix, Tensor):
         return str(matrix.dtype)
+    if matrix.scales is None:
+        return matrix.code.value
     scales = str(matrix.scales.dtype).removeprefix("torch.")
     zeros = "" if matrix.zeros is None else " with zeros"
     return f"{matrix.code.value}{zeros} in {matrix.block} of {scales}"

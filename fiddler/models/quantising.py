@@ -310,6 +310,7 @@ def _stored(name: str, packed: Packed) -> Iterator[tuple[str, Tensor]]:
     else:
         yield f"{name}.weight_packed", packed.codes.contiguous().view(torch.int32)
         yield f"{name}.weight_shape", torch.tensor(packed.shape)
+    assert packed.scales is not None
     yield f"{name}.weight_scale", packed.scales
 
 

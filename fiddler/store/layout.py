@@ -52,10 +52,10 @@ class PackedPart:
 
     def view(self, block: Tensor) -> Packed:
         """Return the matrix in a block; its factor is read, since experts of one layout have their own."""
-        codes, scales, *zeros = (part.view(block) for part in self.parts)
+        parts = [part.view(block) for part in self.parts]
         factor = float(self.factor.view(block))
-        own = zeros[0] if zeros else None
-        return Packed(self.code, codes, scales, self.shape, self.block, zeros=own, factor=factor)
+        codes, scales, zeros = parts[0], *(*parts[1:], None, None)[:2]
+        return Packed(self.code, codes, scales, self.shape, self.block, zeros=zeros, factor=factor)
 
 
 Place = Part | PackedPart

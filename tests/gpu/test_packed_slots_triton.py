@@ -111,7 +111,7 @@ def every_code(code: Code, scales: torch.Tensor) -> Packed:
     return Packed(code, codes.repeat(len(scales), 1), scales[:, None], (len(scales), n), (1, n))
 
 
-@pytest.mark.parametrize("code", list(Code), ids=lambda code: code.value)
+@pytest.mark.parametrize("code", [code for code in Code if not code.run], ids=lambda code: code.value)
 def test_every_code_is_decoded_to_the_bit(code: Code) -> None:
     for kind in SCALES:
         scales = torch.tensor([1.0, 0.25, 3.5, 0.015625]).to(kind)
