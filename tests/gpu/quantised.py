@@ -63,7 +63,7 @@ class Quantisation:
 
 QUANTISATIONS = [
     Quantisation(code, scales, zeros)
-    for code, scales, zeros in product(Code, SCALES, (False, True))
+    for code, scales, zeros in product((code for code in Code if not code.run), SCALES, (False, True))
     if not zeros or code in MIDDLE
 ]
 """Every code with every kind of scale, with and without zeros."""
