@@ -64,9 +64,11 @@ static void expand(const matrix *m, bf16 *y, integer start, integer stop, desk *
             memcpy(to, codes_of(m, row), (size_t)m->columns * sizeof *to);
             continue;
         }
-        if (!regular(m)) {
+        if (in_blocks(m->kind) || !regular(m)) {
             read_row(m, row, factor, d->scales[0], d->spare);
-            for (integer i = 0; i < m->columns; i++) to[i] = narrow(d->spare[i]);
+            integer i = 0;
+            for (; i + LANES <= m->columns; i += LANES) store_bf16(to + i, load_floats(d->spare + i));
+            for (; i < m->columns; i++) to[i] = narrow(d->spare[i]);
             continue;
         }
         integer block = stored(m, row) / m->block_rows;
