@@ -88,7 +88,7 @@ INLINE tables tables_of(int kind, int zeros) {
 /* What stands for zero besides a block's own. An integer n of 8 bits is taken for n + 1/2, so that n and -1 - n differ
    in their sign alone, and one without a sign for 128 less. */
 INLINE int shifted(int kind) { return kind == INT8 || kind == UINT8 || kind == Q8_0; }
-INLINE floats shift_of(int kind, int zeros) { return all_of(kind == UINT8 && zeros ? -127.5f : 0.5f); }
+INLINE float shift_of(int kind, int zeros) { return kind == UINT8 && zeros ? -127.5f : 0.5f; }
 
 INLINE __m512i load_codes(const byte *from, integer n, int whole) {
     __m512i codes = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - n), from);
@@ -181,7 +181,6 @@ INLINE values load_numbers(const number *from) { /* as what it is: gcc takes a d
     return loaded;
 }
 INLINE void store_numbers(number *to, values from) { memcpy(to, &from, sizeof from); }
-INLINE values ones(void) { return (values)_mm512_set1_epi16(0x3f80); }
 INLINE floats products(floats so_far, values a, values b) { return (floats)_mm512_dpbf16_ps((__m512)so_far, a, b); }
 
 /* Scales of lanes: `per` of them belong to a block, of which a set has some. */
@@ -242,7 +241,7 @@ INLINE int pieces_of(int kind) { return in_nibbles(kind) ? 2 : 1; }
 INLINE int partner(int piece) { return piece; }
 
 INLINE int shifted(int kind) { return kind < 0; }
-INLINE floats shift_of(int kind, int zeros) { return all_of(0.0f * (kind + zeros)); }
+INLINE float shift_of(int kind, int zeros) { return 0.0f * (float)(kind + zeros); }
 
 INLINE void decode(int kind, tables t, words codes, values to[8]) {
     if (is_half(kind)) {
@@ -288,7 +287,6 @@ INLINE void take(const int kind, tables t, const byte *row, integer b, integer l
 
 INLINE values load_numbers(const number *from) { return load_floats(from); }
 INLINE void store_numbers(number *to, values from) { memcpy(to, &from, sizeof from); }
-INLINE values ones(void) { return all_of(1.0f); }
 INLINE floats products(floats so_far, values a, values b) { return so_far + a * b; }
 
 INLINE ints spread_of(int kind, integer per, int set) { return (ints){0} + (int)per * 0 + kind * set * 0; }

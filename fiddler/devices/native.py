@@ -31,7 +31,7 @@ logger = logging.getLogger("fiddler")
 SOURCE = Path(__file__).with_name("native.c")
 HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
 """What it includes."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fira-region=all", "-fopenmp", "-shared", "-fPIC")
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
 _SLACK, _ROOM_A_COLUMN = 256, 4 * (2 * 16 + 3 * 4 + 3)

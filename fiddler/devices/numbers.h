@@ -144,13 +144,16 @@ INLINE void store_bf16(bf16 *to, floats value) {
     halves stored = __builtin_convertvector(narrowed(value) >> 16, halves);
     memcpy(to, &stored, sizeof stored);
 }
-INLINE float total(floats all) { /* halves onto halves */
-    for (int n = LANES / 2; n; n /= 2) {
-        ints other;
-        for (int i = 0; i < LANES; i++) other[i] = i ^ n;
-        all += __builtin_shuffle(all, other);
-    }
-    return all[0];
+INLINE float total(floats all) { /* halves onto halves; the places are written out, or gcc would make them anew */
+#ifdef __AVX512F__
+    all += __builtin_shuffle(all, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    all += __builtin_shuffle(all, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    all += __builtin_shuffle(all, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+#else
+    all += __builtin_shuffle(all, (ints){4, 5, 6, 7, 0, 1, 2, 3});
+    all += __builtin_shuffle(all, (ints){2, 3, 0, 1, 6, 7, 4, 5});
+#endif
+    return all[0] + all[1];
 }
 
 #endif

@@ -30,7 +30,7 @@ INLINE void numbers_of(const int kind, sixteen t, words codes, floats zero, floa
 
 INLINE void expand_row(const int kind, const matrix *m, integer row, const desk *d, bf16 *to) {
     const byte *codes = codes_of(m, row);
-    const float *scales = d->scales[0], *zeros = d->zeros[0];
+    const float *scales = d->scales[0], *zeros = d->offsets[0];
     integer span = span_of(m), block = m->block_columns, columns = m->columns, bytes_left = row_bytes(m);
     sixteen t = {{0}, {0}};
     ints at = {0};
@@ -76,7 +76,7 @@ static void expand(const matrix *m, bf16 *y, integer start, integer stop, desk *
             known = block;
             read_scales(m, block, d->scales[0]);
             for (integer i = 0; i < scales_across(m); i++) d->scales[0][i] *= factor;
-            if (m->zeros) read_zeros(m, block, d->zeros[0]);
+            if (m->zeros) read_zeros(m, block, d->offsets[0]);
         }
         switch (m->kind) { /* constants, so that each case becomes vectors */
             case INT4:
