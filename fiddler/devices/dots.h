@@ -226,12 +226,19 @@ INLINE floats less_offsets(const desk *d, int i, integer j, floats all) {
     return all;
 }
 
+/* Ask memory for codes that come later; in blocks, for a row's, whose scales are read before its first code. */
+INLINE void ask_ahead(const int kind, const walk *way, const byte *codes, integer b) {
+    const byte *from = codes + b * way->bytes + (in_blocks(kind) ? way->blocks * way->bytes : AHEAD);
+    __builtin_prefetch(from);
+    if (in_blocks(kind)) __builtin_prefetch(from + 64); /* a block is more than a line */
+}
+
 /* One block of W rows of codes times n_x rows of activations, `x` and a `step` on. */
 INLINE void dots_block(const int kind, const int n_x, const int whole, tables t, const byte *codes[W], integer left,
                        const walk *way, const number *x, integer step, integer b, floats sum[2][W][2]) {
     UNROLL for (int i = 0; i < W; i++) {
         values ws[8];
-        if (whole) __builtin_prefetch(codes[i] + b * way->bytes + AHEAD);
+        if (whole) ask_ahead(kind, way, codes[i], b);
         take(kind, t, codes[i], b, left, whole, ws);
         UNROLL for (int k = 0; k < n_x; k++) UNROLL for (int p = 0; p < pieces_of(kind); p++) {
                 floats *to = &sum[p % sets_of(kind)][i][k];
@@ -307,7 +314,7 @@ INLINE void take_rows(const int kind, tables t, const byte *codes[W], const desk
         for (integer b = 0; b < way->blocks; b++) {
             values ws[8];
             if (b < way->whole) {
-                __builtin_prefetch(codes[i] + b * way->bytes + AHEAD);
+                ask_ahead(kind, way, codes[i], b);
                 take(kind, t, codes[i], b, 0, 1, ws);
             } else {
                 take(kind, t, codes[i], b, left, 0, ws);
