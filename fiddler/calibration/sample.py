@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fiddler.calibration.gpu import SLOTS_BYTES, GpuBench
-from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane
+from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane, expert_matrices
 from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.arena import Arena, SimDevice
@@ -125,8 +125,7 @@ def bench_of(loaded: LoadedModel, config: EngineConfig) -> Bench:
 def _prepared(loaded: LoadedModel, config: EngineConfig) -> Kernels:
     """Set this thread's torch threads, and return the kernels for a model's experts."""
     choose_threads(loaded, config, torch.get_num_threads())
-    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
-    return calibrated_kernels([m for sample in samples for m in sample.matrices], config)
+    return calibrated_kernels(expert_matrices(loaded), config)
 
 
 def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.device | None = None) -> Arena:
