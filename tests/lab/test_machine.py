@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fiddler.cost.model import Contention, CostModel
 from fiddler.errors import ConfigError
-from fiddler.lab.machine import FIGURES, FOLDER, RESERVE_BYTES, Machine, cost_model, machines, n_slots, packed_curve
+from fiddler.formats.quantise import TARGETS, quantise
+from fiddler.lab.machine import (
+    FIGURES,
+    FOLDER,
+    RESERVE_BYTES,
+    Machine,
+    _expert_on,
+    cost_model,
+    expert_costs,
+    machines,
+    n_slots,
+    packed_curve,
+)
 from fiddler.lab.shape import ModelShape
+from fiddler.types import ExpertWeights
 from tests.support.covering import spread
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,6 +237,14 @@ class TestPackedExperts:
         assert expert.cpu(32) == pytest.approx(50e-6 + 32 * n_weights * (2 / 1e12 + 0.25 / 200e9))
         once = nbytes / 50e9 + n_weights / 200e9 + 4 * n_weights / 50e9
         assert expert.cpu(1000) == pytest.approx(50e-6 + once + 1000 * 2 * n_weights / 1e12)
+
+    def test_are_known_by_their_bytes_when_a_model_is_loaded(self) -> None:
+        numbers = torch.ones(64, 64)
+        packed, plain = quantise(numbers, TARGETS["fp8"]), numbers.bfloat16()
+        found = _expert_on(ROUND, ExpertWeights((packed, packed), packed))
+        assert found == expert_costs(ROUND, 3 * (64 * 64 + 64 * 2), 2.0 * 3 * 64 * 64, packed=True)
+        floats = _expert_on(ROUND, ExpertWeights((plain, plain), plain))
+        assert floats == expert_costs(ROUND, 3 * 64 * 64 * 2, 2.0 * 3 * 64 * 64)
 
     @pytest.mark.parametrize("name", machines())
     @pytest.mark.parametrize("quant", ["fp8", "int4"])
