@@ -27,7 +27,7 @@ RESERVE_BYTES = 2**30
 LEAST_FLOAT_BYTES = 2
 """Bytes of a weight that is not packed, at least."""
 ROWS_A_DECODING = 4
-"""Rows that our kernels multiply with a weight that they have decoded into registers."""
+"""Rows after which our kernels decode a weight again, by the times of 4 and 16 rows (see `packed_curve`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +159,9 @@ def packed_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
     """Return the seconds by rows of a packed expert on the CPU: the faster of two ways.
 
     In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 4))`, where d is the seconds to
-    decode all weights, which is done again every four rows (dots.h). Decoding comes on top of reading, not beside
-    it: so one row of ten formats in bench/results/packed-2core-epyc.json is met within a quarter. Whole: read and
-    decode once, write and read bf16, and multiply that.
+    decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of nine formats in
+    bench/results/packed-2core-epyc.json are met within a quarter. Whole: read and decode once, write and read bf16,
+    and multiply that.
     """
     n_weights = flops / 2.0
     decode_s = n_weights / machine.cpu_decode_weights_per_s
