@@ -21,7 +21,7 @@ from torch import Tensor
 from fiddler.devices.formula import ExpertFormula, gated
 from fiddler.gpu.stack import PackedStack, Stack
 from fiddler.gpu.triton_packed import launch_packed
-from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
+from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, finish, visited
 from fiddler.gpu.visits import Visits
 
 LINE = 128
@@ -152,11 +152,7 @@ def _multiply(
     stop = tl.load(bounds + group + 1)
     if first >= stop:
         return
-    rows = first + tl.arange(0, tile_rows)
-    taken = rows < stop
-    visited = tl.load(positions + rows, mask=taken, other=0) if gather or scatter else rows
-    sources = (visited // top_k if gather else rows).to(tl.int64)
-    targets = (visited if scatter else rows).to(tl.int64)
+    taken, sources, targets = visited(positions, first, stop, top_k, gather, scatter, tile_rows)
     slot = tl.load(slots + group).to(tl.int64)
     columns = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
     there = columns < n_out
@@ -172,9 +168,9 @@ def _multiply(
         total = _add(total, some, tl.load(weight + at, mask=held, other=0.0), tile_rows)
         if twin is not None:
             twin_total = _add(twin_total, some, tl.load(twin + at, mask=held, other=0.0), tile_rows)
-    y = _finish(total, bias, slot * bias_stride + columns, there, tile_rows)
+    y = finish(total, bias, slot * bias_stride + columns, there, tile_rows, 0)
     if twin is not None:
-        y *= _finish(twin_total, twin_bias, slot * bias_stride + columns, there, tile_rows) / (1.0 + tl.exp(-y))
+        y *= finish(twin_total, twin_bias, slot * bias_stride + columns, there, tile_rows, 0) / (1.0 + tl.exp(-y))
     to = out + targets[:, None] * out_stride + columns[None, :]
     tl.store(to, y.to(out.dtype.element_ty), mask=taken[:, None] & there[None, :])
 
@@ -202,14 +198,4 @@ def _add(total, x, weight, tile_rows: tl.constexpr):
     else:
         # "ieee": float32 keeps its bits, as in torch, which rounds it to TF32 only when told to
         total = tl.dot(x, weight, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _finish(total, bias, places, there, tile_rows: tl.constexpr):
-    """Return the sums `[rows, out]`, with the bias."""
-    if tile_rows == 1:
-        total = tl.reduce(total, 0, plus)[None, :]
-    if bias is not None:
-        total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
     return total
