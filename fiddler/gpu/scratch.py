@@ -32,7 +32,7 @@ Decode = Callable[[PackedStack, Tensor, Sequence[int], torch.dtype], Tensor]
 
 def by_torch(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the matrices in some slots, decoded; works on every device."""
-    return torch.stack([matrix.of(slot).dense(dtype) for slot in known])
+    return torch.stack([matrix.dense(slot, dtype) for slot in known])
 
 
 def scratch_bytes(weights: ExpertWeights, n_experts: int, dtype: torch.dtype, *, kernels: bool) -> int:

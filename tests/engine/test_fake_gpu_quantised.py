@@ -116,7 +116,7 @@ def run_blindly(self: SlotExperts, layer: int, visits: Visits, hidden: Tensor, o
 
     def multiply(x: Tensor, matrix: StackedMatrix) -> Tensor:
         assert isinstance(matrix, PackedStack)
-        dense = torch.stack([matrix.of(i).dense(x.dtype) for i in range(matrix.shape[0])])
+        dense = torch.stack([matrix.dense(i, x.dtype) for i in range(matrix.shape[0])])
         return torch.einsum("ri,roi->ro", x, dense[slot])
 
     ups = [multiply(hidden[positions // visits.top_k], matrix) for matrix in stack.up]

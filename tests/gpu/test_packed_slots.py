@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiddler.devices.formula import DTYPES
-from fiddler.formats.packed import Code, Packed
+from fiddler.formats.packed import Code
 from fiddler.gpu import scratch
 from fiddler.gpu import slots as slot_experts
 from fiddler.gpu.scratch import by_torch, scratch_bytes
@@ -109,7 +109,7 @@ def test_a_stack_has_the_matrices_of_its_slots() -> None:
             for stacked, plain in zip((*layer.stack.up, layer.stack.down), expert.parts, strict=False):
                 assert isinstance(stacked, PackedStack)
                 assert stacked.shape == (layer.sizes.n_slots, *plain.shape)
-                assert torch.equal(stacked.of(slot).dense(torch.float32), plain.to(stacked.codes.device))
+                assert torch.equal(stacked.dense(slot, torch.float32), plain.to(stacked.codes.device))
 
 
 @pytest.mark.parametrize("block", [(1, 4), (4, 4), (WHOLE, WHOLE), (8, 4)])
@@ -125,9 +125,7 @@ def test_halves_of_rows_have_their_own_blocks(block: tuple[int, int]) -> None:
     assert halves is not None
     assert halves[0].outline == halves[1].outline
     for half, own in zip(halves, layer.experts[2].up[0].chunk(2), strict=True):
-        matrix = half.of(2)
-        assert isinstance(matrix, Packed)
-        assert torch.equal(matrix.dense(torch.float32).cpu(), own)
+        assert torch.equal(half.dense(2, torch.float32).cpu(), own)
 
 
 class TestFallback:
