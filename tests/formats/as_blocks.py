@@ -1,5 +1,6 @@
 """A tiny checkpoint of bytes, read as random blocks of GGUF's: whole engines of every type, without its files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from fiddler.formats.integers import Integers
 from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantised import Files
-from tests.formats.blocks import blocks
+from tests.formats.blocks import in_blocks
 from tests.formats.folders import Pair, save_pair
 from tests.formats.test_compressed import scheme
 from tests.formats.writers import Written, integers
@@ -26,7 +27,7 @@ def save_bytes(folder: Path, code: Code) -> Pair:
 
     def write(w: Tensor) -> Written:
         parts, numbers = write_bytes(w)
-        made = in_blocks(code, parts["weight_packed"], (w.shape[0], w.shape[1]))
+        made = stand_in(code, parts["weight_packed"], (w.shape[0], w.shape[1]))
         return parts, numbers if made is None else made.dense(w.dtype)
 
     return save_pair(folder, "qwen3_moe", write, scheme(8), **SIZES)
@@ -37,15 +38,14 @@ def read_as_blocks(monkeypatch: pytest.MonkeyPatch, code: Code) -> None:
     own = Integers.read
 
     def read(self: Integers, files: Files, index: int | None) -> tuple[Packed, ...]:
-        return tuple(in_blocks(code, each.codes, each.shape) or each for each in own(self, files, index))
+        return tuple(stand_in(code, each.codes, each.shape) or each for each in own(self, files, index))
 
     monkeypatch.setattr(Integers, "read", read)
 
 
-def in_blocks(code: Code, codes: Tensor, shape: tuple[int, int]) -> Packed | None:
+def stand_in(code: Code, codes: Tensor, shape: tuple[int, int]) -> Packed | None:
     """Return blocks of a shape, the same ones for the same bytes; `None` where they do not fill its rows."""
     assert code.run is not None
     if shape[1] % code.run.columns:
         return None
-    rows = blocks(code, shape, seed=int(codes.view(torch.uint8).sum()))
-    return Packed(code, rows, None, shape, (1, code.run.group), factor=SIZE)
+    return replace(in_blocks(code, shape, seed=int(codes.view(torch.uint8).sum())), factor=SIZE)

@@ -1,7 +1,7 @@
 """Random quantised experts: every code with every kind of scale, and blocks that do and do not divide."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -12,7 +12,7 @@ from fiddler.formats.packed import MIDDLE, SCALES, VALUES, Code, Packed
 from fiddler.gpu.stack import Stack
 from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
-from tests.formats.blocks import RUNS, blocks
+from tests.formats.blocks import RUNS, in_blocks
 from tests.gpu.test_slots import DEVICE, Kind, Layer, Sizes
 
 WHOLE = 1 << 20
@@ -58,8 +58,8 @@ class Quantisation:
         assert run is not None
         if columns % run.columns:
             return Quantisation(Code.INT8, torch.float32).matrix(out, columns)
-        codes, factor = blocks(self.code, (out, columns), seed), (0.5 + seed / (1 << 30)) / columns**0.5
-        return Packed(self.code, codes, None, (out, columns), (1, run.group), factor=factor)
+        factor = (0.5 + seed / (1 << 30)) / columns**0.5
+        return replace(in_blocks(self.code, (out, columns), seed), factor=factor)
 
     @property
     def largest(self) -> float:
