@@ -1,0 +1,147 @@
+"""The configuration that a GGUF file's metadata make, by transformers' own tables of their names.
+
+Its function for a whole file takes ten seconds for the words of a vocabulary, and leaves out the width of an expert
+and how positions are stretched: only its tables are used, with `_BESIDE` and `_stretched`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig
+
+from fiddler.errors import CheckpointError, UnsupportedModelError
+from fiddler.given import shown
+from fiddler.models.skeleton import refuse_endless
+from fiddler.store.gguf_files import GgufCheckpoint
+
+NEEDED = (5, 23)
+"""The first version of transformers whose tables of GGUF were tried."""
+
+ARCHITECTURES = {
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "qwen35moe": "qwen3_5_moe_text",
+    "gpt-oss": "gpt_oss",
+    "minimax-m2": "minimax_m2",
+}
+"""llama.cpp's names of what transformers' GGUF loader and Fiddler both know, to transformers' model types."""
+
+_BESIDE = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+}
+"""Names that transformers' tables lack for some architectures."""
+_REQUIRED = (
+    *("block_count", "context_length", "embedding_length", "expert_count", "expert_used_count"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon", "rope.freq_base"),
+)
+_STRETCHES = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+_ENDS = ("eos", "eot", "eom")
+"""Tokens that end a text, a turn and a message."""
+
+
+def refuse_unknown(checkpoint: GgufCheckpoint) -> str:
+    """Return the file's architecture. Raises `UnsupportedModelError` for one that is not run from GGUF."""
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < NEEDED:
+        raise UnsupportedModelError(
+            f"GGUF files need transformers {'.'.join(map(str, NEEDED))} or later, not {transformers.__version__}"
+        )
+    architecture = checkpoint.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} is of architecture {shown(architecture)}, and of GGUF files Fiddler runs "
+            f"{', '.join(ARCHITECTURES)}; give the safetensors version of the model"
+        )
+    return str(architecture)
+
+
+def gguf_config(checkpoint: GgufCheckpoint) -> PretrainedConfig:
+    """Return a file's configuration.
+
+    Raises `CheckpointError` where values are missing or impossible, `UnsupportedModelError` for an architecture
+    that is not run, or positions that are stretched in a way transformers has no name for.
+    """
+    architecture = refuse_unknown(checkpoint)
+    kind = ARCHITECTURES[architecture]
+    if missing := [key for key in _REQUIRED if f"{architecture}.{key}" not in checkpoint.metadata]:
+        raise CheckpointError(f"{checkpoint.folder} does not say its {missing[0]}; download it again")
+    refuse_endless({"num_hidden_layers": checkpoint.metadata[f"{architecture}.block_count"]}, checkpoint.folder)
+    try:
+        values = _values(checkpoint, architecture) | _of_file(checkpoint)
+        cls: Any = transformers.CONFIG_MAPPING[kind]
+        config: PretrainedConfig = cls(**values)
+        if (stretched := _stretched(checkpoint.metadata, architecture, cls())) is not None:
+            config.rope_parameters = stretched | {"rope_theta": config.rope_parameters["rope_theta"]}
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the metadata of {checkpoint.folder} describe no {kind} model: {error}") from error
+    return config
+
+
+def _values(checkpoint: GgufCheckpoint, architecture: str) -> dict[str, Any]:
+    """Return the values that transformers' tables name."""
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+
+    if architecture in GGUF_CONFIG_ARCHS:
+        made: dict[str, Any] = GGUF_CONFIG_ARCHS[architecture](dict(checkpoint.metadata), tuple(checkpoint.headers))
+        return made
+    kind = ARCHITECTURES[architecture]
+    tables: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    table = {**_BESIDE, **tables[kind]}
+    stated = {name: checkpoint.metadata.get(f"{architecture}.{key}") for key, name in table.items() if name}
+    known = {name: value for name, value in stated.items() if value is not None}
+    return {**GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {}), **known}
+
+
+def _of_file(checkpoint: GgufCheckpoint) -> dict[str, Any]:
+    """Return the values that are the same for every architecture."""
+    ends = [checkpoint.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint.described.values():
+        if len(tensor.shape) > 1:
+            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.nbytes
+    most = max(sizes, key=sizes.__getitem__, default="F32")
+    words = checkpoint.described.get("token_embd.weight")
+    if words is None:
+        raise CheckpointError(f"{checkpoint.folder} has no token_embd.weight; download it again")
+    return {
+        "vocab_size": words.shape[0],
+        "tie_word_embeddings": "output.weight" not in checkpoint.described,
+        "bos_token_id": checkpoint.metadata.get("tokenizer.ggml.bos_token_id"),
+        "pad_token_id": checkpoint.metadata.get("tokenizer.ggml.padding_token_id"),
+        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)) or None,
+        "dtype": {"F32": "float32", "F64": "float32", "F16": "float16"}.get(most, "bfloat16"),
+    }
+
+
+def _stretched(metadata: Mapping[str, Any], architecture: str, usual: PretrainedConfig) -> dict[str, Any] | None:
+    """Return how positions are stretched beyond the context of training; `None` where the file does not say.
+
+    What llama.cpp has no name for stays as it is `usual`.
+    """
+    prefix = f"{architecture}.rope.scaling."
+    stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    stated.pop("finetuned", None)
+    kind = stated.pop("type", None)
+    if kind == "none" or not (stated or kind):
+        return {"rope_type": "default"} if "factor" in (usual.rope_parameters or {}) else None
+    unknown = [key for key in stated if key not in _STRETCHES]
+    if kind not in ("yarn", "linear") or unknown:
+        raise UnsupportedModelError(
+            f"rope.scaling of type {shown(kind)} {', '.join(unknown)} is not read from GGUF files; give the "
+            "safetensors version of the model"
+        )
+    base = usual.rope_parameters if usual.rope_parameters.get("rope_type") == kind else {}
+    return {**base, "rope_type": kind, **{_STRETCHES[key]: value for key, value in stated.items()}}
