@@ -53,7 +53,7 @@ class GgufTensor(Quantised):
         if stored.is_floating_point():
             made.copy_(stored)
         else:
-            self._decode(stored.flatten(0, -2), made.view(-1, self.shape[-1]))
+            self._decode(stored.view(-1, stored.shape[-1]), made.view(-1, self.shape[-1]))
         return made if self.undo is None else self.undo(made).to(dtype).contiguous()
 
     def _decode(self, rows: Tensor, to: Tensor) -> None:
@@ -68,5 +68,7 @@ def numbers(kind: str, rows: Tensor) -> Tensor:
     if kind in ggml.BLOCKS:
         return ggml.numbers(kind, rows)
     gguf = package()
-    decoded = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind.upper()])
-    return torch.from_numpy(decoded)
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind.upper()]))
+    except NotImplementedError:
+        raise UnsupportedModelError(f"gguf does not decode {kind.upper()}; use another file of the model") from None

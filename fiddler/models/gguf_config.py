@@ -41,7 +41,6 @@ _REQUIRED = (
 _STRETCHES = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
-    "attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
@@ -79,9 +78,10 @@ def gguf_config(checkpoint: GgufCheckpoint) -> PretrainedConfig:
     try:
         values = _values(checkpoint, architecture) | _of_file(checkpoint)
         cls: Any = transformers.CONFIG_MAPPING[kind]
-        config: PretrainedConfig = cls(**values)
         if (stretched := _stretched(checkpoint.metadata, architecture, cls())) is not None:
-            config.rope_parameters = stretched | {"rope_theta": config.rope_parameters["rope_theta"]}
+            theta = checkpoint.metadata[f"{architecture}.rope.freq_base"]
+            values["rope_parameters"] = {**values.get("rope_parameters", {}), **stretched, "rope_theta": theta}
+        config: PretrainedConfig = cls(**values)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -100,19 +100,14 @@ def _values(checkpoint: GgufCheckpoint, architecture: str) -> dict[str, Any]:
     kind = ARCHITECTURES[architecture]
     tables: Mapping[str, Any] = GGUF_CONFIG_MAPPING
     table = {**_BESIDE, **tables[kind]}
-    stated = {name: checkpoint.metadata.get(f"{architecture}.{key}") for key, name in table.items() if name}
-    known = {name: value for name, value in stated.items() if value is not None}
+    said = {key.removeprefix(f"{architecture}."): value for key, value in checkpoint.metadata.items()}
+    known = {name: said[key] for key, name in table.items() if name and key in said}
     return {**GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {}), **known}
 
 
 def _of_file(checkpoint: GgufCheckpoint) -> dict[str, Any]:
     """Return the values that are the same for every architecture."""
     ends = [checkpoint.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
-    sizes: dict[str, int] = {}
-    for tensor in checkpoint.described.values():
-        if len(tensor.shape) > 1:
-            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + tensor.nbytes
-    most = max(sizes, key=sizes.__getitem__, default="F32")
     words = checkpoint.described.get("token_embd.weight")
     if words is None:
         raise CheckpointError(f"{checkpoint.folder} has no token_embd.weight; download it again")
@@ -122,8 +117,14 @@ def _of_file(checkpoint: GgufCheckpoint) -> dict[str, Any]:
         "bos_token_id": checkpoint.metadata.get("tokenizer.ggml.bos_token_id"),
         "pad_token_id": checkpoint.metadata.get("tokenizer.ggml.padding_token_id"),
         "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)) or None,
-        "dtype": {"F32": "float32", "F64": "float32", "F16": "float16"}.get(most, "bfloat16"),
+        "dtype": _dtype({tensor.kind for tensor in checkpoint.described.values()}),
     }
+
+
+def _dtype(kinds: set[str]) -> str:
+    """Return the dtype that a file of these types is computed in; vectors and routers are always F32."""
+    others = kinds - {"F32", "F64"}
+    return "bfloat16" if others - {"F16"} else "float16" if others else "float32"
 
 
 def _stretched(metadata: Mapping[str, Any], architecture: str, usual: PretrainedConfig) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.given import read_json
-from fiddler.store.gguf_parts import all_parts, firsts, is_gguf
+from fiddler.store.gguf_parts import all_parts, firsts, is_gguf, refuse_other
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -42,6 +42,7 @@ def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
         return path
     if is_gguf(path):
         refuse_pointer(path)
+        refuse_other(path)
         return all_parts(path)[0]
     if os.path.lexists(path):
         raise _no_folder(path)

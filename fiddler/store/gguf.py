@@ -14,8 +14,8 @@ from typing import Any
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.gguf import package
+from fiddler.store.gguf_parts import MAGIC
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types that are no blocks, by their names in safetensors and in gguf-py."""

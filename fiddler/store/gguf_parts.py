@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from fiddler.errors import CheckpointError
+from fiddler.given import open_regular
 
 SUFFIX = ".gguf"
+MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _MOST = 10_000
 """Parts of a model: more is damage."""
@@ -14,6 +16,17 @@ _MOST = 10_000
 def is_gguf(path: Path) -> bool:
     """Whether a path is a file that is named as GGUF."""
     return path.name.lower().endswith(SUFFIX) and path.is_file()
+
+
+def refuse_other(file: Path) -> None:
+    """Raise `CheckpointError` for a file of another kind."""
+    try:
+        with open_regular(file) as stream:
+            begins = stream.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be opened: {error}") from error
+    if not begins:
+        raise CheckpointError(f"{file} does not begin with GGUF: it is another file, or empty; download it again")
 
 
 def all_parts(file: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tiny GGUF files as llama.cpp's converter writes them, each beside a twin: a folder of the same numbers in float32.
+"""Tiny GGUF files as llama.cpp's converter writes them, each beside a twin: the same numbers in float32.
 
 Names and changes of values are written down here once more, from `conversion/` of ggml-org/llama.cpp.
 """
@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fiddler.formats import ggml
 from fiddler.formats.packed import Code
@@ -37,6 +38,9 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
     "vocab_size": len(WORDS),
     "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 _PARTS = {
     "input_layernorm": "attn_norm",
@@ -215,6 +219,12 @@ class Tensors:
         self.stored[name] = rows, to
         return torch.from_numpy(np.array(dequantize(rows, to))).view(tensor.shape)
 
+    def join(self) -> None:
+        """Put up behind gate, as newer files have them."""
+        for name in [name for name in self.stored if "ffn_gate_exps" in name]:
+            (gate, to), (up, _) = self.stored.pop(name), self.stored.pop(name.replace("gate", "up"))
+            self.stored[name.replace("gate", "gate_up")] = np.concatenate((gate, up), axis=1), to
+
 
 def _random(code: Code, like: Tensor, seed: int) -> np.ndarray[Any, Any]:
     """Return blocks of random codes, whose numbers are about as large as weights are."""
@@ -237,18 +247,27 @@ def of_experts(kind: str, dense: str = "F32") -> Types:
 
 
 def write_pair(
-    folder: Path, kind: str, types: Types, *, tokenizer: bool = True, tied: bool = False, n_parts: int = 1, **changes: Any
+    folder: Path,
+    kind: str,
+    types: Types,
+    *,
+    tokenizer: bool = True,
+    tied: bool = False,
+    joined: bool = False,
+    n_parts: int = 1,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    **changes: Any,
 ) -> Pair:
     """Write a file of an architecture and its twin; `changes` are metadata, left out where they are `None`."""
     about = KINDS[kind]
-    config = CONFIG_MAPPING[about.model_type](**{**_COMMON, **about.config, "tie_word_embeddings": tied})
-    config.eos_token_id = None
+    made = CONFIG_MAPPING[about.model_type](**{**_COMMON, **about.config, **config, "tie_word_embeddings": tied})
+    around = 0.0 if kind == "qwen35moe" else 1.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
         for name, parameter in model.state_dict().items():
             if "norm" in name and parameter.dim() == 1:
-                parameter.uniform_(-0.3, 0.3).add_(0.0 if kind == "qwen35moe" and "linear_attn" not in name else 1.0)
+                parameter.uniform_(-0.3, 0.3).add_(1.0 if "linear_attn" in name else around)
             elif parameter.dim() > 1 and "embed" not in name:
                 torch.nn.init.normal_(parameter, std=1.0 / math.sqrt(HIDDEN))
             else:
@@ -257,14 +276,16 @@ def write_pair(
     tensors = Tensors()
     for name in state:
         if not (tied and name == "lm_head.weight"):
-            _add(tensors, name, state, config, about, types)
+            _add(tensors, name, state, made, about, types)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if joined:
+        tensors.join()
     model.load_state_dict(state)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "twin")
     file = folder / "tiny.gguf"
-    _write(file, kind, config, tensors, about.metadata, changes, tokenizer=tokenizer, n_parts=n_parts)
+    _write(file, kind, made, tensors, about.metadata, changes, tokenizer=tokenizer, n_parts=n_parts)
     return Pair(file if n_parts == 1 else folder / f"tiny-00001-of-{n_parts:05}.gguf", folder / "twin")
 
 
@@ -278,7 +299,9 @@ def _add(tensors: Tensors, name: str, state: dict[str, Tensor], config: Any, abo
     always = changed.dim() == 1 or "ffn_gate_inp" in known or "conv1d" in known
     stored = tensors.add(known, changed, "F32" if always else types(known), seed=len(tensors.stored))
     if not torch.equal(stored, changed):
-        assert torch.equal(about.changed(name, changed, config), changed), "a value that is changed is stored as F32"
+        assert torch.equal(about.changed(name, changed, config), changed), (
+            "a value that is changed is stored as F32"
+        )
         state[name] = stored
 
 
