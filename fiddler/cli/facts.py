@@ -184,7 +184,7 @@ class Facts:
 
 
 def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
-    """Inspect a checkpoint folder or a hub id that is in the cache. Raises `ModelError`, `ConfigError`."""
+    """Inspect a checkpoint folder, a GGUF file, or a hub id in the cache. Raises `ModelError`, `ConfigError`."""
     folder = find_checkpoint(model, download=False)
     config, checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     context = model_context(config)

@@ -64,7 +64,7 @@ class ServableModel(LoadedModel):
 
 
 def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
-    """Load a checkpoint folder or hub id; opening reads no expert, unless the store is packed.
+    """Load a checkpoint folder, a GGUF file or a hub id; opening reads no expert, unless the store is packed.
 
     `packed=False` keeps transformers' own attention and cache, for use under plain transformers, where no slots are
     filled and `device="auto"` is the CPU. Raises `ModelError`, and `ConfigError` for options the model or the

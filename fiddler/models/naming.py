@@ -20,7 +20,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.quantised import Quantised
-from fiddler.models.gguf_experts import expert_views
 from fiddler.models.seam import ExpertsModule
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint, Entry
 from fiddler.store.mapped import (
@@ -135,6 +134,8 @@ def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], 
         for name in _parameters(module):
             parameter = f"{path}.{name}"
             if checkpoint.is_gguf:
+                from fiddler.models.gguf_experts import expert_views
+
                 views[name] = expert_views(path, name, module._shapes[name][0], checkpoint)
             elif parameter in sources:
                 views[name] = _views(parameter, module, sources[parameter], checkpoint)
