@@ -5,7 +5,7 @@ loader, tensor by tensor. Experts need no table: every architecture has them as 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,13 +111,33 @@ def _processed(architecture: str, skeleton: PreTrainedModel, names: list[str]) -
     cls: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = cls(config=skeleton.config.to_dict())
     names_of: Callable[..., dict[str, str]] = get_gguf_hf_weights_map
-    found = names_of(skeleton, processor)
+    found = names_of(_Whole(skeleton), processor)
     places = _Places()
     for name in names:
         mine = found.get(name) or found.get(name.removesuffix(".weight"))  # sinks have no such ending in a model
         if mine is not None:
             places[mine] = name, _by_processor(processor, name)
     return places
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A model as transformers' loader asks for it, but for its parts: for each it would build gguf-py's map anew."""
+
+    model: PreTrainedModel
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's own."""
+        return self.model.config
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's own."""
+        return dict(self.model.state_dict())
+
+    def named_children(self) -> tuple[()]:
+        """Return no part: all names are in the whole."""
+        return ()
 
 
 def _by_processor(processor: Any, name: str) -> Undo | None:

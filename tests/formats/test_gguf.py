@@ -1,6 +1,7 @@
 """GGUF files are run as the model that they were made from: log-probabilities, against transformers on a twin."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,13 @@ def test_a_missing_tensor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pair = write_pair(tmp_path / missing, "qwen3moe", of_experts("Q8_0"))
         with pytest.raises(CheckpointError, match=match):
             load(pair.quantised, EngineConfig(kernels="linear"))
+
+
+def test_without_gguf_py_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = small(tmp_path / "m.gguf", "qwen3moe")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UnsupportedModelError, match=r"pip install 'fiddler-moe\[gguf\]'"):
+        load(file, EngineConfig())
 
 
 def test_an_older_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
