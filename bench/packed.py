@@ -26,7 +26,8 @@ SHAPES = {"qwen3-30b-a3b": (2048, 768, 8), "gpt-oss-20b": (2880, 2880, 4)}
 """(hidden, intermediate, experts to a layer) by model."""
 SET_BYTES = 1 << 29
 WHOLE = 1 << 20
-FORMATS: dict[str, tuple[Code, torch.dtype, tuple[int, int], bool] | None] = {
+Described = tuple[Code, torch.dtype, tuple[int, int], bool]
+FORMATS: dict[str, Described | Code | None] = {
     "bf16": None,
     "mxfp4": (Code.FP4, torch.float8_e8m0fnu, (1, 32), False),
     "nvfp4": (Code.FP4, torch.float8_e4m3fn, (1, 16), False),
@@ -37,8 +38,14 @@ FORMATS: dict[str, tuple[Code, torch.dtype, tuple[int, int], bool] | None] = {
     "fp8 channel": (Code.FP8, torch.bfloat16, (1, WHOLE), False),
     "mxfp8": (Code.FP8, torch.float8_e8m0fnu, (1, 32), False),
     "int8 channel": (Code.INT8, torch.bfloat16, (1, WHOLE), False),
+    "gguf q4_0": Code.Q4_0,
+    "gguf q8_0": Code.Q8_0,
+    "gguf mxfp4": Code.MXFP4,
+    "gguf q4_k": Code.Q4_K,
+    "gguf q5_k": Code.Q5_K,
+    "gguf q6_k": Code.Q6_K,
 }
-"""Code, scales, their block, and whether there are zeros."""
+"""Code, scales, their block, and whether there are zeros; or a code of blocks with scales of their own."""
 
 
 def matrix(name: str, out: int, columns: int) -> Matrix:
@@ -46,6 +53,9 @@ def matrix(name: str, out: int, columns: int) -> Matrix:
     described = FORMATS[name]
     if described is None:
         return torch.full((out, columns), 0.01, dtype=torch.bfloat16)
+    if isinstance(described, Code):
+        rows = torch.full((out, described.width(columns)), 0x11, dtype=torch.uint8)
+        return Packed(described, rows, None, (out, columns), (1, described.run.group))
     code, scale, block, zeros = described
     grid = -(-out // block[0]), -(-columns // block[1])
     codes = torch.randint(0, 112, (out, columns * code.bits // 8), dtype=torch.uint8)

@@ -1,8 +1,9 @@
 /* Dot products of a few rows of weights with a few of activations, for every kind of weights.
 
    A thread multiplies a panel of activations, arranged as the weights' kind wants them, by rows of weights whose scales
-   it has read into float32. Products are summed in float32 block by block, a block's sums are multiplied by its scales
-   there, and a row's by its factor at the end. Where blocks have zeros, zero times the sum of activations is taken away.
+   it has read into float32. Products are summed in float32 up to the next scale and multiplied by it, and a row's sum by
+   its factor at the end. What is taken from the codes of a group (a zero, a minimum) is an offset, which multiplies the
+   sum of the group's activations once.
 
    A result depends on its row and its weights alone, never on how many rows run beside it. */
 
@@ -17,24 +18,45 @@
 
 enum { W = 4, X = 4 };  /* A tile: rows of weights by rows of activations. */
 enum { PANEL = 16 };    /* Activations that are arranged at a time. */
-enum { AHEAD = 2048 };  /* Bytes: rows of codes are too short for the machine to see what comes next. */
-enum { ROOM_A_COLUMN = 4 * (2 * PANEL + 2 * W + 3), SLACK = 256 }; /* Bytes of a thread's room, by columns of SLACK more. */
+enum { AHEAD = 512 };   /* Bytes: rows of codes are too short for the machine to see what comes next. */
+enum { ROOM_A_COLUMN = 4 * (2 * PANEL + 3 * W + 3), SLACK = 256 }; /* Bytes of a thread's room, by columns of SLACK more. */
 
-/* How a matrix is walked. */
+/* How a matrix is walked: block by block, and group by group of columns that share a scale. */
 typedef struct {
     integer block, blocks, whole; /* columns of a block, blocks of a row, those of them that are full */
     integer bytes;                /* of a block */
-    integer per, shift;           /* a block has so many scales; or if one, 2 ** shift blocks share it */
+    integer per, shift;           /* a block has so many groups; or if one, a group has 2 ** shift blocks */
+    integer width, groups;        /* columns of a group, and groups of a row */
     int laid;                     /* whether scales are repeated until that is true */
     int slow;                     /* whether lanes do not fit */
 } walk;
 
+INLINE walk with_groups(walk way, integer columns) {
+    way.width = way.per > 1 ? way.block / way.per : way.shift < 32 ? way.block << way.shift : columns;
+    way.groups = parts(columns, way.width);
+    return way;
+}
+
+/* The way through blocks of ggml.h, whose scales stay in the order in which columns have them. */
+static walk walk_of_blocks(const matrix *m) {
+    int kind = (int)m->kind, block = block_of(kind), group = (int)group_of(kind), nibbles = in_nibbles(kind);
+    walk way = {.block = block, .blocks = parts(m->columns, block), .whole = m->columns / block, .per = 1};
+    way.bytes = block_bytes_of(kind) * block / block_columns_of(kind);
+    if (!NARROW) way.per = block / group;
+    while (NARROW && LANES << way.shift < (nibbles && kind < Q4_K ? group / 2 : group)) way.shift++;
+    way.width = group;
+    way.groups = m->columns / group;
+    return way;
+}
+
 static walk walk_of(const matrix *m) {
+    if (in_blocks(m->kind)) return walk_of_blocks(m);
     integer block = block_of((int)m->kind), columns = m->columns, per = 1;
-    walk way = {block, parts(columns, block), columns / block, is_half(m->kind) ? block / 2 : block, 1, 0, 0, 0};
+    walk way = {.block = block, .blocks = parts(columns, block), .whole = columns / block, .per = 1};
+    way.bytes = is_half(m->kind) ? block / 2 : block;
     if (m->block_columns >= columns) {
         way.shift = 62;
-        return way;
+        return with_groups(way, columns);
     }
     while (m->block_columns % (block / per)) {
         per = NARROW && per == 1 ? LANES : 2 * per;
@@ -48,13 +70,17 @@ static walk walk_of(const matrix *m) {
     while (per == 1 && way.shift < 32 && (integer)1 << way.shift < shares) way.shift++;
     way.laid = per == 1 ? (integer)1 << way.shift != shares : shares > 1;
     if (way.laid) way.shift = 0;
-    return way;
+    return with_groups(way, columns);
 }
 
-/* A thread's room: a panel of activations and their sums, and the scales and zeros of W rows. */
+/* Whether something is taken from the codes of a matrix besides what its table takes. */
+INLINE int has_offsets(const matrix *m) { return m->zeros || shifted((int)m->kind) || has_minima(m->kind); }
+
+/* A thread's room: a panel of activations and the sums of their groups; scales, offsets and numbers of W rows. */
 typedef struct {
-    number *x;
-    float *sums, *scales[W], *zeros[W], *spare;
+    number *x, *w[W];
+    float *sums, *scales[W], *offsets[W], *spare;
+    integer padded;         /* groups of a row, and zeros up to whole vectors; or none where there are no offsets */
     integer blocks[W];      /* the rows of blocks whose scales these are */
     const matrix *of[W];    /* the matrices and their rows, where blocks fit no lanes */
     integer rows[W];
@@ -68,9 +94,11 @@ static desk desk_of(byte *room, integer columns) {
     float *at = (float *)((byte *)d.x + PANEL * wide * 4);
     for (int i = 0; i < W; i++) {
         d.scales[i] = at + 2 * i * wide;
-        d.zeros[i] = at + (2 * i + 1) * wide;
+        d.offsets[i] = at + (2 * i + 1) * wide;
+        d.w[i] = (number *)(at + (2 * W + i) * wide);
     }
-    d.spare = at + 2 * W * wide;
+    d.spare = at + 3 * W * wide;
+    d.padded = 0;
     return d;
 }
 
@@ -89,96 +117,204 @@ static void forget(desk *d) {
     for (int i = 0; i < W; i++) d->blocks[i] = -1;
 }
 
-/* n rows of activations in the order of a matrix's numbers, with their sums lane by lane where blocks have zeros. */
-static void arrange(const matrix *m, const walk *way, desk *d, const bf16 *x, integer stride, integer n) {
-    int kind = (int)m->kind;
-    if (kind == PLAIN || way->slow) return;
-    for (integer j = 0; j < n; j++)
-        for (integer b = 0; b < way->blocks; b++) {
-            const bf16 *from = x + j * stride + b * way->block;
-            number *to = d->x + (j * way->blocks + b) * way->block;
-            bf16 padded[128] = {0};
-            if (b >= way->whole) {
-                memcpy(padded, from, (size_t)(m->columns - b * way->block) * sizeof *from);
-                from = padded;
-            }
-            if (is_half(kind)) /* constants, so that each case becomes vectors */
-                arrange_block(1, from, to);
-            else
-                arrange_block(0, from, to);
-            if (!m->zeros && !shifted(kind)) continue;
-            floats sum = {0};
-            for (integer k = 0; k < way->block; k += PIECE) sum = products(sum, load_numbers(to + k), ones());
-            memcpy(d->sums + (j * way->blocks + b) * LANES, &sum, sizeof sum);
-        }
+/* The sums of a row of activations, group by group. */
+static void sum_groups(const matrix *m, const walk *way, const bf16 *x, integer padded, float *to) {
+    for (integer g = 0; g < padded; g++) {
+        integer at = g * way->width, stop = least(at + way->width, m->columns);
+        floats sums = {0};
+        for (; at + LANES <= stop; at += LANES) sums += load_bf16(x + at);
+        float sum = way->width < LANES ? 0 : total(sums);
+        for (; at < stop; at++) sum += widen(x[at]);
+        to[g] = sum;
+    }
 }
 
-/* One number for each part of a block that shares a scale, of one for each block of columns. */
+/* A row of activations in the order of a matrix's numbers. */
+INLINE void arrange_row(const int kind, const matrix *m, const walk *way, const bf16 *x, number *to) {
+    for (integer b = 0; b < way->blocks; b++, to += way->block) {
+        const bf16 *from = x + first_column(kind, b);
+        bf16 padded[128] = {0};
+        if (b >= way->whole) {
+            memcpy(padded, from, (size_t)(m->columns - b * way->block) * sizeof *from);
+            from = padded;
+        }
+        arrange_block(kind, from, to);
+    }
+}
+
+/* n rows of activations, and their sums where there are offsets. */
+static void arrange(const matrix *m, const walk *way, desk *d, const bf16 *x, integer stride, integer n) {
+    if (m->kind == PLAIN || way->slow) return;
+    d->padded = has_offsets(m) ? parts(way->groups, LANES) * LANES : 0;
+    for (integer j = 0; j < n; j++, x += stride) {
+        number *to = d->x + j * way->blocks * way->block;
+        sum_groups(m, way, x, d->padded, d->sums + j * d->padded);
+        switch (m->kind) { /* constants, so that each case becomes vectors */
+            case INT4:
+            case FP4:
+            case NF4: arrange_row(INT4, m, way, x, to); break;
+            case INT8:
+            case UINT8:
+            case FP8:
+            case Q8_0: arrange_row(INT8, m, way, x, to); break;
+            case Q4_0:
+            case MXFP4: arrange_row(Q4_0, m, way, x, to); break;
+            case Q6_K: arrange_row(Q6_K, m, way, x, to); break;
+            default: arrange_row(Q4_K, m, way, x, to);
+        }
+    }
+}
+
+/* One number for each group, of one for each block of columns. */
 static void lay(const matrix *m, const walk *way, const float *from, float *to) {
-    integer n = way->blocks * way->per, part = way->block / way->per, at = 0, across = scales_across(m);
-    integer repeats = m->block_columns / part;
+    integer at = 0, across = scales_across(m), repeats = m->block_columns / way->width;
     for (integer i = 0; i < across; i++)
-        for (integer k = 0; k < repeats && at < n; k++) to[at++] = from[i];
+        for (integer k = 0; k < repeats && at < way->groups; k++) to[at++] = from[i];
+    integer n = way->blocks * way->per;
     while (at < n) to[at++] = 0; /* behind the last column, where everything is multiplied by zero */
 }
 
-/* Read the scales of a row of weights into place i of the desk, unless they are there. */
+/* A row's offsets: what is taken from its codes, times their scales. */
+static void read_offsets(const matrix *m, const walk *way, desk *d, int i, integer block) {
+    float *offsets = d->offsets[i];
+    if (m->zeros && way->laid) {
+        read_zeros(m, block, d->spare);
+        lay(m, way, d->spare, offsets);
+    } else if (m->zeros) {
+        read_zeros(m, block, offsets);
+    }
+    float shift = shifted((int)m->kind) ? shift_of((int)m->kind, m->zeros != 0) : 0.0f;
+    for (integer g = 0; g < way->groups && !has_minima(m->kind); g++)
+        offsets[g] = ((m->zeros ? offsets[g] : 0.0f) + shift) * d->scales[i][g];
+    for (integer g = way->groups; g < d->padded; g++) offsets[g] = 0;
+}
+
+/* Read the scales and offsets of a row of weights into place i of the desk, unless they are there. */
 static void read(const matrix *m, const walk *way, desk *d, int i, integer row) {
     if (m->kind == PLAIN) return;
     d->of[i] = m;
     d->rows[i] = row;
     integer block = stored(m, row) / m->block_rows;
-    if (way->slow) return;
-    if (block == d->blocks[i]) return;
+    if (way->slow || block == d->blocks[i]) return;
     d->blocks[i] = block;
-    __builtin_prefetch(m->scales + block * m->scales_stride + AHEAD / 8);
-    if (!way->laid) {
-        read_scales(m, block, d->scales[i]);
-        if (m->zeros) read_zeros(m, block, d->zeros[i]);
-        return;
+    if (in_blocks(m->kind)) {
+        read_groups(m->kind, codes_of(m, row), m->columns, d->scales[i], d->offsets[i]);
+    } else {
+        __builtin_prefetch(m->scales + block * m->scales_stride + 256); /* some rows on */
+        read_scales(m, block, way->laid ? d->spare : d->scales[i]);
+        if (way->laid) lay(m, way, d->spare, d->scales[i]);
     }
-    read_scales(m, block, d->spare);
-    lay(m, way, d->spare, d->scales[i]);
-    if (m->zeros) {
-        read_zeros(m, block, d->spare);
-        lay(m, way, d->spare, d->zeros[i]);
-    }
+    if (d->padded) read_offsets(m, way, d, i, block);
 }
 
-/* One block of W rows of codes and n_x rows of activations. */
-INLINE void dots_block(const int kind, const int zeros, const int one, const int n_x, const int whole, tables t, const byte *codes[W],
-                       integer left, const desk *d, const walk *way, ints at, integer j, integer b, floats all[W][X]) {
-    const number *x = d->x + (j * way->blocks + b) * way->block;
-    const float *sums = d->sums + (j * way->blocks + b) * LANES;
+/* Where the scales of a set of a block begin. */
+INLINE integer part_of(const int kind, const int one, const walk *way, integer b, int set) {
+    if (!one) return b * way->per;
+    integer at = b >> way->shift;
+    return kind == Q6_K ? at / 4 * 8 + at % 4 + 4 * set : kind >= Q4_K ? 2 * at + set : at;
+}
+
+/* The block behind the last that shares scales with block b. */
+INLINE integer span_end(const int one, const walk *way, integer b) {
+    return one ? least(((b >> way->shift) + 1) << way->shift, way->blocks) : b + 1;
+}
+
+/* Take from a row's sums what its offsets say. */
+INLINE floats less_offsets(const desk *d, int i, integer j, floats all) {
+    const float *sums = d->sums + j * d->padded, *offsets = d->offsets[i];
+    for (integer g = 0; g < d->padded; g += LANES) all -= load_floats(offsets + g) * load_floats(sums + g);
+    return all;
+}
+
+/* One block of W rows of codes times n_x rows of activations, `x` and a `step` on. */
+INLINE void dots_block(const int kind, const int n_x, const int whole, tables t, const byte *codes[W], integer left,
+                       const walk *way, const number *x, integer step, integer b, floats sum[2][W][2]) {
     UNROLL for (int i = 0; i < W; i++) {
         values ws[8];
-        const byte *from = codes[i] + b * way->bytes;
-        if (whole) __builtin_prefetch(from + AHEAD);
-        decode(kind, t, load_codes(from, left, whole), ws);
-        integer part = one ? b >> way->shift : b * way->per;
-        floats scale = spread(d->scales[i] + part, one, at);
-        floats zero = {0};
-        if (zeros) zero = spread(d->zeros[i] + part, one, at);
-        if (shifted(kind)) zero += shift_of(kind, zeros);
-        UNROLL for (int k = 0; k < n_x; k++) {
-            floats sum = {0};
-            if (zeros || shifted(kind)) sum -= zero * load_floats(sums + k * way->blocks * LANES);
-            UNROLL for (int p = 0; p < pieces_of(kind); p++)
-                sum = products(sum, ws[p], load_numbers(x + k * way->blocks * way->block + partner(p) * PIECE));
-            all[i][k] += sum * scale;
-        }
+        if (whole) __builtin_prefetch(codes[i] + b * way->bytes + AHEAD);
+        take(kind, t, codes[i], b, left, whole, ws);
+        UNROLL for (int k = 0; k < n_x; k++) UNROLL for (int p = 0; p < pieces_of(kind); p++) {
+                floats *to = &sum[p % sets_of(kind)][i][k];
+                *to = products(*to, ws[p], load_numbers(x + b * way->block + k * step + partner(p) * PIECE));
+            }
     }
 }
 
-INLINE void dots_codes(const int kind, const int zeros, const int one, const int n_x, tables t, const byte *codes[W], const desk *d,
-                       const walk *way, integer left, integer j, float out[W][X]) {
-    floats all[W][X];
-    ints at = spread_of(way->per);
+INLINE void dots_codes(const int kind, const int one, const int n_x, tables t, const byte *codes[W], const desk *d,
+                       const walk *way, integer left, integer j, int first_x, float out[W][X]) {
+    const int sets = sets_of(kind);
+    const ints lanes[2] = {spread_of(kind, way->per, 0), spread_of(kind, way->per, 1)};
+    const integer step = way->blocks * way->block;
+    const number *x = d->x + (j + first_x) * step;
+    floats all[W][2];
     UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < n_x; k++) all[i][k] = (floats){0};
-    for (integer b = 0; b < way->whole; b++)
-        dots_block(kind, zeros, one, n_x, 1, t, codes, 0, d, way, at, j, b, all);
-    if (way->whole < way->blocks) dots_block(kind, zeros, one, n_x, 0, t, codes, left, d, way, at, j, way->whole, all);
-    UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < n_x; k++) out[i][k] = total(all[i][k]);
+    for (integer b = 0, first = 0; b < way->blocks; first = b) {
+        floats sum[2][W][2];
+        integer stop = span_end(one, way, b);
+        UNROLL for (int i = 0; i < 2 * W * 2; i++) sum[i / (2 * W)][i / 2 % W][i % 2] = (floats){0};
+        for (integer until = least(stop, way->whole); b < until; b++)
+            dots_block(kind, n_x, 1, t, codes, 0, way, x, step, b, sum);
+        if (b < stop) dots_block(kind, n_x, 0, t, codes, left, way, x, step, b++, sum);
+        UNROLL for (int set = 0; set < sets; set++) UNROLL for (int i = 0; i < W; i++) {
+                floats scale = spread(d->scales[i] + part_of(kind, one, way, first, set), one, lanes[set]);
+                UNROLL for (int k = 0; k < n_x; k++) all[i][k] += sum[set][i][k] * scale;
+            }
+    }
+    UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < n_x; k++)
+        out[i][first_x + k] = total(less_offsets(d, i, j + first_x + k, all[i][k]));
+}
+
+/* The same of numbers that are taken already, in the same order. Two rows of activations at a time, since those of a
+   panel come from the second cache, and the four of weights stay in the first. */
+INLINE void dots_ready(const int kind, const int one, const desk *d, const walk *way, integer j, integer n_x,
+                       float out[W][X]) {
+    const int sets = sets_of(kind), pieces = pieces_of(kind);
+    const ints lanes[2] = {spread_of(kind, way->per, 0), spread_of(kind, way->per, 1)};
+    const integer step = way->blocks * way->block;
+    for (integer two = 0; two < n_x; two += 2) {
+        floats all[W][2];
+        UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < 2; k++) all[i][k] = (floats){0};
+        for (integer first = 0, stop; first < way->blocks; first = stop) {
+            stop = span_end(one, way, first);
+            UNROLL for (int set = 0; set < sets; set++) {
+                floats sum[W][2];
+                UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < 2; k++) sum[i][k] = (floats){0};
+                for (integer b = first; b < stop; b++) UNROLL for (int p = set; p < pieces; p += sets) {
+                        const number *x = d->x + (j + two) * step + b * way->block + partner(p) * PIECE;
+                        values xs[2] = {load_numbers(x), load_numbers(x + step)};
+                        ONCE(xs[0]);
+                        ONCE(xs[1]);
+                        UNROLL for (int i = 0; i < W; i++) {
+                            values ws = load_numbers(d->w[i] + (b * pieces + p) * PIECE);
+                            UNROLL for (int k = 0; k < 2; k++) sum[i][k] = products(sum[i][k], ws, xs[k]);
+                        }
+                    }
+                UNROLL for (int i = 0; i < W; i++) {
+                    floats scale = spread(d->scales[i] + part_of(kind, one, way, first, set), one, lanes[set]);
+                    UNROLL for (int k = 0; k < 2; k++) all[i][k] += sum[i][k] * scale;
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < 2; k++)
+            out[i][two + k] = total(less_offsets(d, i, j + two + k, all[i][k]));
+    }
+}
+
+/* Take the numbers of W rows of weights. */
+INLINE void take_rows(const int kind, tables t, const byte *codes[W], const desk *d, const walk *way, integer left) {
+    for (int i = 0; i < W; i++) {
+        number *to = d->w[i];
+        for (integer b = 0; b < way->blocks; b++) {
+            values ws[8];
+            if (b < way->whole) {
+                __builtin_prefetch(codes[i] + b * way->bytes + AHEAD);
+                take(kind, t, codes[i], b, 0, 1, ws);
+            } else {
+                take(kind, t, codes[i], b, left, 0, ws);
+            }
+            UNROLL for (int p = 0; p < pieces_of(kind); p++, to += PIECE) store_numbers(to, ws[p]);
+        }
+    }
 }
 
 /* LANES or more bfloat16 of a row as the machine multiplies them, or as many as are left, zeros behind them. */
@@ -241,57 +377,113 @@ static void dots_slowly(const desk *d, const bf16 *x, integer stride, integer n_
 }
 
 /* Kinds that differ in their tables alone are one: INT4 stands for all of 4 bits that one table has. */
-#define TILE(name, kind, zeros, one)                                                                                \
-    static void name(tables t, const byte *codes[W], const desk *d, const walk *way, integer left, integer j,       \
-                     integer n_x, float out[W][X]) {                                                                \
-        switch (n_x) { /* constants, so that sums stay in registers; a fourth row beside three is not looked at */  \
-            case 1: dots_codes(kind, zeros, one, 1, t, codes, d, way, left, j, out); break;                         \
-            case 2: dots_codes(kind, zeros, one, 2, t, codes, d, way, left, j, out); break;                         \
-            default: dots_codes(kind, zeros, one, X, t, codes, d, way, left, j, out);                               \
-        }                                                                                                           \
+#define TILE(name, kind, one)                                                                                       \
+    static void tile_##name(tables t, const byte *codes[W], const desk *d, const walk *way, integer left, integer j, \
+                            integer n_x, float out[W][X]) {                                                         \
+        if (n_x == 1) /* constants, so that sums stay in registers */                                               \
+            dots_codes(kind, one, 1, t, codes, d, way, left, j, 0, out);                                            \
+        else                                                                                                        \
+            for (int k = 0; k < n_x; k += 2) dots_codes(kind, one, 2, t, codes, d, way, left, j, k, out);           \
     }
-#define TILES(name, kind, zeros) TILE(name##_one, kind, zeros, 1) TILE(name##_few, kind, zeros, 0)
-TILES(tile_half, INT4, 0)
-TILES(tile_half_zeros, INT4, 1)
-TILES(tile_nf4, NF4, 0)
-TILES(tile_int8, INT8, 0)
-TILES(tile_uint8, UINT8, 0)
-TILES(tile_uint8_zeros, UINT8, 1)
-TILES(tile_fp8, FP8, 0)
+#define TAKE(name, kind)                                                                                            \
+    static void take_##name(tables t, const byte *codes[W], const desk *d, const walk *way, integer left) {         \
+        take_rows(kind, t, codes, d, way, left);                                                                    \
+    }
+#define READY(name, kind, one)                                                                                      \
+    static void ready_##name(const desk *d, const walk *way, integer j, integer n_x, float out[W][X]) {             \
+        dots_ready(kind, one, d, way, j, n_x, out);                                                                 \
+    }
+#define SCALED(name, kind) TILE(name##_one, kind, 1) TILE(name##_few, kind, 0) TAKE(name, kind)
+#define BLOCKED(name, kind) TILE(name, kind, NARROW) TAKE(name, kind)
+SCALED(half, INT4)
+SCALED(nf4, NF4)
+SCALED(int8, INT8)
+SCALED(uint8, UINT8)
+SCALED(fp8, FP8)
+BLOCKED(q4_0, Q4_0)
+BLOCKED(q8_0, Q8_0)
+BLOCKED(mxfp4, MXFP4)
+BLOCKED(q4_k, Q4_K)
+BLOCKED(q5_k, Q5_K)
+BLOCKED(q6_k, Q6_K)
+READY(half_one, INT4, 1)
+READY(half_few, INT4, 0)
+READY(nf4_one, NF4, 1)
+READY(nf4_few, NF4, 0)
+READY(byte_one, INT8, 1)
+READY(byte_few, INT8, 0)
+READY(q4_k, Q4_K, NARROW)
+READY(q6_k, Q6_K, NARROW)
 
-typedef void tile_function(tables, const byte *[W], const desk *, const walk *, integer, integer, integer, float[W][X]);
+typedef struct {
+    void (*tile)(tables, const byte *[W], const desk *, const walk *, integer, integer, integer, float[W][X]);
+    void (*take)(tables, const byte *[W], const desk *, const walk *, integer);
+    void (*ready)(const desk *, const walk *, integer, integer, float[W][X]);
+} kernels;
 
-static tile_function *tile_for(integer kind, int zeros, int one) {
-#define EITHER(name) (one ? name##_one : name##_few)
+#define EITHER(name, ready)                                                                                         \
+    (one ? (kernels){tile_##name##_one, take_##name, ready_##ready##_one}                                           \
+         : (kernels){tile_##name##_few, take_##name, ready_##ready##_few})
+static kernels kernels_for(integer kind, int one) {
     switch (kind) {
         case INT4:
-        case FP4: return zeros ? EITHER(tile_half_zeros) : EITHER(tile_half);
-        case NF4: return EITHER(tile_nf4);
-        case INT8: return EITHER(tile_int8);
-        case UINT8: return zeros ? EITHER(tile_uint8_zeros) : EITHER(tile_uint8);
-        default: return EITHER(tile_fp8);
+        case FP4: return EITHER(half, half);
+        case NF4: return EITHER(nf4, nf4);
+        case INT8: return EITHER(int8, byte);
+        case UINT8: return EITHER(uint8, byte);
+        case FP8: return EITHER(fp8, byte);
+        case Q4_0: return (kernels){tile_q4_0, take_q4_0, one ? ready_half_one : ready_half_few};
+        case Q8_0: return (kernels){tile_q8_0, take_q8_0, one ? ready_byte_one : ready_byte_few};
+        case MXFP4: return (kernels){tile_mxfp4, take_mxfp4, one ? ready_half_one : ready_half_few};
+        case Q4_K: return (kernels){tile_q4_k, take_q4_k, ready_q4_k};
+        case Q5_K: return (kernels){tile_q5_k, take_q5_k, ready_q4_k};
+        default: return (kernels){tile_q6_k, take_q6_k, ready_q6_k};
     }
+}
+
+/* What multiplies rows of a matrix with a panel of activations. */
+typedef struct {
+    const matrix *m;
+    walk way;
+    kernels own;
+    tables t;
+    integer left; /* bytes of a row behind its whole blocks */
+    int taken;    /* whether the numbers of weights are taken once for the whole panel, which pays for more than a tile */
+} multiplier;
+
+static multiplier multiplier_of(const matrix *m, integer n) {
+    multiplier found = {.m = m, .way = walk_of(m)};
+    if (m->kind == PLAIN || found.way.slow) return found;
+    found.own = kernels_for(m->kind, found.way.per == 1);
+    found.t = tables_of((int)m->kind, m->zeros != 0);
+    found.left = row_bytes(m) - found.way.whole * found.way.bytes;
+    found.taken = n > X;
+    return found;
+}
+
+static void take_numbers(const multiplier *k, const byte *codes[W], const desk *d) {
+    if (k->taken) k->own.take(k->t, codes, d, &k->way, k->left);
 }
 
 /* The dot products of rows of weights of one kind, whose scales the desk has read, with activations j to j + n_x of
    its panel; without their factors. */
-static void tile(const matrix *m, const walk *way, const byte *codes[W], const desk *d, const bf16 *x, integer stride,
-                 integer j, integer n_x, float out[W][X]) {
-    x += j * stride;
-    if (m->kind != PLAIN) {
-        if (way->slow)
-            dots_slowly(d, x, stride, n_x, out);
-        else
-            tile_for(m->kind, m->zeros != 0, way->per == 1)(tables_of((int)m->kind, m->zeros != 0), codes, d, way,
-                                                            row_bytes(m) - way->whole * way->bytes, j, n_x, out);
-        return;
-    }
-    switch (n_x) {
-        case 1: dots_plain(1, codes, x, stride, m->columns, out); break;
-        case 2: dots_plain(2, codes, x, stride, m->columns, out); break;
-        case 3: dots_plain(3, codes, x, stride, m->columns, out); break;
-        default: dots_plain(X, codes, x, stride, m->columns, out);
-    }
+static void tile(const multiplier *k, const byte *codes[W], const desk *d, const bf16 *x, integer j, integer n_x,
+                 float out[W][X]) {
+    const matrix *m = k->m;
+    integer columns = m->columns;
+    x += j * columns;
+    if (k->taken) {
+        k->own.ready(d, &k->way, j, n_x, out);
+    } else if (k->own.tile) {
+        k->own.tile(k->t, codes, d, &k->way, k->left, j, n_x, out);
+    } else if (m->kind != PLAIN) {
+        dots_slowly(d, x, columns, n_x, out);
+    } else switch (n_x) {
+            case 1: dots_plain(1, codes, x, columns, columns, out); break;
+            case 2: dots_plain(2, codes, x, columns, columns, out); break;
+            case 3: dots_plain(3, codes, x, columns, columns, out); break;
+            default: dots_plain(X, codes, x, columns, columns, out);
+        }
 }
 
 #endif

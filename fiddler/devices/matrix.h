@@ -5,9 +5,9 @@
 #ifndef MATRIX_H
 #define MATRIX_H
 
-#include "numbers.h"
+#include "ggml.h"
 
-enum { PLAIN, INT4, FP4, NF4, INT8, UINT8, FP8 };     /* bfloat16, or codes */
+enum { PLAIN, INT4, FP4, NF4, INT8, UINT8, FP8 };     /* bfloat16, or codes; then those of ggml.h */
 enum { FLOAT32, BFLOAT16, FLOAT16, E4M3, E8M0 };      /* scales */
 
 typedef struct {
@@ -24,6 +24,7 @@ typedef struct {
 
 INLINE int is_half(integer kind) { return kind >= INT4 && kind <= NF4; }
 INLINE integer row_bytes(const matrix *m) {
+    if (in_blocks(m->kind)) return m->columns / block_columns_of(m->kind) * block_bytes_of(m->kind);
     return m->kind == PLAIN ? 2 * m->columns : is_half(m->kind) ? parts(m->columns, 2) : m->columns;
 }
 INLINE integer scale_bytes(const matrix *m) { return m->scale_kind == FLOAT32 ? 4 : m->scale_kind < E4M3 ? 2 : 1; }
@@ -38,9 +39,10 @@ INLINE float bias_of(const matrix *m, integer row) { return m->bias ? widen(m->b
 static int holds(const matrix *m, integer rows, integer columns) {
     integer last = m->rows - 1;
     if (m->rows != rows || m->columns != columns || rows < 1 || columns < 1 || m->first < 0 || m->step < 1) return 0;
-    if (m->stride < 0 || m->kind < PLAIN || m->kind > FP8) return 0;
+    if (m->stride < 0 || m->kind < PLAIN || m->kind > Q6_K) return 0;
     if (stored(m, last) * m->stride + row_bytes(m) > m->codes_bytes) return 0;
     if (m->kind == PLAIN) return 1;
+    if (in_blocks(m->kind)) return m->columns % block_columns_of(m->kind) == 0;
     if (m->block_rows < 1 || m->block_columns < 1 || m->scales_stride < 0 || m->zeros_stride < 0) return 0;
     integer block = stored(m, last) / m->block_rows, across = scales_across(m);
     if (m->scale_kind < FLOAT32 || m->scale_kind > E8M0) return 0;
@@ -92,15 +94,6 @@ static void read_zeros(const matrix *m, integer block, float *to) {
     widen_all(-1, 1, m->zeros + block * m->zeros_stride, scales_across(m), to);
 }
 
-static const float VALUES[3][16] = { /* of codes: INT4, FP4, NF4 */
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6},
-    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
-     1.0f},
-};
-
 /* What is taken from a value where a block has no zero of its own. */
 INLINE float middle_of(integer kind) { return kind == INT4 ? 8.0f : kind == UINT8 ? 128.0f : 0.0f; }
 
@@ -114,6 +107,10 @@ static float value_of(integer kind, const byte *codes, integer column) {
 /* A row in float32, of any kind and block: slow. room holds two floats a column, and a vector. */
 static void read_row(const matrix *m, integer row, float factor, float *room, float *to) {
     const byte *codes = codes_of(m, row);
+    if (in_blocks(m->kind)) {
+        read_blocks(m->kind, codes, m->columns, factor, room, to);
+        return;
+    }
     integer block = stored(m, row) / m->block_rows;
     float *scales = room, *zeros = room + m->columns + LANES;
     read_scales(m, block, scales);

@@ -41,19 +41,20 @@ static integer chunk_rows(integer n, integer rows, integer bytes_a_row, integer 
 }
 
 static integer bytes_a_row(const matrix *m) {
-    return row_bytes(m) + (m->kind == PLAIN ? 0 : scales_across(m) * scale_bytes(m) / m->block_rows);
+    int none = m->kind == PLAIN || in_blocks(m->kind);
+    return row_bytes(m) + (none ? 0 : scales_across(m) * scale_bytes(m) / m->block_rows);
 }
 
 /* y = x wT (+ bias) of W streams of rows, of which y has out columns; their matrices are of one kind and width. */
 static void multiply(const stream streams[W], const bf16 *x, integer out, integer n_rows, integer steps, desk *d) {
     const matrix *m = streams[0].m;
     integer columns = m->columns;
-    walk way = walk_of(m);
     forget(d);
     for (integer panel = 0; panel < n_rows; panel += PANEL) {
         integer n = least(n_rows - panel, PANEL);
         const bf16 *xs = x + panel * columns;
-        arrange(m, &way, d, xs, columns, n);
+        multiplier k = multiplier_of(m, n);
+        arrange(m, &k.way, d, xs, columns, n);
         for (integer step = 0; step < steps; step++) {
             integer rows[W];
             const byte *codes[W];
@@ -61,16 +62,17 @@ static void multiply(const stream streams[W], const bf16 *x, integer out, intege
                 const stream *s = streams + i;
                 rows[i] = least(s->start + step, s->stop - 1);
                 codes[i] = codes_of(s->m, rows[i]);
-                read(s->m, &way, d, i, rows[i]);
+                read(s->m, &k.way, d, i, rows[i]);
             }
+            take_numbers(&k, codes, d);
             for (integer j = 0; j < n; j += X) {
                 float found[W][X];
                 integer n_x = least(n - j, X);
-                tile(m, &way, codes, d, xs, columns, j, n_x, found);
+                tile(&k, codes, d, xs, j, n_x, found);
                 for (int i = 0; i < W; i++) {
                     float factor = factor_of(streams[i].m), bias = bias_of(streams[i].m, rows[i]);
                     bf16 *y = streams[i].y + (panel + j) * out + rows[i];
-                    for (int k = 0; k < n_x; k++) y[k * out] = narrow(found[i][k] * factor + bias);
+                    for (int r = 0; r < n_x; r++) y[r * out] = narrow(found[i][r] * factor + bias);
                 }
             }
         }

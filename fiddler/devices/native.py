@@ -31,10 +31,10 @@ logger = logging.getLogger("fiddler")
 SOURCE = Path(__file__).with_name("native.c")
 HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
 """What it includes."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fira-region=all", "-fopenmp", "-shared", "-fPIC")
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
-_SLACK, _ROOM_A_COLUMN = 256, 4 * (2 * 16 + 2 * 4 + 3)
+_SLACK, _ROOM_A_COLUMN = 256, 4 * (2 * 16 + 3 * 4 + 3)
 """Columns more than a thread's room is made for, and its bytes a column: as in dots.h."""
 UNUSED = "cannot compile our own kernels, so experts run on torch's, which may be slower"
 DEFAULT = "cc"

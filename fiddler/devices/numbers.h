@@ -95,6 +95,15 @@ INLINE words load_halves(const byte *from) {
 }
 INLINE floats choose(ints where, floats yes, floats no) { return (floats)(((ints)yes & where) | ((ints)no & ~where)); }
 
+static const float VALUES[3][16] = { /* of codes of 4 bits: INT4, FP4, NF4 */
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6},
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
+     1.0f},
+};
+
 /* Numbers of fewer bits. The words are those of the bits, without a sign. */
 INLINE floats of_e8m0(words e) { /* powers of two: 2 ** (e - 127) */
     return (floats)(e << 23 | ((words)((e == 0) | (e == 255)) & 0x00400000));
@@ -135,13 +144,16 @@ INLINE void store_bf16(bf16 *to, floats value) {
     halves stored = __builtin_convertvector(narrowed(value) >> 16, halves);
     memcpy(to, &stored, sizeof stored);
 }
-INLINE float total(floats all) { /* halves onto halves */
-    for (int n = LANES / 2; n; n /= 2) {
-        ints other;
-        for (int i = 0; i < LANES; i++) other[i] = i ^ n;
-        all += __builtin_shuffle(all, other);
-    }
-    return all[0];
+INLINE float total(floats all) { /* halves onto halves; the places are written out, or gcc would make them anew */
+#ifdef __AVX512F__
+    all += __builtin_shuffle(all, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    all += __builtin_shuffle(all, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    all += __builtin_shuffle(all, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+#else
+    all += __builtin_shuffle(all, (ints){4, 5, 6, 7, 0, 1, 2, 3});
+    all += __builtin_shuffle(all, (ints){2, 3, 0, 1, 6, 7, 4, 5});
+#endif
+    return all[0] + all[1];
 }
 
 #endif

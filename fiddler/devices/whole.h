@@ -30,7 +30,7 @@ INLINE void numbers_of(const int kind, sixteen t, words codes, floats zero, floa
 
 INLINE void expand_row(const int kind, const matrix *m, integer row, const desk *d, bf16 *to) {
     const byte *codes = codes_of(m, row);
-    const float *scales = d->scales[0], *zeros = d->zeros[0];
+    const float *scales = d->scales[0], *zeros = d->offsets[0];
     integer span = span_of(m), block = m->block_columns, columns = m->columns, bytes_left = row_bytes(m);
     sixteen t = {{0}, {0}};
     ints at = {0};
@@ -64,9 +64,11 @@ static void expand(const matrix *m, bf16 *y, integer start, integer stop, desk *
             memcpy(to, codes_of(m, row), (size_t)m->columns * sizeof *to);
             continue;
         }
-        if (!regular(m)) {
+        if (in_blocks(m->kind) || !regular(m)) {
             read_row(m, row, factor, d->scales[0], d->spare);
-            for (integer i = 0; i < m->columns; i++) to[i] = narrow(d->spare[i]);
+            integer i = 0;
+            for (; i + LANES <= m->columns; i += LANES) store_bf16(to + i, load_floats(d->spare + i));
+            for (; i < m->columns; i++) to[i] = narrow(d->spare[i]);
             continue;
         }
         integer block = stored(m, row) / m->block_rows;
@@ -74,7 +76,7 @@ static void expand(const matrix *m, bf16 *y, integer start, integer stop, desk *
             known = block;
             read_scales(m, block, d->scales[0]);
             for (integer i = 0; i < scales_across(m); i++) d->scales[0][i] *= factor;
-            if (m->zeros) read_zeros(m, block, d->zeros[0]);
+            if (m->zeros) read_zeros(m, block, d->offsets[0]);
         }
         switch (m->kind) { /* constants, so that each case becomes vectors */
             case INT4:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fiddler.devices.library import compiled
 from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, native
 from fiddler.formats.packed import MIDDLE, SCALES, Code, Packed
+from tests.formats.blocks import RUNS, in_blocks
 
 pytestmark = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
 
@@ -70,7 +71,9 @@ def assert_product(found: Tensor, x: Tensor, matrix: Packed, bias: Tensor | None
     """Within float32's rounding of the sums' terms, and one rounding to bfloat16."""
     dense, wide = matrix.dense(torch.float32), x.float()
     terms = dense.abs()
-    if matrix.zeros is not None:  # value and zero are summed apart
+    if matrix.code in (Code.Q4_K, Code.Q5_K):  # code and minimum are summed apart
+        terms = terms + 2 * terms.amax()
+    if matrix.zeros is not None and matrix.scales is not None:  # value and zero are summed apart
         terms = (
             terms
             + 2
@@ -90,6 +93,14 @@ class TestProduct:
             x = random(1 + at % 9, shape[1], seed=at)
             assert_product(ours.matmul(x, matrix, None), x, matrix)
 
+    @pytest.mark.parametrize("code", RUNS)
+    def test_is_that_of_a_matrix_in_blocks(self, ours: Native, code: Code) -> None:
+        for at, (out, n_blocks) in enumerate(((1, 1), (2, 3), (5, 4), (37, 9), (130, 5))):
+            matrix = in_blocks(code, (out, n_blocks * code.run.columns), seed=at)
+            for n_rows in (1, 2, 3, 5, 16, 23):
+                x = random(n_rows, matrix.shape[1], seed=at)
+                assert_product(ours.matmul(x, matrix, None), x, matrix)
+
     @pytest.mark.parametrize(("code", "zeros"), CASES)
     def test_of_every_number_of_rows(self, ours: Native, code: Code, zeros: bool) -> None:
         matrix, bias = packed(code, (70, 2048 + 32), zeros=zeros), random(70, seed=9)
@@ -97,10 +108,11 @@ class TestProduct:
             x = random(n_rows, matrix.shape[1], seed=n_rows)
             assert_product(ours.matmul(x, matrix, bias), x, matrix, bias)
 
-    @pytest.mark.parametrize(("code", "zeros"), CASES)
+    @pytest.mark.parametrize(("code", "zeros"), [*CASES, *((code, False) for code in RUNS)])
     @pytest.mark.usefixtures("threads")
     def test_a_row_is_its_own_whatever_runs_beside_it(self, ours: Native, code: Code, zeros: bool) -> None:
-        matrix, x = packed(code, (300, 544), zeros=zeros), random(21, 544)
+        matrix = in_blocks(code, (300, 768)) if code.run else packed(code, (300, 544), zeros=zeros)
+        x = random(21, matrix.shape[1])
         together = ours.matmul(x, matrix, None)
         for n_threads in (1, 3):
             torch.set_num_threads(n_threads)
@@ -169,3 +181,8 @@ class TestDense:
         for block, shape in product(BLOCKS, SHAPES):
             matrix = packed(code, shape, scale, block, zeros=zeros)
             assert torch.equal(ours.dense(matrix), matrix.dense(torch.bfloat16))
+
+    @pytest.mark.parametrize("code", RUNS)
+    def test_of_blocks_is_the_reference(self, ours: Native, code: Code) -> None:
+        matrix = in_blocks(code, (37, 3 * code.run.columns))
+        assert torch.equal(ours.dense(matrix), matrix.dense(torch.bfloat16))

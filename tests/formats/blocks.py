@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fiddler.formats import ggml
-from fiddler.formats.packed import Code
+from fiddler.formats.packed import Code, Packed
 
 RUNS = [code for code in Code if code.run]
 """Codes that have their scales beside them."""
@@ -24,3 +24,8 @@ def blocks(code: Code, shape: tuple[int, int], seed: int = 0) -> Tensor:
     if code is Code.MXFP4:
         rows[..., :1] = torch.randint(122, 128, (out, rows.shape[1], 1), generator=generator, dtype=torch.uint8)
     return rows.flatten(1)
+
+
+def in_blocks(code: Code, shape: tuple[int, int], seed: int = 0) -> Packed:
+    """Return a matrix of random blocks."""
+    return Packed(code, blocks(code, shape, seed), None, shape, (1, ggml.BLOCKS[code.value].group))
