@@ -218,6 +218,6 @@ def _checked_model(model: Any) -> str | Path | Loader:
         return Path(os.fspath(model))
     except Exception as error:  # no path, or one of a class of the caller's that raises
         raise CheckpointError(
-            f"model={shown(model)} is neither a checkpoint folder, a GGUF file, a hub id (owner/model) nor a function "
-            "that makes a model"
+            f"model={shown(model)} is neither a checkpoint folder, a GGUF file, a hub id (owner/model) nor a "
+            "function that makes a model"
         ) from error

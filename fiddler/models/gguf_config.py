@@ -5,13 +5,14 @@ and how positions are stretched: only its tables are used, with `_BESIDE` and `_
 """
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
 
-from fiddler.errors import CheckpointError, UnsupportedModelError
-from fiddler.given import shown
+from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
+from fiddler.given import real_number, shown
 from fiddler.models.skeleton import refuse_endless
 from fiddler.store.gguf_files import GgufCheckpoint
 
@@ -72,21 +73,27 @@ def gguf_config(checkpoint: GgufCheckpoint) -> PretrainedConfig:
     """
     architecture = refuse_unknown(checkpoint)
     kind = ARCHITECTURES[architecture]
-    if missing := [key for key in _REQUIRED if f"{architecture}.{key}" not in checkpoint.metadata]:
-        raise CheckpointError(f"{checkpoint.folder} does not say its {missing[0]}; download it again")
+    for key in _REQUIRED:
+        _refuse_impossible(checkpoint, f"{architecture}.{key}", checkpoint.metadata.get(f"{architecture}.{key}"))
     refuse_endless({"num_hidden_layers": checkpoint.metadata[f"{architecture}.block_count"]}, checkpoint.folder)
     try:
         values = _values(checkpoint, architecture) | _of_file(checkpoint)
         cls: Any = transformers.CONFIG_MAPPING[kind]
-        if (stretched := _stretched(checkpoint.metadata, architecture, cls())) is not None:
+        if (stretched := _stretched(checkpoint, architecture, cls())) is not None:
             theta = checkpoint.metadata[f"{architecture}.rope.freq_base"]
             values["rope_parameters"] = {**values.get("rope_parameters", {}), **stretched, "rope_theta": theta}
         config: PretrainedConfig = cls(**values)
-    except UnsupportedModelError:
+    except ModelError:
         raise
     except Exception as error:
         raise CheckpointError(f"the metadata of {checkpoint.folder} describe no {kind} model: {error}") from error
     return config
+
+
+def _refuse_impossible(checkpoint: GgufCheckpoint, key: str, value: Any) -> None:
+    number = None if isinstance(value, bool) else real_number(value)
+    if number is None or not 0 < number < inf:
+        raise CheckpointError(f"{checkpoint.folder} says {key}={shown(value)}, which cannot be; download it again")
 
 
 def _values(checkpoint: GgufCheckpoint, architecture: str) -> dict[str, Any]:
@@ -111,6 +118,12 @@ def _of_file(checkpoint: GgufCheckpoint) -> dict[str, Any]:
     words = checkpoint.described.get("token_embd.weight")
     if words is None:
         raise CheckpointError(f"{checkpoint.folder} has no token_embd.weight; download it again")
+    n_words = checkpoint.metadata.get("tokenizer.ggml.tokens", 0)
+    if not isinstance(n_words, int) or n_words > words.shape[0]:
+        raise CheckpointError(
+            f"{checkpoint.folder} has {shown(n_words)} tokens, and token_embd.weight {words.shape[0]} rows; "
+            "download it again"
+        )
     return {
         "vocab_size": words.shape[0],
         "tie_word_embeddings": "output.weight" not in checkpoint.described,
@@ -127,13 +140,15 @@ def _dtype(kinds: set[str]) -> str:
     return "bfloat16" if others - {"F16"} else "float16" if others else "float32"
 
 
-def _stretched(metadata: Mapping[str, Any], architecture: str, usual: PretrainedConfig) -> dict[str, Any] | None:
+def _stretched(checkpoint: GgufCheckpoint, architecture: str, usual: PretrainedConfig) -> dict[str, Any] | None:
     """Return how positions are stretched beyond the context of training; `None` where the file does not say.
 
     What llama.cpp has no name for stays as it is `usual`.
     """
     prefix = f"{architecture}.rope.scaling."
-    stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    stated = {
+        key.removeprefix(prefix): value for key, value in checkpoint.metadata.items() if key.startswith(prefix)
+    }
     stated.pop("finetuned", None)
     kind = stated.pop("type", None)
     if kind == "none" or not (stated or kind):
@@ -144,5 +159,7 @@ def _stretched(metadata: Mapping[str, Any], architecture: str, usual: Pretrained
             f"rope.scaling of type {shown(kind)} {', '.join(unknown)} is not read from GGUF files; give the "
             "safetensors version of the model"
         )
+    for key, value in stated.items():
+        _refuse_impossible(checkpoint, prefix + key, value)
     base = usual.rope_parameters if usual.rope_parameters.get("rope_type") == kind else {}
     return {**base, "rope_type": kind, **{_STRETCHES[key]: value for key, value in stated.items()}}

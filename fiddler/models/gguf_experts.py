@@ -6,7 +6,7 @@ from fiddler.errors import CheckpointError
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.mapped import Select, View
 
-EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _PARTS = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}
 

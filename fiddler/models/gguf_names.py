@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import core_model_loading as loading
 
-from fiddler.errors import UnsupportedModelError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.gguf import CODES, GgufTensor, Undo
 from fiddler.models.gguf_config import refuse_unknown
 from fiddler.models.gguf_experts import EXPERTS
@@ -36,10 +36,15 @@ def placed(checkpoint: GgufCheckpoint, config: PretrainedConfig) -> GgufCheckpoi
     that is not run packed.
     """
     architecture = refuse_unknown(checkpoint)
-    experts = {name for name in checkpoint.headers if EXPERTS.fullmatch(name)}
+    n_layers: int = config.get_text_config().num_hidden_layers
+    matches = {name: EXPERTS.fullmatch(name) for name in checkpoint.headers}
+    experts = {name for name, match in matches.items() if match is not None and int(match[1]) < n_layers}
     skeleton = meta_skeleton(checkpoint, config)
     rest = [name for name in checkpoint.headers if name not in experts]
-    places, unused = _places(architecture, skeleton, rest)
+    try:
+        places, unused = _places(architecture, skeleton, rest)
+    except Exception as error:
+        raise CheckpointError(f"the metadata of {checkpoint.folder} describe no {architecture}: {error}") from error
     known = {name for name, _ in places.values()} | unused
     if strange := [name for name in rest if name not in known]:
         raise UnsupportedModelError(
@@ -122,7 +127,7 @@ def _processed(architecture: str, skeleton: PreTrainedModel, names: list[str]) -
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """A model as transformers' loader asks for it, but for its parts: for each it would build gguf-py's map anew."""
+    """A model as transformers' loader asks for it, without its parts: each would build gguf-py's map anew."""
 
     model: PreTrainedModel
 

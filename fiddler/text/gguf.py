@@ -28,6 +28,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase | None:
         raise
     except BaseException as error:  # a panic of the tokenizers library is no `Exception`
         raise CheckpointError(
-            f"the tokenizer of {file} cannot be read: {error}; give the safetensors version of the model"
+            f"the tokenizer of {file} cannot be read: {type(error).__name__}: {error}; download the file again, or "
+            "give the safetensors version of the model"
         ) from error
     return tokenizer

@@ -1,6 +1,7 @@
 """GGUF files are run as the model that they were made from: log-probabilities, against transformers on a twin."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,25 @@ async def test_positions_are_stretched_as_the_file_says(tmp_path: Path) -> None:
     await holds(write_pair(tmp_path, "qwen3moe", of_experts("Q8_0"), config={"rope_parameters": config}, **stated))
 
 
+async def test_a_block_that_guesses_ahead_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = gguf.GGUFWriter.write_header_to_file
+
+    def with_one_more(writer: Any, *args: Any) -> None:
+        for name in ("nextn.eh_proj", "attn_q", "ffn_up_exps"):
+            rows = gguf.quants.quantize(np.ones((4, 32), np.float32), gguf.GGMLQuantizationType.Q5_0)
+            writer.add_tensor(f"blk.2.{name}.weight", rows, raw_dtype=gguf.GGMLQuantizationType.Q5_0)
+        add(writer, *args)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_one_more)
+    await holds(write_pair(tmp_path, "qwen35moe", of_experts("Q8_0"), block_count=3, nextn_predict_layers=1))
+
+
+async def test_our_kernels_multiply_with_them(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, "qwen3moe", of_experts("Q4_K", "Q8_0"))
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(pair.twin, dtype=torch.bfloat16).eval()
+    assert await error(pair, model, EngineConfig(dtype="bfloat16", device="cpu")) < 0.02
+
+
 def test_experts_stay_packed_in_the_file(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "qwen3moe", of_experts("Q4_K"))
     loaded = load(pair.quantised, EngineConfig(store="mapped", kernels="linear"))
@@ -92,9 +112,23 @@ TYPES: Mapping[str, tuple[Types, str]] = {
     ),
 }
 CHANGED: Mapping[str, tuple[str, dict[str, Any], type[ModelError], str]] = {
-    "no number of experts": ("qwen3moe", {"expert_count": None}, CheckpointError, "does not say its expert_count"),
+    "no number of experts": (
+        "qwen3moe",
+        {"expert_count": None},
+        CheckpointError,
+        "says .*expert_count=None",
+    ),
+    "no visits": ("qwen3moe", {"expert_used_count": 0}, CheckpointError, "says qwen3moe.expert_used_count=0"),
+    "no small number": ("qwen3moe", {"attention.layer_norm_rms_epsilon": math.nan}, CheckpointError, "says .*=nan"),
+    "no heads of keys": ("qwen35moe", {"ssm.group_count": 0}, CheckpointError, "describe no qwen35moe: .* by zero"),
+    "no factor": (
+        "gpt-oss",
+        {"rope.scaling.factor": -1.0},
+        CheckpointError,
+        "says gpt-oss.rope.scaling.factor=-1.0, which cannot be",
+    ),
     "other experts": ("qwen3moe", {"expert_count": 9}, CheckpointError, "mismatched weights.*gate.weight"),
-    "no width": ("qwen3moe", {"embedding_length": "x"}, CheckpointError, "describe no qwen3_moe"),
+    "no width": ("qwen3moe", {"embedding_length": "x"}, CheckpointError, "says qwen3moe.embedding_length='x'"),
     "another width": ("qwen3moe", {"embedding_length": 512}, CheckpointError, "mismatched weights"),
     "other experts' width": (
         "qwen3moe",
