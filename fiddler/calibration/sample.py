@@ -34,9 +34,9 @@ from fiddler.models.loaded import (
     refuse_groups,
 )
 from fiddler.models.naming import expert_layout
-from fiddler.models.skeleton import meta_skeleton, read_config
+from fiddler.models.opening import open_checkpoint
+from fiddler.models.skeleton import meta_skeleton
 from fiddler.store.blocks import on_pages
-from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import find_checkpoint
 from fiddler.store.layout import BlockLayout
 from fiddler.store.mapped import MappedStore
@@ -53,8 +53,7 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
     that the model or the machine cannot meet.
     """
     folder = find_checkpoint(model)
-    about = read_config(folder, trust_remote_code=config.trust_remote_code)
-    checkpoint = Checkpoint.open(folder)
+    about, checkpoint = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
     resolved = resolve(
         config,
         checkpoint_dtype=checkpoint_dtype(about, checkpoint),
@@ -72,7 +71,7 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
     return LoadedModel(
         model=skeleton,
         experts=experts,
-        formulas=tuple(seam.formula(module) for module in experts.values()),
+        formulas=tuple(seam.formula(module, halves=checkpoint.is_gguf) for module in experts.values()),
         n_experts=layout.n_experts,
         weights=_as_kept(MappedStore(checkpoint, layout, DTYPES[resolved.dtype]).weights, config, resolved),
         dtype=DTYPES[resolved.dtype],

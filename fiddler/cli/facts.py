@@ -19,7 +19,8 @@ from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
 from fiddler.models.loaded import checkpoint_dtype, model_context, refuse_visits, seems_packed
 from fiddler.models.naming import expert_layout
-from fiddler.models.skeleton import meta_skeleton, read_config
+from fiddler.models.opening import open_checkpoint
+from fiddler.models.skeleton import meta_skeleton
 from fiddler.store.checkpoint import EXPERT_DTYPES, Checkpoint, Entry
 from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import Every, ExpertParts, Select, View
@@ -183,10 +184,9 @@ class Facts:
 
 
 def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
-    """Inspect a checkpoint folder or a hub id that is in the cache. Raises `ModelError`, `ConfigError`."""
+    """Inspect a checkpoint folder, a GGUF file, or a hub id in the cache. Raises `ModelError`, `ConfigError`."""
     folder = find_checkpoint(model, download=False)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint.open(folder)
+    config, checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     context = model_context(config)
     resolved = resolve(EngineConfig(), checkpoint_dtype=checkpoint_dtype(config, checkpoint), model_context=context)
     skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)

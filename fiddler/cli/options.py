@@ -94,7 +94,10 @@ class CheckpointOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="DIR|HUB_ID[@REVISION]", help="A checkpoint; the built-in demo if left out."
+            "--model",
+            "-m",
+            metavar="DIR|GGUF|HUB_ID[@REVISION]",
+            help="A checkpoint: a folder, a .gguf file or a hub id; the built-in demo if left out.",
         ),
     ] = None
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False

@@ -34,9 +34,9 @@ _State = tuple[ExpertFormula, list[tuple[int, torch.dtype]]]
 def attach(model: str | Path | PreTrainedModel, config: EngineConfig | None = None) -> PreTrainedModel:
     """Return a transformers model whose experts Fiddler computes.
 
-    `model` is a checkpoint folder or a hub id, loaded without its experts, which are then used where they lie in
-    the mapped files; or a loaded transformers model, which is changed in place and keeps its weights. Beam search,
-    assisted and prompt-lookup decoding and every logits processor are transformers' own.
+    `model` is a checkpoint folder, a GGUF file or a hub id, loaded without its experts, which are then used where
+    they lie in the mapped files; or a loaded transformers model, which is changed in place and keeps its weights.
+    Beam search, assisted and prompt-lookup decoding and every logits processor are transformers' own.
 
     A loaded model can do all that it could before: be saved, converted, moved, trained and adapted. One from a
     folder has only its dense part as parameters: operations that would need the experts too (saving, another dtype

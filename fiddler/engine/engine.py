@@ -32,12 +32,12 @@ from fiddler.types import Result, Statistics, Timing
 class Engine:
     """Runs one Mixture-of-Experts checkpoint for any number of concurrent requests.
 
-    `model` is a checkpoint folder, a hub id, or a `Loader`; `ServableModel.resolved` must then be what the loader's
-    options resolve to. The engine is an async context manager under asyncio or trio. It runs in a thread of its
-    own, so torch never blocks the caller's event loop. Once open, it neither reads nor changes what holds for the
-    whole process: default dtype, random numbers, threads, logging, warnings. Opening raises `ModelError`,
-    `ConfigError`, `EngineFailedError` where the process lacks a thread or file descriptors, or what a loader
-    raises.
+    `model` is a checkpoint folder, a GGUF file, a hub id, or a `Loader`; `ServableModel.resolved` must then be what
+    the loader's options resolve to. The engine is an async context manager under asyncio or trio. It runs in a
+    thread of its own, so torch never blocks the caller's event loop. Once open, it neither reads nor changes what
+    holds for the whole process: default dtype, random numbers, threads, logging, warnings. Opening raises
+    `ModelError`, `ConfigError`, `EngineFailedError` where the process lacks a thread or file descriptors, or what
+    a loader raises.
 
     Closing ends requests in flight with `EngineClosedError`. An engine is also closed when nothing refers to it or
     to a running stream of it, and when the program ends. If it fails, requests in flight and all later calls raise
@@ -218,6 +218,6 @@ def _checked_model(model: Any) -> str | Path | Loader:
         return Path(os.fspath(model))
     except Exception as error:  # no path, or one of a class of the caller's that raises
         raise CheckpointError(
-            f"model={shown(model)} is neither a checkpoint folder, a hub id (owner/model) nor a function that "
-            "makes a model"
+            f"model={shown(model)} is neither a checkpoint folder, a GGUF file, a hub id (owner/model) nor a "
+            "function that makes a model"
         ) from error

@@ -17,9 +17,10 @@ from fiddler.models import attention, seam
 from fiddler.models.alone import alone
 from fiddler.models.generation import check_folder, vocabulary
 from fiddler.models.naming import expert_layout
+from fiddler.models.opening import open_checkpoint
 from fiddler.models.packing import PACKED, check_runs, dry_step, why_apart
 from fiddler.models.rotary import Rotary, find_rotary
-from fiddler.models.skeleton import load_skeleton, read_config, set_attention
+from fiddler.models.skeleton import load_skeleton, set_attention
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.folder import find_checkpoint
 from fiddler.store.mapped import Layout, MappedStore
@@ -63,17 +64,16 @@ class ServableModel(LoadedModel):
 
 
 def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> ServableModel:
-    """Load a checkpoint folder or hub id; opening reads no expert, unless the store is packed.
+    """Load a checkpoint folder, a GGUF file or a hub id; opening reads no expert, unless the store is packed.
 
     `packed=False` keeps transformers' own attention and cache, for use under plain transformers, where no slots are
     filled and `device="auto"` is the CPU. Raises `ModelError`, and `ConfigError` for options the model or the
     machine cannot meet.
     """
     folder = find_checkpoint(model)
-    config = read_config(folder, trust_remote_code=options.trust_remote_code)
+    config, checkpoint = open_checkpoint(folder, trust_remote_code=options.trust_remote_code)
     if packed:
         check_folder(folder, vocabulary(config))
-    checkpoint = Checkpoint.open(folder)
     resolved = resolve(
         options,
         checkpoint_dtype=checkpoint_dtype(config, checkpoint),
@@ -94,7 +94,7 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     return ServableModel(
         model=skeleton,
         experts=experts,
-        formulas=tuple(seam.formula(module) for module in experts.values()),
+        formulas=tuple(seam.formula(module, halves=checkpoint.is_gguf) for module in experts.values()),
         n_experts=layout.n_experts,
         weights=store.weights,
         dtype=dtype,

@@ -127,15 +127,20 @@ def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], 
     number than it has; `UnsupportedModelError` for a format whose conversion no view can express.
     """
     wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
-    sources = _sources(model, wanted, checkpoint.entries)
+    sources = {} if checkpoint.is_gguf else _sources(model, wanted, checkpoint.entries)
     layers = []
     for path, module in experts.items():
         views = {}
         for name in _parameters(module):
             parameter = f"{path}.{name}"
-            if parameter not in sources:
+            if checkpoint.is_gguf:
+                from fiddler.models.gguf_experts import expert_views
+
+                views[name] = expert_views(path, name, module._shapes[name][0], checkpoint)
+            elif parameter in sources:
+                views[name] = _views(parameter, module, sources[parameter], checkpoint)
+            else:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor for {parameter}")
-            views[name] = _views(parameter, module, sources[parameter], checkpoint)
             check_views(parameter, _due(module, name), views[name], checkpoint.entries)
         layers.append(_layer(module, views))
     return Layout(tuple(layers))

@@ -30,6 +30,7 @@ from fiddler.models.naming import expert_layout
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint, Entry
 from fiddler.store.folder import CONFIG, INDEX, SINGLE, find_checkpoint, read_raw
+from fiddler.store.gguf_parts import is_gguf
 from fiddler.store.mapped import ExpertParts, Select, Transpose, View
 
 MADE_BY = "fiddler"
@@ -108,6 +109,8 @@ class Conversion:
         if to not in TARGETS:
             raise ConfigError(f"to={to!r} is not one of {', '.join(TARGETS)}")
         folder = find_checkpoint(source)
+        if is_gguf(folder):
+            raise UnsupportedModelError(f"{folder} is GGUF; give the safetensors version of the model")
         config = read_config(folder, trust_remote_code=trust_remote_code)
         checkpoint = Checkpoint.open(folder)
         if any(isinstance(entry, Quantised) for entry in checkpoint.entries.values()):

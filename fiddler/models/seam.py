@@ -7,6 +7,7 @@ other code (a plain `model.generate()`) it computes at once. Calls are keyed by 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
 from transformers.integrations import moe
@@ -105,15 +106,26 @@ def bind(experts: Mapping[str, ExpertsModule], compute: Compute) -> None:
         module._fiddler = (layer, compute)
 
 
-def formula(module: ExpertsModule) -> ExpertFormula:
-    """Read an experts module's flags into the formula a device computes."""
+def formula(module: ExpertsModule, *, halves: bool = False) -> ExpertFormula:
+    """Read an experts module's flags into the formula a device computes.
+
+    With `halves` all rows of gate come before those of up, also where they take turns in the module's parameters.
+    """
     custom = type(module)._apply_gate is not moe._default_apply_gate
+    gate: Callable[[Tensor], Tensor] | None = module._apply_gate if custom and module.has_gate else None
+    if halves and gate is not None and not module.is_concatenated:
+        gate = _of_halves(gate)
     return ExpertFormula(
         gated=bool(module.has_gate),
         activation=getattr(module, "act_fn", None),
-        gate=module._apply_gate if custom and module.has_gate else None,
+        gate=gate,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
     )
+
+
+def _of_halves(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a gate for halves by one that wants them to take turns."""
+    return lambda halves: gate(torch.stack(halves.chunk(2, dim=-1), dim=-1).flatten(-2))
 
 
 def module_weights(module: ExpertsModule, expert: int) -> ExpertWeights:

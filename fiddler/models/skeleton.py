@@ -80,7 +80,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             f"{file} has no model_type that is a name ({kind!r}): it describes no transformers model"
         )
     _refuse_quantised(raw, folder)
-    _refuse_endless(raw, file)
+    refuse_endless(raw, file)
     if kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
         code = "; it brings its own code: set trust_remote_code=True to run it" if "auto_map" in raw else ""
         raise UnsupportedModelError(f"transformers {transformers.__version__} does not know {kind!r}{code}")
@@ -135,7 +135,8 @@ MOST_LABELS = 100_000
 """Most labels of a configuration: more is damage, and transformers would make lists of that length."""
 
 
-def _refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
+def refuse_endless(raw: Mapping[str, Any], file: Path) -> None:
+    """Raise `CheckpointError` for a configuration of more layers or labels than any model has."""
     for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
         for name, value in part.items():
             most = MOST_LAYERS if "layers" in name else MOST_LABELS if name == "num_labels" else inf
@@ -269,6 +270,8 @@ class _Lazy:
 def _add_generation(model: Any, folder: Path, *, trust_remote_code: bool) -> None:
     """Do what `from_pretrained` does besides loading weights."""
     model.name_or_path = model.config.name_or_path = str(folder)
+    if not folder.is_dir():  # a GGUF file, whose options are in its configuration
+        return
     if hasattr(model, "adjust_generation_fn") and model.can_generate():
         hub = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": "main"}
         model.adjust_generation_fn(

@@ -62,6 +62,9 @@ class Checkpoint:
     A tensor at a byte from which its numbers cannot be read is copied when asked for; all others are views.
     """
 
+    is_gguf = False
+    """Whether experts have GGUF's names: `models.gguf_experts` finds them, and gate lies before up."""
+
     def __init__(
         self,
         folder: Path,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.given import read_json
+from fiddler.store.gguf_parts import all_parts, firsts, is_gguf, refuse_other
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -26,9 +27,9 @@ _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?", re
 def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
     """Return the folder of a checkpoint given as a path or as a hub id, `owner/model` or `owner/model@revision`.
 
-    A hub id is looked up in the local hub cache first and downloaded if it is not whole there and `download` allows
-    it. Raises `CheckpointError` or `UnsupportedModelError` if there is no checkpoint; the message says what lies
-    there.
+    A GGUF file is a checkpoint by itself: its path is returned, or that of its first part. A hub id is looked up
+    in the local hub cache first and downloaded if it is not whole there and `download` allows it. Raises
+    `CheckpointError` or `UnsupportedModelError` if there is no checkpoint; the message says what lies there.
     """
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"a model is a folder or a hub id, not {type(model).__name__}")
@@ -39,6 +40,10 @@ def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
     if path.is_dir():
         check_folder(path)
         return path
+    if is_gguf(path):
+        refuse_pointer(path)
+        refuse_other(path)
+        return all_parts(path)[0]
     if os.path.lexists(path):
         raise _no_folder(path)
     hub_id = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
@@ -69,11 +74,6 @@ def _no_folder(path: Path) -> ModelError:
         return CheckpointError(f"{path} is a link to nothing")
     if not path.is_file():
         return CheckpointError(f"{path} is neither a folder nor a file")
-    if name.endswith(".gguf"):
-        return UnsupportedModelError(
-            f"{path} is a GGUF file, llama.cpp's format; Fiddler reads safetensors: give the checkpoint that it "
-            "was made from"
-        )
     if name.endswith(_ARCHIVES):
         return CheckpointError(f"{path} is an archive; unpack it and give the folder")
     if name.endswith(_PICKLED):
@@ -218,7 +218,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError | UnsupportedModelError:
     if ADAPTER in names:
         return _adapter(folder)
     if _with(names, ".gguf"):
-        return _gguf(folder)
+        return _gguf(folder, names)
     if "params.json" in names:
         return UnsupportedModelError(
             f"{folder} holds weights in their maker's own format (params.json); give the transformers version"
@@ -237,7 +237,7 @@ def _no_weights(folder: Path) -> CheckpointError | UnsupportedModelError:
             f"{folder / broken.pop()} is not a regular file, or links to nothing readable; download it again"
         )
     if _with(names, ".gguf"):
-        return _gguf(folder)
+        return _gguf(folder, names)
     if _with(names, *_PICKLED):
         return CheckpointError(
             f"{folder} holds pickled weights, which are never opened; convert them to safetensors"
@@ -266,11 +266,10 @@ def _adapter(folder: Path) -> UnsupportedModelError:
     )
 
 
-def _gguf(folder: Path) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{folder} holds GGUF files, llama.cpp's format; Fiddler reads safetensors: give the checkpoint they were "
-        "made from"
-    )
+def _gguf(folder: Path, names: list[str]) -> CheckpointError:
+    given = [str(folder / name) for name in firsts(names)] or ["its first part, which is missing"]
+    more = f" or another of {len(given)}" if len(given) > 1 else ""
+    return CheckpointError(f"{folder} holds GGUF files, and no safetensors; give a file: {given[0]}{more}")
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"

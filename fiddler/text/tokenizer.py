@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fiddler.errors import CheckpointError, PromptError
 from fiddler.given import MOST_BYTES, read_json
 from fiddler.store.folder import refuse_pointer
+from fiddler.store.gguf_parts import is_gguf
 from fiddler.text.decoder import Decoder, Vocabulary
 from fiddler.text.prompts import Prompt, plain
 from fiddler.text.reading import Asking, Question, Reader, TooMany
@@ -48,7 +49,11 @@ class Text:
 
     @classmethod
     def open(cls, folder: Path, *, trust_remote_code: bool = False) -> "Text":
-        """Load the tokenizer of a checkpoint folder, if it has a fast one. Raises `CheckpointError`."""
+        """Load the tokenizer of a folder, if it has a fast one, or of a GGUF file. Raises `CheckpointError`."""
+        if is_gguf(folder):
+            from fiddler.text.gguf import gguf_tokenizer
+
+            return cls(gguf_tokenizer(folder))
         _refuse_unreadable(folder)
         sure = any((folder / name).is_file() for name in _SURE)
         if not sure and not any((folder / name).is_file() for name in _MAYBE):

@@ -8,7 +8,7 @@ from fiddler.formats.packed import Code, Packed
 
 RUNS = [code for code in Code if code.run]
 """Codes that have their scales beside them."""
-_FLOATS = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+FLOATS = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
 """Where blocks have float16 numbers."""
 
 
@@ -17,7 +17,7 @@ def blocks(code: Code, shape: tuple[int, int], seed: int = 0) -> Tensor:
     (out, columns), run = shape, ggml.BLOCKS[code.value]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, 256, (out, columns // run.columns, run.nbytes), generator=generator, dtype=torch.uint8)
-    for at in _FLOATS.get(code.value, ()):
+    for at in FLOATS.get(code.value, ()):
         size = 1e-3 if run.columns > 32 else 0.1
         scales = (torch.rand(out, rows.shape[1], 1, generator=generator) - 0.3).mul(size).half()
         rows[..., at : at + 2] = scales.view(torch.uint8)

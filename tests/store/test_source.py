@@ -65,13 +65,13 @@ FAULTS: dict[str, tuple[Any, type[ModelError], str]] = {
         CheckpointError,
         "is empty",
     ),
-    "a gguf file": (lambda tiny: written(tiny / "m.Q4_K.gguf"), UnsupportedModelError, "is a GGUF file"),
+    "no gguf file": (lambda tiny: written(tiny / "m.Q4_K.gguf"), CheckpointError, "does not begin with GGUF"),
     "a gguf folder": (
         lambda tiny: written(tiny / "g" / "m.gguf").parent,
-        UnsupportedModelError,
-        "holds GGUF files",
+        CheckpointError,
+        r"holds GGUF files, .*give a file: .*m\.gguf",
     ),
-    "gguf beside a configuration": (lambda tiny: renamed(tiny, "m.gguf"), UnsupportedModelError, "holds GGUF"),
+    "gguf beside a configuration": (lambda tiny: renamed(tiny, "m.gguf"), CheckpointError, "holds GGUF"),
     "an adapter": (lambda tiny: adapter(tiny / "lora"), UnsupportedModelError, r"adapter \(LoRA\) of some/base"),
     "an adapter beside a model": (adapter, UnsupportedModelError, r"adapter \(LoRA\) of some/base.*merge"),
     "a pointer": (
@@ -163,7 +163,7 @@ def test_a_command_says_it_before_torch_is_imported(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
         )
         assert (ran.returncode, ran.stdout) == (1, "")
-        assert "is a GGUF file" in ran.stderr
+        assert "does not begin with GGUF" in ran.stderr
         assert "Traceback" not in ran.stderr
 
 
