@@ -168,18 +168,19 @@ def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> 
         parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
         for parameter, by in found.items()
     }
-    return made | _apart(wanted - set(made), spare)
+    return made | _apart(wanted - set(made), spare, model)
 
 
 _MATRIX = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _PLACES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 
 
-def _apart(missing: set[str], spare: Sequence[tuple[str, str]]) -> dict[str, Source]:
+def _apart(missing: set[str], spare: Sequence[tuple[str, str]], model: PreTrainedModel) -> dict[str, Source]:
     """Return the sources of parameters that a checkpoint has as a matrix an expert, and transformers only as one.
 
-    Some architectures have their floats fused, and are published quantised as plain linear layers. `spare` are the
-    tensors without a place, by the names that transformers gives them.
+    Some architectures have their floats fused, and are published quantised as plain linear layers, `[out, in]`
+    even where the fused ones are `[in, out]`. `spare` are the tensors without a place, by the names that
+    transformers gives them.
     """
     if not missing:
         return {}
@@ -192,13 +193,17 @@ def _apart(missing: set[str], spare: Sequence[tuple[str, str]]) -> dict[str, Sou
         kinds = {"gate_up_proj": (gates, ups), "up_proj": (ups,), "down_proj": (downs,)}
         for parameter, lists in kinds.items():
             if f"{path}.{parameter}" in missing and all(lists):
-                made[f"{path}.{parameter}"] = _side_by_side(parameter, lists)
+                turned = bool(model.get_submodule(path).is_transposed)
+                made[f"{path}.{parameter}"] = _side_by_side(parameter, lists, turned=turned)
     return made
 
 
-def _side_by_side(parameter: str, lists: Sequence[list[str]]) -> Source:
+def _side_by_side(parameter: str, lists: Sequence[list[str]], *, turned: bool) -> Source:
     patterns = [f"experts.*.{i}.weight" for i in range(len(lists))]
-    operations = [loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)]
+    operations: list[loading.ConversionOps] = [loading.MergeModulelist(dim=0)]
+    if turned:
+        operations.append(loading.Transpose(1, 2))
+    operations.append(loading.Concatenate(dim=2 if turned else 1))
     converter = loading.WeightConverter(patterns, parameter, operations)
     return Source({p: tuple(names) for p, names in zip(converter.source_patterns, lists, strict=True)}, converter)
 
@@ -225,8 +230,15 @@ def _views(parameter: str, module: ExpertsModule, source: Source, checkpoint: Ch
     replay = _Replay(parameter, _share(parameter, source), shape, checkpoint, out_axis)
     views = [replay.views(expert) for expert in range(shape[0])]
     if module.is_transposed and not parameter.endswith("_bias"):
-        views = [tuple(View(v.tensor, (*v.steps, Transpose())) for v in parts) for parts in views]
+        views = [tuple(map(_turned, parts)) for parts in views]
     return views
+
+
+def _turned(view: View) -> View:
+    """Return a view of the transpose."""
+    if view.steps[-1:] == (Transpose(),):
+        return View(view.tensor, view.steps[:-1])
+    return View(view.tensor, (*view.steps, Transpose()))
 
 
 def _share(parameter: str, source: Source) -> Source:
@@ -291,7 +303,7 @@ class _Replay:
             case loading.Transpose() if {op.dim0, op.dim1} == {1, 2}:
                 if op.check_dims and all(self._shape(v.tensor) == self.shape for v in parts):
                     return parts
-                return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
+                return [_turned(view) for view in parts]
         raise UnsupportedModelError(f"{self.parameter}: {type(op).__name__} is not a conversion Fiddler knows")
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
