@@ -10,7 +10,7 @@ architecture's experts need.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -147,7 +147,9 @@ def _parameters(module: ExpertsModule) -> tuple[str, ...]:
     return (*weights, f"{up}_bias", "down_proj_bias") if module.has_bias else weights
 
 
-def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> dict[str, Source]:
+def _sources(
+    model: PreTrainedModel, wanted: set[str], entries: Mapping[str, Entry | Quantised]
+) -> dict[str, Source]:
     """Group the checkpoint's tensors by the expert parameter they go into, as transformers would."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
@@ -156,12 +158,18 @@ def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> 
     meta = dict.fromkeys(wanted, True)
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     spare: list[tuple[str, str]] = []
-    for name in sorted(names, key=loading.dot_natural_key):
+
+    def place(name: str) -> tuple[str, str | None]:
         renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
-        if renamed not in meta and name in meta:
-            renamed, pattern = name, None
+        return (name, None) if renamed not in meta and name in meta else (renamed, pattern)
+
+    for name in sorted(entries, key=loading.dot_natural_key):
+        renamed, pattern = place(name)
         if pattern is None and renamed not in meta:
             spare.append((renamed, name))
+            if isinstance(entries[name], Quantised) and len(entries[name].shape) == 3:
+                # Some layers have experts side by side as a weight of theirs; formats name a fused tensor without.
+                renamed, pattern = place(f"{name}.weight")
         for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)
     made = {
