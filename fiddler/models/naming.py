@@ -159,24 +159,29 @@ def _sources(
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     spare: list[tuple[str, str]] = []
 
-    def place(name: str) -> tuple[str, str | None]:
-        renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
-        return (name, None) if renamed not in meta and name in meta else (renamed, pattern)
-
-    for name in sorted(entries, key=loading.dot_natural_key):
-        renamed, pattern = place(name)
+    def place(name: str, seen: str) -> None:
+        renamed, pattern = loading.rename_source_key(seen, renamings, converters, model.base_model_prefix, meta)
+        if renamed not in meta and seen in meta:
+            renamed, pattern = seen, None
         if pattern is None and renamed not in meta:
             spare.append((renamed, name))
-            if isinstance(entries[name], Quantised) and len(entries[name].shape) == 3:
-                # Some layers have experts side by side as a weight of theirs; formats name a fused tensor without.
-                renamed, pattern = place(f"{name}.weight")
         for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)
+
+    for name in sorted(entries, key=loading.dot_natural_key):
+        place(name, name)
+    # Some layers have experts side by side as a weight of theirs, and fused tensors are named without.
+    for name in [name for _, name in spare if wanted - set(found) and _is_fused(entries[name])]:
+        place(name, f"{name}.weight")
     made = {
         parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
         for parameter, by in found.items()
     }
     return made | _apart(wanted - set(made), spare, model)
+
+
+def _is_fused(entry: Entry | Quantised) -> bool:
+    return isinstance(entry, Quantised) and len(entry.shape) == 3
 
 
 _MATRIX = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
