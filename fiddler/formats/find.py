@@ -71,6 +71,10 @@ def _read(base: str, parts: Parts, settings: Settings) -> Quantised | None:
             f"tensor {name!r} is {header.dtype} {list(header.shape)} beside {', '.join(parts)}, which makes no "
             "matrix; download the checkpoint again"
         )
+    if len(both := [parts[role][0] for role in FORMATS if role in parts and role != "state"]) > 1:
+        raise CheckpointError(
+            f"{base} is there twice, as {both[0]!r} and {both[1]!r}; download the checkpoint again"
+        )
     if twice := [name for role, (name, _) in parts.items() if " " in role and not role.startswith(UNUSED)]:
         raise CheckpointError(f"{base} has {twice[0]!r} beside another of its kind; download the checkpoint again")
     if "pre_quant_scale" in parts:

@@ -64,12 +64,13 @@ def check_views(
 
 
 def _check_packed(view: View, entry: Quantised, kinds: dict[object, str]) -> None:
-    kinds.setdefault((entry.dtype, entry.block), view.tensor)
+    # Scales of another kind of number, and zeros that some lack, show in the bytes: shapes are one.
+    kinds.setdefault((entry.dtype, entry.block, entry.nbytes), view.tensor)
     if len(kinds) > 1:
         first = next(iter(kinds.values()))
         raise UnsupportedModelError(
-            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, and {first!r} of the same "
-            "layer is stored in another way; Fiddler takes a layer's experts in one"
+            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, {entry.nbytes} bytes, and "
+            f"{first!r} of the same layer is stored in another way; Fiddler takes a layer's experts in one"
         )
     fused = bool(view.steps) and isinstance(view.steps[0], Select)
     if fused != (len(entry.shape) == 3) or rows_of(entry, view.steps[fused:]) is None:
