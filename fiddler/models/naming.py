@@ -10,7 +10,7 @@ architecture's experts need.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -127,8 +127,7 @@ def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], 
     Raises `CheckpointError` where a parameter has no tensors, the wrong number, or any of another shape or kind of
     number than it has; `UnsupportedModelError` for a format whose conversion no view can express.
     """
-    wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
-    sources = _sources(model, wanted, checkpoint.entries)
+    sources = _sources(model, _wanted(experts), checkpoint.entries)
     layers = []
     for path, module in experts.items():
         views = {}
@@ -148,23 +147,50 @@ def _parameters(module: ExpertsModule) -> tuple[str, ...]:
     return (*weights, f"{up}_bias", "down_proj_bias") if module.has_bias else weights
 
 
+class _Names:
+    """transformers' names for a checkpoint's tensors; `wanted` are the parameters that are looked for."""
+
+    def __init__(self, model: PreTrainedModel, wanted: set[str]) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+        self._converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+        self._prefix, self._meta = model.base_model_prefix, dict.fromkeys(wanted, True)
+        self.by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+
+    def of(self, name: str) -> tuple[str, str | None]:
+        """Return the name of the parameter that a tensor goes into, and the pattern by which it does."""
+        meta = self._meta
+        renamed, pattern = loading.rename_source_key(name, self._renamings, self._converters, self._prefix, meta)
+        return (name, None) if renamed not in meta and name in meta else (renamed, pattern)
+
+    def have(self, name: str) -> bool:
+        """Whether a tensor of this name has a place."""
+        renamed, pattern = self.of(name)
+        return pattern is not None or renamed in self._meta
+
+
+def is_read(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], names: Iterable[str]) -> bool:
+    """Whether transformers itself finds experts' tensors by these names."""
+    own = _Names(model, _wanted(experts))
+    return all(map(own.have, names))
+
+
+def _wanted(experts: Mapping[str, ExpertsModule]) -> set[str]:
+    return {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
+
+
 def _sources(
     model: PreTrainedModel, wanted: set[str], entries: Mapping[str, Entry | Quantised]
 ) -> dict[str, Source]:
     """Group the checkpoint's tensors by the expert parameter they go into, as transformers would."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    meta = dict.fromkeys(wanted, True)
+    names = _Names(model, wanted)
+    by_pattern = names.by_pattern
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     spare: list[tuple[str, str]] = []
 
     def place(name: str, seen: str) -> None:
-        renamed, pattern = loading.rename_source_key(seen, renamings, converters, model.base_model_prefix, meta)
-        if renamed not in meta and seen in meta:
-            renamed, pattern = seen, None
-        if pattern is None and renamed not in meta:
+        renamed, pattern = names.of(seen)
+        if pattern is None and renamed not in wanted:
             spare.append((renamed, name))
         for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)

@@ -22,7 +22,7 @@ from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantise import TARGETS, quantise
 from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
-from fiddler.models.naming import expert_layout
+from fiddler.models.naming import expert_layout, is_read
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint, Entry
 from fiddler.store.folder import CONFIG, INDEX, SINGLE, find_checkpoint, read_raw
@@ -77,6 +77,8 @@ class Written:
     """By layer with experts, the root mean square error relative to the weights."""
     n_resumed: int
     """Files that an earlier run had written."""
+    transformers_reads: bool
+    """Whether transformers finds the experts; it leaves random those that it has only fused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Conversion:
     to: str
     made_from: str
     """Digest of the source and the way it is quantised: files of another are never mixed in."""
+    transformers_reads: bool
+    """Whether transformers has a place for experts as they are written, one by one."""
     errors: dict[int, Error] = field(default_factory=dict)
 
     @classmethod
@@ -116,7 +120,9 @@ class Conversion:
                 for tensor, piece in _pieces(module, layer, expert, parts):
                     pieces.setdefault(tensor, []).append(piece)
         named = {tensor: tuple(found) for tensor, found in pieces.items()}
-        return cls(checkpoint, read_raw(folder), named, to, _digest(checkpoint, to))
+        names = [f"{piece.name}.weight" for found in pieces.values() for piece in found]
+        read = is_read(skeleton, experts, names)
+        return cls(checkpoint, read_raw(folder), named, to, _digest(checkpoint, to), transformers_reads=read)
 
     @property
     def n_matrices(self) -> int:
@@ -139,7 +145,7 @@ class Conversion:
             target.write_json(CONFIG, {**config, "quantization_config": self.quantization()})
         source_bytes = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         errors = {layer: error.relative for layer, error in sorted(self.errors.items())}
-        return Written(folder, source_bytes, n_bytes, errors, n_resumed)
+        return Written(folder, source_bytes, n_bytes, errors, n_resumed, self.transformers_reads)
 
     def _write_files(self, target: Target, done: Callable[[], None]) -> tuple[int, int]:
         """Write every file of weights and the index; returns their bytes, and how many files were there."""

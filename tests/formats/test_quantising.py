@@ -213,6 +213,7 @@ def test_other_names_and_fused_experts(tmp_path: Path, name: str) -> None:
     assert len(stems) == conversion.n_matrices
     assert all(new[f"{stem}.weight_scale"].shape[0] == new[f"{stem}.weight_shape"][0] for stem in stems)
     assert all(error < 0.01 for error in written.errors.values())
+    assert written.transformers_reads == (name not in ("granitemoe", "aria"))
     config = EngineConfig(dtype="float32")
     before, after = (load(folder, config).weights(0, 1) for folder in (tmp_path / "source", written.folder))
     for floats, codes in ((before.up, after.up), ((before.down,), (after.down,))):
