@@ -104,13 +104,27 @@ def described(settings: Settings) -> Iterator[dict[str, Any]]:
             yield weights
 
 
+def widths(settings: Settings) -> set[int]:
+    """Return the bits of a configuration's integers; what has floats has no words."""
+    return {_number(scheme, "num_bits") for scheme in described(settings) if scheme.get("type") != "float"}
+
+
+SHAPE = "weight_shape"
+"""Key of the settings under which a tensor's own `weight_shape` stands, where schemes are mixed."""
+
+
 def _bits(base: str, n_words: int, scales: tuple[int, ...], settings: Settings) -> int:
-    """Return the bits of a code: words do not show them. A group of columns may, where schemes are mixed."""
-    named = [(_number(scheme, "num_bits"), _number(scheme, "group_size")) for scheme in described(settings)]
-    found = {bits for bits, _ in named}
-    if len(found) > 1 and len(scales) == 2:
-        widths = [(bits, n_words * WORD // bits, group) for bits, group in named if bits in CODES]
-        found = {bits for bits, columns, group in widths if scales[1] == -(-columns // (group or columns))}
+    """Return the bits of a code, which words do not show.
+
+    Where schemes are mixed, the columns tell, or else the groups of columns.
+    """
+    found = widths(settings)
+    if len(found) > 1 and isinstance(shape := settings.get(SHAPE), list):
+        found = {bits for bits in found & CODES.keys() if shape[-1:] == [n_words * WORD // bits]}
+    elif len(found) > 1 and len(scales) == 2:
+        named = [(_number(scheme, "num_bits"), _number(scheme, "group_size")) for scheme in described(settings)]
+        columns = [(bits, n_words * WORD // bits, group) for bits, group in named if bits in found & CODES.keys()]
+        found = {bits for bits, width, group in columns if scales[1] == -(-width // (group or width))}
     if len(found) != 1 or not found.issubset(CODES):
         raise UnsupportedModelError(
             f"{base} has integers of {sorted(found) or 'unknown'} bits; Fiddler reads 4 or 8, which "
