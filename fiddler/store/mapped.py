@@ -7,7 +7,7 @@ the views, when an expert is first used. Quantised matrices stay packed, whateve
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.packed import Matrix, Packed
 from fiddler.formats.quantised import Quantised
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint
-from fiddler.store.layout import BlockLayout
-from fiddler.store.slabs import Slabs
 from fiddler.types import ExpertWeights
+
+if TYPE_CHECKING:
+    from fiddler.store.slabs import Slabs
 
 Axis = Literal[0, 1]
 
@@ -95,7 +96,8 @@ class MappedStore:
     layout: Layout
     dtype: torch.dtype
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
-    _slabs: Slabs = field(default_factory=Slabs)
+    _slabs: "list[Slabs]" = field(default_factory=list)
+    """One, once an expert was repacked."""
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """Return an expert's weights. Raises `CheckpointError` where a tensor is missing or cannot be viewed."""
@@ -113,10 +115,11 @@ class MappedStore:
 
     def _kept(self, made: ExpertWeights) -> ExpertWeights:
         """Return weights in memory that has nothing but such."""
-        layout = BlockLayout.of(made)
-        block = self._slabs.block(layout.nbytes)
-        layout.write(made, block)
-        return layout.views(block)
+        from fiddler.store.slabs import Slabs  # which few formats need
+
+        if not self._slabs:
+            self._slabs.append(Slabs())
+        return self._slabs[0].kept(made)
 
     def _assemble(self, parts: ExpertParts) -> ExpertWeights:
         up = self._joined(parts.up) or tuple(matrix for view in parts.up for matrix in self._matrices(view))
