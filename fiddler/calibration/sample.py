@@ -25,14 +25,7 @@ from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
 from fiddler.gpu.slots import SlotExperts
 from fiddler.gpu.stack import Stack
 from fiddler.models import seam
-from fiddler.models.loaded import (
-    LoadedModel,
-    ServableModel,
-    checkpoint_dtype,
-    load,
-    model_context,
-    refuse_groups,
-)
+from fiddler.models.loaded import LoadedModel, ServableModel, checkpoint_dtype, load, model_context
 from fiddler.models.naming import expert_layout
 from fiddler.models.opening import open_checkpoint
 from fiddler.models.skeleton import meta_skeleton
@@ -65,7 +58,6 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
     skeleton = meta_skeleton(checkpoint, about, trust_remote_code=config.trust_remote_code)
     experts = seam.find_experts(skeleton)
     layout = expert_layout(skeleton, experts, checkpoint)
-    refuse_groups(experts.values(), config.expert_dtype, "expert_dtype")
     for module in experts.values():
         module.to_empty(device="cpu")  # a norm, where the formula has one; what it multiplies with takes no time
     return LoadedModel(
@@ -82,7 +74,6 @@ def _with_dense(folder: Path, config: EngineConfig, resolved: Resolved) -> Serva
     """Open a checkpoint whole, with its experts mapped."""
     here = replace(config, device="cpu", store="mapped", vram_budget=None, expert_dtype="checkpoint")
     loaded = load(folder, here)
-    refuse_groups(loaded.experts.values(), config.expert_dtype, "expert_dtype")
     return replace(loaded, resolved=resolved, weights=_as_kept(loaded.weights, config, resolved))
 
 

@@ -40,7 +40,9 @@ class Code(Enum):
 
     @property
     def bits(self) -> int:
-        """Bits of a code that has its scale elsewhere."""
+        """Bits of a code, without its share of a scale."""
+        if self.run is not None:
+            return self.run.nbytes * 8 // self.run.columns
         return 4 if self in VALUES else 8
 
     @property

@@ -47,3 +47,7 @@ def test_rows_and_parts_of_a_matrix() -> None:
     assert joined is not None
     assert torch.equal(joined.dense(torch.float32), dense)
     assert matrix.nbytes == 6 * 2 * 144
+
+
+def test_codes_have_the_bits_of_their_name() -> None:
+    assert [code.bits for code in RUNS] == [4, 8, 4, 4, 5, 6]
