@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from bench import machine
+from bench.policies import MODELS
 from bench.report import command, finish, listing, result, side_by_side
 from fiddler.config import EngineConfig
 from fiddler.lab.policies import POLICIES, by_popularity, make_policy
 from fiddler.lab.replay import MakePolicy, compare
-from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.shape import ModelShape
 from fiddler.lab.synthetic import PUBLISHED, Habits, SyntheticRouting
 from fiddler.lab.traces import load
 from fiddler.recording import Recording, RoutingTrace, visits
@@ -54,7 +55,7 @@ Cell = dict[str, Any]
 
 def traces() -> list[str]:
     """Return the names of all traces there are."""
-    return [*(HALVES if DEMO.is_file() else ()), *(f"{name}, {set_}" for name in shapes() for set_ in HABITS)]
+    return [*(HALVES if DEMO.is_file() else ()), *(f"{name}, {set_}" for name in MODELS for set_ in HABITS)]
 
 
 def read(name: str, settings: Settings) -> tuple[RoutingTrace, Sequence[Recording]]:

@@ -121,6 +121,18 @@ def waves(report: Record) -> Iterator[Row]:
     yield f"*the least of all {len(gains)} cells*", "", "", "", "", f"{min(gains):.2f}{TIMES}"
 
 
+@table("formats", "formats-virtual")
+def formats(report: Record) -> Iterator[Row]:
+    sizes, busy = ("in slots", "GB in slots"), tuple(f"{lane} busy" for lane in ("GPU", "link", "CPU"))
+    yield "sequences", "experts", *sizes, "tokens/s", "of bf16", *busy
+    for c in report.cells:
+        plain = one(report.cells, format="bf16", n_sequences=c.n_sequences, asked_share=c.asked_share)
+        held = _percent(c.share) if c.asked_share is not None else f"all that fit: {_percent(c.share)}"
+        speed = f"{c.tokens_per_s:.1f}", f"{c.tokens_per_s / plain.tokens_per_s:.2f}{TIMES}"
+        shares = (_percent(c[f"{lane}_busy"]) for lane in ("gpu", "link", "cpu"))
+        yield str(c.n_sequences), c.format, held, f"{c.slot_bytes / 1e9:.1f}", *speed, *shares
+
+
 @table("reads", "cache")
 def reads(report: Record) -> Iterator[Row]:
     yield "reads beside Belady's", *TRACES[:2], "looser", "fitted, held out"

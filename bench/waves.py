@@ -3,7 +3,7 @@
     python -m bench.waves [--prompt 64] [--new 48] [--resident 0.25] [--json FILE]
 
 Everything is simulated, in virtual time, on made-up routing (`fiddler.lab.synthetic`): shapes and machines are
-those that ship with Fiddler, the same sequences on both sides.
+those that ship with Fiddler, experts in bf16, the same sequences on both sides.
 """
 
 from argparse import Namespace
@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from bench import machine
+from bench.policies import MODELS
 from bench.report import command, finish, listing, result
 from fiddler.config import WaveMode
 from fiddler.lab.machine import Machine, n_slots
-from fiddler.lab.shape import ModelShape, shapes
+from fiddler.lab.shape import FLOATS, ModelShape
 from fiddler.lab.simulation import Report, Setting, simulate
 from fiddler.lab.synthetic import SyntheticRouting
 from fiddler.lab.systems import SYSTEMS
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=48, help="tokens each sequence makes")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts that has a slot")
     options = parser.parse_args(arguments)
-    models = [ModelShape.load(name) for name in shapes()]
+    models = [ModelShape.load(name).stored_as(FLOATS) for name in MODELS]
     cells = [measure(shape, name, n, options) for shape in models for name in MACHINES for n in SEQUENCES]
     setting = {"prompt": options.prompt, "new": options.new, "resident": options.resident}
     report = result("waves", machine.describe(), virtual=True, setting=setting, cells=cells)

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import kernels
+from bench import kernels, packed
 from bench.gpu.clock import Work, spread, took, until
 from bench.gpu.context import Context
 from bench.report import Spread
 from fiddler.calibration.kernels import calibrated_kernels
 from fiddler.config import EngineConfig
+from fiddler.devices.native import native
 from fiddler.gpu.device import Gpu, Stream
 
 MOST_ROWS = 16
@@ -19,6 +20,8 @@ TINY = (64, 32)
 """(hidden, intermediate) of experts whose weights take no time to read."""
 TOGETHER = 4
 """Copies that are queued at once, so that the link does not rest between them."""
+PACKED = "int4 g32"
+"""The format of the packed experts, of `bench.packed`."""
 N_KERNELS = 40
 """Of a graph: about as many as a layer's dense part has."""
 
@@ -122,6 +125,16 @@ def dispatch(ctx: Context) -> dict[str, Any]:
     """Measure an expert whose weights take no time: what is left is the host's own."""
     gbs = _rate(TINY, 1, 1, max(ctx.sizes.passes * 20, 20))
     return {"expert_s": kernels.expert(*TINY).nbytes / gbs.median / 1e9}
+
+
+def decoding(ctx: Context) -> dict[str, Any]:
+    """Measure a packed expert of one row on the host. Raises `RuntimeError` without our kernels."""
+    ours = native()
+    if ours is None:
+        raise RuntimeError("the kernels need gcc")
+    hidden, inner = next(iter(ctx.sizes.shapes.values()))
+    gbs, n_bytes = packed.expert_rate(ours, PACKED, (hidden, inner, kernels.AT_ONCE), 1, ctx.sizes.read_bytes)
+    return {"expert_s": n_bytes / gbs.median / 1e9, "nbytes": n_bytes, "n_weights": 3 * hidden * inner}
 
 
 def _rate(shape: tuple[int, int], n_rows: int, nbytes: int, passes: int) -> Spread:

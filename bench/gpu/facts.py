@@ -63,6 +63,7 @@ SECTIONS: Mapping[str, Section] = {
     "host": device.host,
     "host_experts": device.experts,
     "dispatch": device.dispatch,
+    "decoding": device.decoding,
     "gpu": device.reading,
     "multiplying": device.multiplying,
     "launches": device.launches,
@@ -90,6 +91,9 @@ Figure = tuple[float, str]
 """A value, and how it was measured."""
 FEW_ROWS = 4
 """Experts of up to so many rows are bound by their weights."""
+
+LEAST_DECODING = 0.01
+"""Least share of a packed expert's time that counts as decoding: none would be an endless rate."""
 
 
 def facts(ctx: Context) -> dict[str, Any]:
@@ -158,6 +162,10 @@ def figures(found: Mapping[str, Any], memory: Mapping[str, int]) -> dict[str, Fi
     return {
         "cpu_read_bytes_per_s": (cpu[0] * 1e9, f"whole experts on the host, {cpu[1]}"),
         "cpu_flop_per_s": (found["host"]["flop_per_s"], "the best pass of a large bf16 product"),
+        "cpu_decode_weights_per_s": (
+            decoding_rate(found["decoding"], cpu[0] * 1e9),
+            f"one row of packed experts on the host ({device.PACKED}), beyond reading them",
+        ),
         "link_bytes_per_s": (link["to_gpu_gbs"]["median"] * 1e9, "copies from pinned memory, alone"),
         "cpu_slowdown_beside_link": (recording["cpu_slowdown_beside_link"], calibrated),
         "link_slowdown_beside_cpu": (recording["link_slowdown_beside_cpu"], calibrated),
@@ -177,6 +185,12 @@ def figures(found: Mapping[str, Any], memory: Mapping[str, int]) -> dict[str, Fi
         "host_layer_s": (recording["host_layer_s"], calibrated),
         "move_fixed_s": (recording["move_fixed_s"], calibrated),
     }
+
+
+def decoding_rate(packed: Mapping[str, float], read_bytes_per_s: float) -> float:
+    """Return the weights decoded a second, by an expert's time beyond reading it, or a least share of it."""
+    beyond_s = packed["expert_s"] - packed["nbytes"] / read_bytes_per_s
+    return packed["n_weights"] / max(beyond_s, LEAST_DECODING * packed["expert_s"])
 
 
 def best(rows: list[Mapping[str, Any]]) -> tuple[float, str]:

@@ -26,11 +26,11 @@ BUSY = 8192
 
 
 class Form(NamedTuple):
-    """A way to quantise a matrix."""
+    """A way to quantise a matrix; GGUF's blocks have scales and their place in themselves."""
 
     code: Code
-    scales: torch.dtype
-    block: tuple[int, int]
+    scales: torch.dtype | None = None
+    block: tuple[int, int] = (1, 1)
     zeros: bool = False
 
     def expert(self, hidden: int, intermediate: int) -> ExpertWeights:
@@ -38,12 +38,20 @@ class Form(NamedTuple):
         return ExpertWeights((self._matrix(2 * intermediate, hidden),), self._matrix(hidden, intermediate))
 
     def _matrix(self, out: int, columns: int) -> Packed:
-        codes = torch.randint(0x70, (out, columns * self.code.bits // 8), dtype=torch.uint8)
+        if self.scales is None:
+            return self._in_blocks(out, columns)
+        codes = torch.randint(0x70, (out, self.code.width(columns)), dtype=torch.uint8)
         grid = -(-out // self.block[0]), -(-columns // self.block[1])
         zeros = torch.full(grid, 8, dtype=torch.uint8) if self.zeros else None
         return Packed(
             self.code, codes, torch.ones(grid).to(self.scales), (out, columns), self.block, zeros, factor=0.01
         )
+
+    def _in_blocks(self, out: int, columns: int) -> Packed:
+        """Return blocks of small numbers: this byte twice is 0.0006 as float16."""
+        assert self.code.run is not None
+        codes = torch.full((out, self.code.width(columns)), 0x11, dtype=torch.uint8)
+        return Packed(self.code, codes, None, (out, columns), (1, self.code.run.group))
 
 
 FORMS = {
@@ -53,6 +61,7 @@ FORMS = {
     "nf4": Form(Code.NF4, torch.float32, (1, 64)),
     "fp8": Form(Code.FP8, torch.float32, (128, 128)),
     "int8": Form(Code.INT8, torch.bfloat16, (1, 128)),
+    **{f"gguf {code.value}": Form(code) for code in Code if code.run},
 }
 
 

@@ -1,8 +1,10 @@
 """Finds the fastest matmul kernel per weight shape and row count, measured once and stored; sets torch's threads.
 
 Weights of a decoding step come from memory, not from a cache, so measurements walk over copies of the matrix that
-together exceed the caches. Results are stored per instruction set, thread count, torch version and version of our
-own kernels: the choice is then a pure function of the stored file, and stays the same from run to run.
+together exceed the caches. A packed weight may be decoded in registers for every few rows, or whole before torch
+multiplies: that is measured too, for each kind. Results are stored per instruction set, thread count, torch version
+and version of our own kernels: the choice is then a pure function of the stored file, and stays the same from run
+to run.
 
 torch keeps a number of threads for each thread, and a common one for threads without a number of their own.
 `torch.set_num_threads` sets both. `set_own_threads` puts the common number back, by a short-lived thread.
@@ -21,14 +23,13 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fiddler.config import EngineConfig, cache_folder, most_threads
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.kernels import BUCKETS, KernelName, Kernels, ShapeKey, shape_key
 from fiddler.devices.native import MOST_ROWS, Native, native
 from fiddler.errors import ConfigError
-from fiddler.formats.packed import Matrix
+from fiddler.formats.packed import Matrix, Packed
 from fiddler.given import read_json, shown
 from fiddler.lanes.experts import ComputeLane
 from fiddler.models import dense
@@ -67,6 +68,8 @@ SET_BYTES = 768 << 20
 REPEATS = 7
 BUDGET_S = 0.3
 """Time for one shape and row count; large matrices are repeated less, at least twice."""
+_TORCH = "torch."
+"""The beginning of the kinds that are not packed."""
 MARGIN = 0.97
 """A kernel must take less than this share of `linear`'s time to be chosen: a tie is no reason to switch."""
 
@@ -78,11 +81,10 @@ def calibrated_kernels(matrices: Iterable[Matrix], config: EngineConfig) -> Kern
     ours = native()
     file = calibration_file(config)
     stored = _read(file, ours)
-    plain = [m for m in matrices if isinstance(m, Tensor)]
-    measured = {shape_key(m) for m in plain if m.dtype == torch.bfloat16 and _worth(m, ours)}
-    missing = [key for key in sorted(measured, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
+    samples = {shape_key(m): m for m in matrices if _worth(m, ours)}
+    missing = [key for key in sorted(samples, key=str) if any((key, rows) not in stored for rows in BUCKETS)]
     for key in missing:
-        times = measure(key, ours)
+        times = measure(samples[key], ours)
         stored.update({(key, rows): fastest(times[rows]) for rows in BUCKETS})
     if missing:
         _write(file, stored)
@@ -93,8 +95,12 @@ def _ours(config: EngineConfig) -> Native | None:
     return None if config.kernels == "linear" else native()
 
 
-def _worth(matrix: Tensor, ours: Native | None) -> bool:
+def _worth(matrix: Matrix, ours: Native | None) -> bool:
     """Whether there is a choice between kernels."""
+    if isinstance(matrix, Packed):
+        return ours is not None
+    if matrix.dtype != torch.bfloat16:
+        return False
     return matrix.nbytes >= MIN_BYTES or ours is not None
 
 
@@ -118,45 +124,63 @@ def fastest(times: dict[KernelName, float]) -> KernelName:
     return best if times[best] < MARGIN * times["linear"] else "linear"
 
 
-def candidates(nbytes: int, n_rows: int, ours: Native | None) -> tuple[KernelName, ...]:
-    """Return the kernels worth measuring for a matrix of so many bytes and a row count, on this machine."""
+def candidates(key: ShapeKey, n_rows: int, ours: Native | None) -> tuple[KernelName, ...]:
+    """Return the kernels worth measuring for a matrix and a row count, on this machine.
+
+    Raises `AttributeError` for a dtype that torch does not have.
+    """
+    out, columns, kind, _ = key
     names: list[KernelName] = ["linear"]
-    if amx() and nbytes >= MIN_BYTES:
+    large = kind.startswith(_TORCH) and out * columns * _dtype(kind).itemsize >= MIN_BYTES
+    if amx() and large:
         names.append("rows_last")
-    if n_rows == 1 and nbytes >= MIN_BYTES:
+    if n_rows == 1 and large:
         names.append("vector")
     if ours is not None and n_rows <= MOST_ROWS:
         names.append("native")
     return tuple(names)
 
 
-def measure(key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
-    """Return the least seconds of each kernel by row count, interleaved so that drift hits all alike.
+def _dtype(kind: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, kind.removeprefix(_TORCH))
+    return found
 
-    The least counts, since noise only adds.
+
+def measure(matrix: Matrix, ours: Native | None) -> dict[int, dict[KernelName, float]]:
+    """Return the least seconds of each kernel by row count, for matrices like one, bfloat16 or packed.
+
+    Kernels take turns, so that drift hits all alike. The least counts, since noise only adds.
     """
-    out, columns, dtype, side_by_side = key
-    nbytes = out * columns * dtype.itemsize
-    n_copies = 2 if nbytes < MIN_BYTES else max(2, SET_BYTES // nbytes + 1)
-    stored = (out, columns) if side_by_side else (columns, out)
-    made = torch.full((n_copies, *stored), 0.01, dtype=dtype)  # one piece: freed, it goes back to the system
-    copies = list(made if side_by_side else made.mT)
+    n_copies = 2 if matrix.nbytes < MIN_BYTES else max(2, SET_BYTES // matrix.nbytes + 1)
+    side_by_side = isinstance(matrix, Packed) or matrix.stride(1) == 1
     with torch.inference_mode():
+        copies = _copies(matrix, n_copies)
         return {rows: _measure_rows(copies, rows, ours if side_by_side else None) for rows in BUCKETS}
 
 
-def _measure_rows(copies: list[Tensor], n_rows: int, ours: Native | None) -> dict[KernelName, float]:
-    kernels = Kernels(native=ours)
-    names = candidates(copies[0].nbytes, n_rows, ours)
+def _copies(matrix: Matrix, n: int) -> list[Matrix]:
+    """Return matrices like one, each part of them all in one piece: freed, it goes back to the system."""
+    if isinstance(matrix, Packed):
+        parts = [part.expand(n, *part.shape).contiguous() for part in matrix.parts]
+        return [matrix.with_parts(own) for own in zip(*parts, strict=True)]
+    (out, columns), side_by_side = matrix.shape, matrix.stride(1) == 1
+    made = torch.full((n, out, columns) if side_by_side else (n, columns, out), 0.01, dtype=matrix.dtype)
+    return list(made if side_by_side else made.mT)
+
+
+def _measure_rows(copies: list[Matrix], n_rows: int, ours: Native | None) -> dict[KernelName, float]:
+    kernels, first = Kernels(native=ours), copies[0]
+    names = candidates(shape_key(first), n_rows, ours)
     if len(names) == 1:
         return {"linear": 0.0}
-    x = torch.full((n_rows, copies[0].shape[1]), 0.5, dtype=copies[0].dtype)
+    x = torch.full((n_rows, first.shape[1]), 0.5, dtype=torch.bfloat16)
+    matmuls = {name: kernels.kernel(name, packed=isinstance(first, Packed)) for name in names}
     times: dict[KernelName, list[float]] = {name: [] for name in names}
     began = perf_counter()
     for repeat in range(REPEATS + 1):
         for name in names:
             started = perf_counter()
-            kernels.kernel(name)(x, copies[0], None)
+            matmuls[name](x, copies[0], None)
             times[name].append(perf_counter() - started)
             copies.append(copies.pop(0))
         if repeat >= 2 and perf_counter() - began > BUDGET_S:
@@ -168,11 +192,8 @@ def _read(file: Path, ours: Native | None) -> dict[tuple[ShapeKey, int], KernelN
     """Return the stored choices that this version would measure too; `vector` is wrong for other row counts."""
     try:
         entries: list[dict[str, Any]] = read_json(file)["kernels"]
-        return {
-            ((e["out"], e["in"], getattr(torch, e["dtype"]), e["side_by_side"]), e["rows"]): e["kernel"]
-            for e in entries
-            if e["kernel"] in candidates(e["out"] * e["in"] * getattr(torch, e["dtype"]).itemsize, e["rows"], ours)
-        }
+        found = {((e["out"], e["in"], e["kind"], e["side_by_side"]), e["rows"]): e["kernel"] for e in entries}
+        return {of: kernel for of, kernel in found.items() if kernel in candidates(*of, ours)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # absent or of another make: measured anew
 
@@ -182,12 +203,12 @@ def _write(file: Path, choice: dict[tuple[ShapeKey, int], KernelName]) -> None:
         {
             "out": out,
             "in": columns,
-            "dtype": str(dtype).removeprefix("torch."),
+            "kind": kind,
             "side_by_side": side_by_side,
             "rows": rows,
             "kernel": kernel,
         }
-        for ((out, columns, dtype, side_by_side), rows), kernel in choice.items()
+        for ((out, columns, kind, side_by_side), rows), kernel in choice.items()
     ]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -214,10 +235,16 @@ def checked(config: object) -> EngineConfig:
 
 def choose_kernels(loaded: LoadedModel, config: EngineConfig, *, with_dense: bool = True) -> Kernels:
     """Return the CPU's kernels for a model's experts and its dense part, calibrated as `config` says."""
-    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
-    experts = [matrix for sample in samples for matrix in sample.matrices]
+    experts = expert_matrices(loaded)
     matrices = [*experts, *dense.matrices(loaded.model)] if with_dense else experts
     return calibrated_kernels(matrices, config)
+
+
+def expert_matrices(loaded: LoadedModel) -> list[Matrix]:
+    """Return matrices like all those of a model's experts among which kernels may have to be chosen."""
+    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
+    narrow = loaded.dtype == torch.bfloat16  # torch decodes packed weights for all other rows
+    return [m for sample in samples for m in sample.matrices if narrow or not isinstance(m, Packed)]
 
 
 def choose_threads(loaded: LoadedModel, config: EngineConfig, default: int) -> None:

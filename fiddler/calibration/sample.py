@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fiddler.calibration.gpu import SLOTS_BYTES, GpuBench
-from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane
+from fiddler.calibration.kernels import calibrated_kernels, choose_threads, compute_lane, expert_matrices
 from fiddler.calibration.measure import SAMPLE_BYTES, Bench, Measures
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.arena import Arena, SimDevice
 from fiddler.devices.cpu import CpuDevice
 from fiddler.devices.formula import DTYPES
 from fiddler.devices.kernels import Kernels
+from fiddler.formats.quantise import converted
 from fiddler.gpu import cuda
 from fiddler.gpu.crossing import Watch
 from fiddler.gpu.jobs import Copying, GpuJobs, PinnedRing
@@ -30,6 +31,7 @@ from fiddler.models.loaded import (
     checkpoint_dtype,
     load,
     model_context,
+    refuse_groups,
 )
 from fiddler.models.naming import expert_layout
 from fiddler.models.opening import open_checkpoint
@@ -39,6 +41,9 @@ from fiddler.store.folder import find_checkpoint
 from fiddler.store.layout import BlockLayout
 from fiddler.store.mapped import MappedStore
 from fiddler.types import ExpertWeights
+
+Weights = Callable[[int, int], ExpertWeights]
+"""(layer, expert) to its weights."""
 
 
 def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
@@ -60,6 +65,7 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
     skeleton = meta_skeleton(checkpoint, about, trust_remote_code=config.trust_remote_code)
     experts = seam.find_experts(skeleton)
     layout = expert_layout(skeleton, experts, checkpoint)
+    refuse_groups(experts.values(), config.expert_dtype, "expert_dtype")
     for module in experts.values():
         module.to_empty(device="cpu")  # a norm, where the formula has one; what it multiplies with takes no time
     return LoadedModel(
@@ -67,15 +73,42 @@ def open_experts(model: str | Path, config: EngineConfig) -> LoadedModel:
         experts=experts,
         formulas=tuple(seam.formula(module, halves=checkpoint.is_gguf) for module in experts.values()),
         n_experts=layout.n_experts,
-        weights=MappedStore(checkpoint, layout, DTYPES[resolved.dtype]).weights,
+        weights=_as_kept(MappedStore(checkpoint, layout, DTYPES[resolved.dtype]).weights, config, resolved),
         dtype=DTYPES[resolved.dtype],
     )
 
 
 def _with_dense(folder: Path, config: EngineConfig, resolved: Resolved) -> ServableModel:
     """Open a checkpoint whole, with its experts mapped."""
-    here = replace(config, device="cpu", store="mapped", vram_budget=None)
-    return replace(load(folder, here), resolved=resolved)
+    here = replace(config, device="cpu", store="mapped", vram_budget=None, expert_dtype="checkpoint")
+    loaded = load(folder, here)
+    refuse_groups(loaded.experts.values(), config.expert_dtype, "expert_dtype")
+    return replace(loaded, resolved=resolved, weights=_as_kept(loaded.weights, config, resolved))
+
+
+def _as_kept(weights: Weights, config: EngineConfig, resolved: Resolved) -> Weights:
+    """Return experts as an engine with this `expert_dtype` keeps them.
+
+    Only the first of a layer is converted, which takes long; others are copies of it, which take as long to run.
+    """
+    if config.expert_dtype == "checkpoint":
+        return weights
+    to, dtype = config.expert_dtype, DTYPES[resolved.dtype]
+
+    @lru_cache(None)
+    def first(layer: int) -> tuple[BlockLayout, Tensor]:
+        made = converted(weights(layer, 0), to, dtype)
+        layout = BlockLayout.of(made)
+        block = torch.empty(layout.nbytes, dtype=torch.uint8)
+        layout.write(made, block)
+        return layout, block
+
+    @lru_cache(None)
+    def kept(layer: int, expert: int) -> ExpertWeights:
+        layout, block = first(layer)
+        return layout.views(block.clone())
+
+    return kept
 
 
 @contextmanager
@@ -124,8 +157,7 @@ def bench_of(loaded: LoadedModel, config: EngineConfig) -> Bench:
 def _prepared(loaded: LoadedModel, config: EngineConfig) -> Kernels:
     """Set this thread's torch threads, and return the kernels for a model's experts."""
     choose_threads(loaded, config, torch.get_num_threads())
-    samples = [loaded.weights(layer, 0) for layer in range(len(loaded.n_experts))]
-    return calibrated_kernels([m for sample in samples for m in sample.matrices], config)
+    return calibrated_kernels(expert_matrices(loaded), config)
 
 
 def _arena(loaded: LoadedModel, blocks: "_Blocks", nbytes: int, device: torch.device | None = None) -> Arena:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fiddler.cli.notes import Notes, size
-from fiddler.cli.options import CheckpointOptions
+from fiddler.cli.options import CheckpointOptions, choice
 from fiddler.cli.terminal import guarded
-from fiddler.config import EngineConfig
+from fiddler.config import EngineConfig, ExpertDtype
 from fiddler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class CalibrateOptions:
             help="sim also measures slots, copies and contention; cuda does so on the GPU, with its dense part.",
         ),
     ] = "cpu"
+    expert_dtype: Annotated[
+        str, choice(ExpertDtype, "How the engine keeps experts, if not as the checkpoint does.", "Options")
+    ] = "checkpoint"
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.", min=1)] = None
     anew: Annotated[bool, typer.Option("--anew", help="Measure even if it is stored.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
@@ -44,9 +47,8 @@ class CalibrateOptions:
         """Return the engine's configuration. Raises `ConfigError`."""
         if self.device not in _DEVICES:
             raise ConfigError(f"device={self.device!r} cannot be measured; known: {', '.join(_DEVICES)}")
-        return EngineConfig(
-            device=self.device, threads=self.threads, trust_remote_code=checkpoint.trust_remote_code
-        )
+        given = {"device": self.device, "expert_dtype": self.expert_dtype, "threads": self.threads}
+        return EngineConfig.from_mapping({**given, "trust_remote_code": checkpoint.trust_remote_code})
 
 
 def calibrate(checkpoint: CheckpointOptions, options: CalibrateOptions) -> None:

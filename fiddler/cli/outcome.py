@@ -72,6 +72,7 @@ class Outcome:
         return [
             ("model", f"{setting.shape.name}: {_describe(setting.shape)}"),
             ("machine", f"{setting.machine.name}: {setting.machine.description}"),
+            ("in host memory", self._in_host()),
             ("on the GPU", self._experts()),
             ("placement", self._placement()),
             ("work", self._work()),
@@ -115,6 +116,14 @@ class Outcome:
         held = size(slots * shape.expert_bytes)
         return f"{slots:,} of {shape.total_experts:,} experts ({_percent(self.resident)}, {held})"
 
+    def _in_host(self) -> str:
+        every, there = (
+            self.setting.shape.total_experts * self.setting.shape.expert_bytes,
+            self.setting.machine.host_bytes,
+        )
+        more = "" if every <= there else ": more than there is; reading from disk is not simulated"
+        return f"experts of {size(every)}, of {size(round(there))}{more}"
+
     def _placement(self) -> str:
         return f"{self.setting.system.name}: {_placement(self.setting.system)}"
 
@@ -147,7 +156,7 @@ def _describe(shape: ModelShape) -> str:
     every = size(shape.total_experts * shape.expert_bytes)
     return (
         f"{shape.n_layers} layers of {shape.n_experts} experts, {shape.top_k} a token, "
-        f"{size(shape.expert_bytes)} each, {every} in all"
+        f"{size(shape.expert_bytes)} each in {shape.quant or 'floats'}, {every} in all"
     )
 
 

@@ -14,8 +14,10 @@ from fiddler.cli.options import choice
 from fiddler.cli.terminal import guarded
 from fiddler.config import EngineConfig, WaveMode
 from fiddler.errors import ConfigError
+from fiddler.formats.layouts import LAYOUTS
 from fiddler.given import read_json
 from fiddler.lab import PlannerName, PolicyName, PrefetchName
+from fiddler.lab.shape import FLOATS
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -54,6 +56,10 @@ class MachineOptions:
     model: Annotated[
         Path | None,
         _machine("A checkpoint's folder: its config.json is the shape.", "--model", "-m", metavar="DIR"),
+    ] = None
+    quant: Annotated[
+        str | None,
+        _machine(f"Format of the experts, instead of the shape's own: {', '.join((FLOATS, *LAYOUTS))}."),
     ] = None
     machine: Annotated[str, _machine("A name (see --list) or FILE.json.")] = "rtx4090-desktop"
     slots: Annotated[int | None, _machine("Experts the GPU holds; what fits if left out.", min=0)] = None
@@ -166,6 +172,8 @@ def _setting(options: MachineOptions, placement: PlacementOptions, work: WorkOpt
         raise ConfigError("--shape and --model both name the model: give one")
     with giving("--shape" if options.model is None else "--model"):
         shape = _shape(options)
+    if options.quant is not None:
+        shape = shape.stored_as(options.quant)
     with giving("--machine"):
         machine = Machine.load(options.machine)
     if options.slots is not None and options.resident is not None:
@@ -199,7 +207,8 @@ def _shape(options: MachineOptions) -> "ModelShape":
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"{file}: must be a JSON object")
-    return ModelShape.from_config(config, file.absolute().parent.name)
+    announced = options.quant is None
+    return ModelShape.from_config(config, file.absolute().parent.name, announced=announced)
 
 
 def _run(setting: "Setting", work: WorkOptions, *, traced: bool) -> "Report":

@@ -1,9 +1,10 @@
 """Chooses the matmul for a weight, and pads rows to few different counts.
 
-The choice is a pure function of shape, dtype, memory order, rows and the stored calibration. `linear` is torch's
-own `F.linear(x, W)`. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the weights at up to twice the bandwidth for
-few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`, for one row. `native` is ours (native.c),
-where it could be compiled. Only a measurement on this machine picks one of the last three.
+The choice is a pure function of shape, kind, memory order, rows and the stored calibration. `linear` is torch's own
+`F.linear(x, W)`, of a packed weight after it was decoded whole. `rows_last` is `mm(W, xᵀ)ᵀ`: with AMX it reads the
+weights at up to twice the bandwidth for few rows, without AMX it can be five times slower. `vector` is `mv(W, x)`,
+for one row. `native` is ours (native.c), where it could be compiled. Only a measurement on this machine picks one
+of the last three, but a packed weight that was not measured is `native` wherever it can be.
 
 oneDNN, which multiplies torch's 16-bit matrices on a CPU, compiles a kernel for every row count of every weight
 shape, two thirds of a megabyte each, and keeps the latest 1024 of them for the life of the process. So rows are
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from fiddler.devices.formula import Matmul
 from fiddler.devices.native import MOST_ROWS, Native
-from fiddler.formats.packed import Matrix, Packed
+from fiddler.formats.packed import Matrix, Packed, kind
 
 ROOMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Row counts that are multiplied."""
@@ -67,8 +68,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TIE = 512
 """From this many rows on the kernels tie, and `linear` is taken."""
 
-ShapeKey = tuple[int, int, torch.dtype, bool]
-"""(out, in, dtype, whether columns lie side by side) of a weight matrix."""
+ShapeKey = tuple[int, int, str, bool]
+"""(out, in, kind of its numbers, whether columns lie side by side) of a weight matrix."""
 
 
 def bucket(n_rows: int) -> int:
@@ -76,9 +77,10 @@ def bucket(n_rows: int) -> int:
     return max(b for b in BUCKETS if b <= n_rows)
 
 
-def shape_key(weight: Tensor) -> ShapeKey:
+def shape_key(weight: Matrix) -> ShapeKey:
     """Return the calibration's key of a weight matrix `[out, in]`."""
-    return weight.shape[0], weight.shape[1], weight.dtype, weight.stride(1) == 1
+    out, columns = weight.shape
+    return out, columns, kind(weight), isinstance(weight, Packed) or weight.stride(1) == 1
 
 
 linear = partial(in_rooms, F.linear)
@@ -131,7 +133,7 @@ ProductKey = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The choice per (weight shape, row bucket); `linear` where nothing was calibrated."""
+    """The choice per (weight shape, row bucket); without one `linear`, or for a packed weight `native`."""
 
     choice: Mapping[tuple[ShapeKey, int], KernelName] = field(default_factory=dict)
     native: Native | None = None
@@ -139,20 +141,17 @@ class Kernels:
     products: dict[ProductKey, Matmul] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Cache of `product`, for fewer than `TIE` rows."""
 
-    def name(self, weight: Tensor, n_rows: int) -> KernelName:
+    def name(self, weight: Matrix, n_rows: int) -> KernelName:
         """Return the kernel's name for `n_rows` rows of this weight."""
         if n_rows >= TIE:
             return "linear"
-        chosen = self.choice.get((shape_key(weight), bucket(n_rows)), "linear")
+        packed = isinstance(weight, Packed) and self.native is not None
+        chosen = self.choice.get((shape_key(weight), bucket(n_rows)), "native" if packed else "linear")
         return "linear" if chosen == "native" and n_rows > MOST_ROWS else chosen
 
     def pick(self, weight: Matrix, n_rows: int) -> Matmul:
         """Return the kernel for `n_rows` rows of this weight."""
-        if not isinstance(weight, Packed):
-            return self.kernel(self.name(weight, n_rows))
-        if self.native is None:
-            return decoded
-        return self.native.matmul if n_rows <= MOST_ROWS else self._whole
+        return self.kernel(self.name(weight, n_rows), packed=isinstance(weight, Packed))
 
     def _whole(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """Return the product with a packed weight that our kernels decode whole first."""
@@ -162,8 +161,6 @@ class Kernels:
 
     def is_ours(self, weight: Matrix, n_rows: int) -> bool:
         """Whether our own kernels are the ones to take for `n_rows` rows of this weight."""
-        if isinstance(weight, Packed):
-            return self.native is not None and n_rows <= MOST_ROWS
         return self.name(weight, n_rows) == "native"
 
     def product(self, weight: Tensor, n_rows: int) -> Matmul:
@@ -182,9 +179,11 @@ class Kernels:
             self.products[weight.shape, stride, weight.dtype, n_rows] = found
         return found
 
-    def kernel(self, name: KernelName) -> Matmul:
-        """Return a kernel by name."""
+    def kernel(self, name: KernelName, *, packed: bool = False) -> Matmul:
+        """Return a kernel by name, for packed weights or for others."""
         if name == "native":
             assert self.native is not None
             return self.native.matmul
+        if packed:
+            return decoded if self.native is None else self._whole
         return TORCH[name]

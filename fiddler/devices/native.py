@@ -35,7 +35,7 @@ FLAGS = ("-O3", "-march=native", "-fira-region=all", "-fopenmp", "-shared", "-fP
 MOST_ROWS = 64
 """Beyond, a matmul is bound by operations, not by memory, and torch's blocked kernels are made for that."""
 _SLACK, _ROOM_A_COLUMN = 256, 4 * (2 * 16 + 3 * 4 + 3)
-"""Columns more than a thread's room is made for, and its bytes a column: as in dots.h."""
+"""Columns more than a thread's room is made for, and its bytes a column: as in desk.h."""
 UNUSED = "cannot compile our own kernels, so experts run on torch's, which may be slower"
 DEFAULT = "cc"
 """The compiler, where `$CC` names none."""

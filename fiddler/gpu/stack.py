@@ -1,12 +1,13 @@
 """The weights in all slots of an arena at once, as strided views: nothing is copied, and nothing is read."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fiddler.formats.packed import Code, Matrix, Packed
+from fiddler.formats.packed import Code, Packed
 from fiddler.store.layout import BlockLayout, Part, Place
 from fiddler.types import ExpertWeights
 
@@ -17,11 +18,14 @@ ROW_ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedStack:
-    """A quantised matrix in all slots; the parts are those of `Packed`, with the slot as their first dimension."""
+    """A quantised matrix in all slots; the parts are those of `Packed`, with the slot as their first dimension.
+
+    `scales` are `None` where the blocks of GGUF's codes hold them.
+    """
 
     code: Code
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     zeros: Tensor | None
     factors: Tensor
     """float32 `[n_slots]`: the factor lies in each block, where only the device can read it without a wait."""
@@ -35,12 +39,12 @@ class PackedStack:
     """Elements from slot to slot and from row to row: codes, scales, zeros; from slot to slot: factors."""
 
     def __post_init__(self) -> None:
-        scales, zeros = self.scales, self.zeros
-        scales = scales.view(torch.uint8) if scales.itemsize == 1 else scales
-        object.__setattr__(self, "arguments", (self.codes, scales, zeros, self.factors))
-        parts = [part.stride()[:2] for part in (self.codes, scales)]
-        parts += [(0, 0) if zeros is None else zeros.stride()[:2], (self.factors.stride(0),)]
-        object.__setattr__(self, "strides", tuple(stride for part in parts for stride in part))
+        scales = self.scales
+        scales = scales.view(torch.uint8) if scales is not None and scales.itemsize == 1 else scales
+        rows = self.codes, scales, self.zeros
+        object.__setattr__(self, "arguments", (*rows, self.factors))
+        strides = [(0, 0) if part is None else part.stride()[:2] for part in rows]
+        object.__setattr__(self, "strides", (*chain(*strides), self.factors.stride(0)))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,19 +54,23 @@ class PackedStack:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Every tensor of it."""
-        found = self.codes, self.scales, self.factors
-        return found if self.zeros is None else (*found, self.zeros)
+        found = self.codes, self.scales, self.zeros, self.factors
+        return tuple(part for part in found if part is not None)
 
     @property
     def outline(self) -> tuple[object, ...]:
         """All but where the parts begin."""
         return self.code, self.matrix, self.block, [(part.dtype, part.stride()) for part in self.parts]
 
-    def of(self, slot: int) -> Packed:
-        """Return the matrix in one slot, its scales multiplied by its factor."""
+    def dense(self, slot: int, dtype: torch.dtype) -> Tensor:
+        """Return the matrix `[out, in]` in one slot, computed in float32 and rounded once."""
+        codes, factor = self.codes[slot], self.factors[slot]
+        if self.scales is None:
+            numbers = Packed(self.code, codes, None, self.matrix, self.block).dense(torch.float32)
+            return numbers.mul_(factor).to(dtype)
         zeros = None if self.zeros is None else self.zeros[slot]
-        scales = self.scales[slot].float() * self.factors[slot]
-        return Packed(self.code, self.codes[slot], scales, self.matrix, self.block, zeros)
+        scales = self.scales[slot].float() * factor
+        return Packed(self.code, codes, scales, self.matrix, self.block, zeros).dense(dtype)
 
     def halves(self) -> "tuple[PackedStack, PackedStack] | None":
         """Return the upper and the lower rows, if no block has some of both."""
@@ -76,8 +84,8 @@ class PackedStack:
         """Return rows between borders of blocks, or of the one block."""
         high = self.block[0]
         grid = slice(start // high, -(-stop // high))
-        zeros = None if self.zeros is None else self.zeros[:, grid]
-        codes, scales, matrix = self.codes[:, start:stop], self.scales[:, grid], (stop - start, self.matrix[1])
+        scales, zeros = (None if part is None else part[:, grid] for part in (self.scales, self.zeros))
+        codes, matrix = self.codes[:, start:stop], (stop - start, self.matrix[1])
         return PackedStack(self.code, codes, scales, zeros, self.factors, matrix, self.block)
 
 
@@ -129,24 +137,29 @@ class Stack:
         )
 
     def of(self, slot: int) -> ExpertWeights:
-        """Return the weights in one slot."""
+        """Return the weights in one slot of a stack that is not packed."""
+        up, down = self._plain()
         return ExpertWeights(
-            up=tuple(_of(part, slot) for part in self.up),
-            down=_of(self.down, slot),
+            up=tuple(part[slot] for part in up),
+            down=down[slot],
             up_bias=tuple(part[slot] for part in self.up_bias),
             down_bias=None if self.down_bias is None else self.down_bias[slot],
         )
 
     def between(self, first: int, stop: int) -> "Stack":
         """Return slots `first … stop-1` of a stack that is not packed."""
-        up, down = [part for part in self.up if isinstance(part, Tensor)], self.down
-        assert isinstance(down, Tensor)
+        up, down = self._plain()
         return Stack(
             up=tuple(part[first:stop] for part in up),
             down=down[first:stop],
             up_bias=tuple(part[first:stop] for part in self.up_bias),
             down_bias=None if self.down_bias is None else self.down_bias[first:stop],
         )
+
+    def _plain(self) -> tuple[list[Tensor], Tensor]:
+        up = [part for part in self.up if isinstance(part, Tensor)]
+        assert isinstance(self.down, Tensor)
+        return up, self.down
 
 
 def _twins(up: tuple[StackedMatrix, ...], bias: tuple[Tensor, ...]) -> tuple[Twin, Twin] | None:
@@ -175,17 +188,13 @@ def _alike(gate: StackedMatrix, up: StackedMatrix) -> bool:
     return isinstance(up, Tensor) and gate.stride() == up.stride()
 
 
-def _of(part: StackedMatrix, slot: int) -> Matrix:
-    return part[slot] if isinstance(part, Tensor) else part.of(slot)
-
-
 def _matrix(slots: Tensor, place: Place) -> StackedMatrix:
     if isinstance(place, Part):
         return _stacked(slots, place)
-    codes, scales, *zeros = (_stacked(slots, part) for part in place.parts)
-    own = zeros[0] if zeros else None
+    codes, *grids = (_stacked(slots, part) for part in place.parts)
+    scales, zeros = (*grids, None, None)[:2]
     factors = _stacked(slots, place.factor)[:, 0]
-    return PackedStack(place.code, codes, scales, own, factors, place.shape, place.block)
+    return PackedStack(place.code, codes, scales, zeros, factors, place.shape, place.block)
 
 
 def _stacked(slots: Tensor, part: Part) -> Tensor:

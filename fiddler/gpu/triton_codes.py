@@ -40,6 +40,7 @@ class Coding(NamedTuple):
     @classmethod
     def of(cls, matrix: PackedStack, most: int) -> "Coding":
         """Return the coding for tiles of `most` bytes of a row."""
+        assert matrix.scales is not None
         code, per = matrix.code, 8 // matrix.code.bits
         columns = matrix.block[1]
         span = columns & -columns if columns < matrix.matrix[1] else most * per
@@ -64,9 +65,9 @@ def table_of(code: Code, device: torch.device) -> Tensor | None:
 def values(n, zero, table, code: tl.constexpr):
     """Return the values of codes `n`, int32, less those that stand for zero, in float32 and in `unit`s."""
     if code == "fp4":
-        value = _float16(((n << 9) | (n << 12)) & 0x8E00)
+        value = float16(((n << 9) | (n << 12)) & 0x8E00)
     elif code == "fp8":
-        value = _float16(((n & 0x80) << 8) | ((n & 0x7F) << 7))
+        value = float16(((n & 0x80) << 8) | ((n & 0x7F) << 7))
         value = tl.where(tl.abs(value) == 1.875, float("nan"), value)  # all bits set are no number
     elif code == "nf4":
         value = tl.load(table + n)
@@ -82,14 +83,14 @@ def both_values(codes, zero, table, code: tl.constexpr):
     if code == "fp4":  # side by side in one integer, which takes half the work
         pair = (codes | (codes << 12)) & 0x000F000F
         bits = ((pair << 9) | (pair << 12)) & -0x71FF7200  # 0x8E00 twice
-        low, high = _float16(bits), _float16(bits >> 16)
+        low, high = float16(bits), float16(bits >> 16)
     else:
         low, high = values(codes & 15, zero, table, code), values(codes >> 4, zero, table, code)
     return low, high
 
 
 @triton.jit
-def _float16(bits):
+def float16(bits):
     """Return the number that the low 16 bits stand for as float16."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 

@@ -9,20 +9,27 @@ from torch import Tensor
 
 from fiddler.gpu.stack import ROW_ALIGNMENT, PackedStack
 from fiddler.gpu.triton_codes import INTEGERS, Coding, blocks_of, both_values, table_of, unit, values
+from fiddler.gpu.triton_ggml import Blocks, block_numbers
 from fiddler.gpu.triton_tiles import WARPS
 
 TILE_OUT, TILE_INNER = 16, 256
-"""Rows, and bytes of each, that one program decodes."""
+"""Rows, and bytes of each, that one program decodes; columns of GGUF's blocks."""
 NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def decode(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the matrices `[n, out, in]` in `slots`, int32 `[n]`; rows start at multiples of `ROW_ALIGNMENT`."""
-    (n_out, n_inner), n_bytes = matrix.matrix, matrix.codes.shape[2]
+    n_out, n_inner = matrix.matrix
     step = ROW_ALIGNMENT // dtype.itemsize
     room = matrix.codes.new_empty((len(slots), n_out, -(-n_inner // step) * step), dtype=dtype)
+    (_launch_blocks if matrix.scales is None else _launch)(matrix, slots, room)
+    return room[:, :, :n_inner]
+
+
+def _launch(matrix: PackedStack, slots: Tensor, room: Tensor) -> None:
+    (n_out, n_inner), n_bytes = matrix.matrix, matrix.codes.shape[2]
     coding = Coding.of(matrix, TILE_INNER)
-    to = room.view(INTEGERS[dtype]) if coding.places == 2 else room
+    to = room.view(INTEGERS[room.dtype]) if coding.places == 2 else room
     _decode[triton.cdiv(n_bytes, TILE_INNER), triton.cdiv(n_out, TILE_OUT), len(slots)](
         *matrix.arguments,
         to,
@@ -36,13 +43,35 @@ def decode(matrix: PackedStack, slots: Tensor, known: Sequence[int], dtype: torc
         *matrix.strides,
         *matrix.block,
         **coding._asdict(),
-        dtype=NUMBERS[dtype],
+        dtype=NUMBERS[room.dtype],
         tile_out=TILE_OUT,
         tile_inner=TILE_INNER,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
-    return room[:, :, :n_inner]
+
+
+def _launch_blocks(matrix: PackedStack, slots: Tensor, room: Tensor) -> None:
+    n_out, n_inner = matrix.matrix
+    _decode_blocks[triton.cdiv(n_inner, TILE_INNER), triton.cdiv(n_out, TILE_OUT), len(slots)](
+        matrix.codes,
+        matrix.factors,
+        room,
+        slots,
+        n_out,
+        n_inner,
+        room.stride(0),
+        room.stride(1),
+        matrix.codes.stride(0),
+        matrix.codes.stride(1),
+        matrix.factors.stride(0),
+        **Blocks.of(matrix)._asdict(),
+        dtype=NUMBERS[room.dtype],
+        tile_out=TILE_OUT,
+        tile_inner=TILE_INNER,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -109,6 +138,37 @@ def _decode(
             )  # fmt: skip
             high = values(n >> 4, zero[:, :, None], table, code)
         tl.store(to, _pairs(low, high * unit(code) * scale[:, :, None], dtype), mask=within)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _decode_blocks(
+    codes,
+    factors,
+    to,
+    slots,
+    n_out,
+    n_inner,
+    to_slot,
+    to_row,
+    codes_slot,
+    codes_row,
+    factors_slot,
+    kind: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_bytes: tl.constexpr,
+    dtype: tl.constexpr,
+    tile_out: tl.constexpr,
+    tile_inner: tl.constexpr,
+):
+    """Decode one tile of one slot's matrix of GGUF's blocks."""
+    slot = tl.load(slots + tl.program_id(2)).to(tl.int64)
+    rows, start = tl.program_id(1) * tile_out + tl.arange(0, tile_out), tl.program_id(0) * tile_inner
+    places, there = codes + slot * codes_slot + rows * codes_row, rows < n_out
+    numbers = block_numbers(places, there, start, n_inner, kind, block_columns, block_bytes, tile_inner)
+    numbers *= tl.load(factors + slot * factors_slot)
+    columns = start + tl.arange(0, tile_inner)
+    at = tl.program_id(2).to(tl.int64) * to_slot + rows[:, None] * to_row + columns[None, :]
+    tl.store(to + at, numbers.to(dtype), mask=there[:, None] & (columns < n_inner)[None, :])
 
 
 @triton.jit

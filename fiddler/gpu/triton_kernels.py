@@ -1,6 +1,7 @@
 """Experts of few rows on slots, in Triton: each program finds its expert by a slot's number, nothing is gathered.
 
-The kernel here is that of plain weights; triton_packed.py has the one of quantised weights.
+The kernel here is that of plain weights, and of GGUF's blocks, which it decodes in registers (triton_ggml.py).
+triton_packed.py has the one of other quantised weights.
 
 Importing this imports triton. The kernels run on all devices of Triton, and in Triton's interpreter. Facts that
 this file relies on, with their sources:
@@ -19,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.devices.formula import ExpertFormula, gated
-from fiddler.gpu.stack import PackedStack, Stack
+from fiddler.gpu.stack import PackedStack, Stack, StackedMatrix
+from fiddler.gpu.triton_ggml import Blocks, block_numbers, block_tile
 from fiddler.gpu.triton_packed import launch_packed
-from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
+from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, finish, visited
 from fiddler.gpu.visits import Visits
 
 LINE = 128
@@ -85,15 +87,23 @@ def _launch(
     Rows of `x` are tokens if `gather`, those of `out` positions if `scatter`, else they are in the order of
     `visits`. Columns of both lie side by side.
     """
-    weight, bias = matrix.weight, matrix.bias
-    if isinstance(weight, PackedStack):
+    weight, twin, bias = matrix.weight, matrix.twin, matrix.bias
+    if isinstance(weight, PackedStack) and weight.scales is not None:
         launch_packed(x, matrix, out, visits, gather=gather, scatter=scatter)
         return
-    tile = tile_of(visits.most_rows, weight)
-    blocks, tiles = triton.cdiv(weight.shape[1], tile.out), triton.cdiv(visits.most_rows, tile.rows)
-    _multiply[blocks, visits.slots.shape[0], tiles](  # blocks first: programs side by side read memory side by side
+    numbers, factors = _parts(weight)
+    blocks = Blocks.of(weight)
+    tile = block_tile(visits.most_rows, x.dtype.itemsize) if blocks.kind else tile_of(visits.most_rows, numbers)
+    columns, tiles = triton.cdiv(weight.shape[1], tile.out), triton.cdiv(visits.most_rows, tile.rows)
+    _multiply[
+        columns, visits.slots.shape[0], tiles
+    ](  # columns first: programs side by side read memory side by side
         x,
-        *matrix,
+        numbers,
+        factors,
+        *((None, None) if twin is None else _parts(twin)),
+        bias,
+        matrix.twin_bias,
         out,
         visits.slots,
         visits.bounds,
@@ -103,8 +113,10 @@ def _launch(
         weight.shape[2],
         x.stride(0),
         out.stride(0),
-        *weight.stride(),
+        *numbers.stride(),
+        0 if factors is None else factors.stride(0),
         0 if bias is None else bias.stride(0),
+        **blocks._asdict(),
         gather=gather,
         scatter=scatter,
         tile_rows=tile.rows,
@@ -116,6 +128,11 @@ def _launch(
     )
 
 
+def _parts(matrix: StackedMatrix) -> tuple[Tensor, Tensor | None]:
+    """Return numbers or blocks, and the factors of blocks."""
+    return (matrix, None) if isinstance(matrix, Tensor) else (matrix.codes, matrix.factors)
+
+
 # A kernel is handed addresses and numbers, each by itself. Within one matrix offsets have 32 bits: 2^31 elements
 # would be an expert of 4 GiB and more. Between slots, and between rows, they have 64. `tl.zeros`, `tl.sum` and
 # `tl.sigmoid` are not used: they are kernels of triton's own, which the interpreter takes only if TRITON_INTERPRET
@@ -124,7 +141,9 @@ def _launch(
 def _multiply(
     x,
     weight,
+    factors,
     twin,
+    twin_factors,
     bias,
     twin_bias,
     out,
@@ -139,7 +158,11 @@ def _multiply(
     slot_stride,
     weight_out_stride,
     weight_inner_stride,
+    factors_stride,
     bias_stride,
+    kind: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_bytes: tl.constexpr,
     gather: tl.constexpr,
     scatter: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -152,29 +175,52 @@ def _multiply(
     stop = tl.load(bounds + group + 1)
     if first >= stop:
         return
-    rows = first + tl.arange(0, tile_rows)
-    taken = rows < stop
-    visited = tl.load(positions + rows, mask=taken, other=0) if gather or scatter else rows
-    sources = (visited // top_k if gather else rows).to(tl.int64)
-    targets = (visited if scatter else rows).to(tl.int64)
+    taken, sources, targets = visited(positions, first, stop, top_k, gather, scatter, tile_rows)
     slot = tl.load(slots + group).to(tl.int64)
     columns = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
     there = columns < n_out
     inner = tl.arange(0, tile_inner)
     x += _by_row(sources * x_stride, tile_rows) + _by_column(inner, tile_rows)
-    places = slot * slot_stride + columns[None, :] * weight_out_stride + inner[:, None] * weight_inner_stride
+    places = slot * slot_stride + columns * weight_out_stride
+    if kind is None:
+        places = places[None, :] + inner[:, None] * weight_inner_stride
     total = tl.full([tile_inner if tile_rows == 1 else tile_rows, tile_out], 0.0, tl.float32)
     twin_total = total
     for start in range(0, n_inner, tile_inner):
         within = inner < n_inner - start
         some = tl.load(x + start, mask=_by_row(taken, tile_rows) & _by_column(within, tile_rows), other=0.0)
-        held, at = there[None, :] & within[:, None], places + start * weight_inner_stride
-        total = _add(total, some, tl.load(weight + at, mask=held, other=0.0), tile_rows)
+        tile = _weights(
+            weight + places,
+            weight_inner_stride,
+            there,
+            start,
+            n_inner,
+            kind,
+            block_columns,
+            block_bytes,
+            tile_inner,
+        )
+        total = _add(total, some, tile, tile_rows)
         if twin is not None:
-            twin_total = _add(twin_total, some, tl.load(twin + at, mask=held, other=0.0), tile_rows)
-    y = _finish(total, bias, slot * bias_stride + columns, there, tile_rows)
+            tile = _weights(
+                twin + places,
+                weight_inner_stride,
+                there,
+                start,
+                n_inner,
+                kind,
+                block_columns,
+                block_bytes,
+                tile_inner,
+            )
+            twin_total = _add(twin_total, some, tile, tile_rows)
+    if factors is not None:
+        total *= tl.load(factors + slot * factors_stride)
+    y = finish(total, bias, slot * bias_stride + columns, there, tile_rows, 0)
     if twin is not None:
-        y *= _finish(twin_total, twin_bias, slot * bias_stride + columns, there, tile_rows) / (1.0 + tl.exp(-y))
+        if twin_factors is not None:
+            twin_total *= tl.load(twin_factors + slot * factors_stride)
+        y *= finish(twin_total, twin_bias, slot * bias_stride + columns, there, tile_rows, 0) / (1.0 + tl.exp(-y))
     to = out + targets[:, None] * out_stride + columns[None, :]
     tl.store(to, y.to(out.dtype.element_ty), mask=taken[:, None] & there[None, :])
 
@@ -195,21 +241,26 @@ def _by_column(values, tile_rows: tl.constexpr):
 
 
 @triton.jit
+def _weights(
+    places, inner_stride, there, start, n_inner, kind: tl.constexpr, block_columns: tl.constexpr,
+    block_bytes: tl.constexpr, tile_inner: tl.constexpr,
+):  # fmt: skip
+    """Return weights `[inner, out]` from column `start` on; `places` are addresses of numbers, or of blocks."""
+    if kind is None:
+        held = there[None, :] & (tl.arange(0, tile_inner) < n_inner - start)[:, None]
+        weights = tl.load(places + start * inner_stride, mask=held, other=0.0)
+    else:
+        numbers = block_numbers(places, there, start, n_inner, kind, block_columns, block_bytes, tile_inner)
+        weights = tl.trans(numbers)
+    return weights
+
+
+@triton.jit
 def _add(total, x, weight, tile_rows: tl.constexpr):
     """Add the products of two tiles; those of one row are summed up when the loop has ended."""
     if tile_rows == 1:
         total += weight.to(tl.float32) * x.to(tl.float32)
     else:
         # "ieee": float32 keeps its bits, as in torch, which rounds it to TF32 only when told to
-        total = tl.dot(x, weight, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _finish(total, bias, places, there, tile_rows: tl.constexpr):
-    """Return the sums `[rows, out]`, with the bias."""
-    if tile_rows == 1:
-        total = tl.reduce(total, 0, plus)[None, :]
-    if bias is not None:
-        total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
+        total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
     return total

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fiddler.formats.packed import Code
 from fiddler.gpu.stack import PackedStack
 from fiddler.gpu.triton_codes import INTEGERS, Coding, blocks_of, both_values, table_of, unit, values
-from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, plus
+from fiddler.gpu.triton_tiles import STAGES, TILE_ROWS, WARPS, Matrix, Tile, finish, plus, visited
 from fiddler.gpu.visits import Visits
 
 
@@ -134,11 +134,7 @@ def _multiply_packed(
     stop = tl.load(bounds + group + 1)
     if first >= stop:
         return
-    taken_rows = first + tl.arange(0, tile_rows)
-    taken = taken_rows < stop
-    visited = tl.load(positions + taken_rows, mask=taken, other=0) if gather or scatter else taken_rows
-    sources = (visited // top_k if gather else taken_rows).to(tl.int64)
-    targets = (visited if scatter else taken_rows).to(tl.int64)
+    taken, sources, targets = visited(positions, first, stop, top_k, gather, scatter, tile_rows)
     slot = tl.load(slots + group).to(tl.int64)
     rows = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
     there = rows < n_out
@@ -177,9 +173,9 @@ def _multiply_packed(
                 twin_factor, rows, there, columns, n_inner, scales_row, zeros_row, block_rows, block_columns,
                 out.dtype.element_ty, code, middle, kind, places, apart, tile_rows,
             )  # fmt: skip
-    y = _finish(total, bias, slot * bias_stride + rows, there, tile_rows)
+    y = finish(total, bias, slot * bias_stride + rows, there, tile_rows, 1)
     if twins:
-        y *= _finish(twin_total, twin_bias, slot * bias_stride + rows, there, tile_rows) / (1.0 + tl.exp(-y))
+        y *= finish(twin_total, twin_bias, slot * bias_stride + rows, there, tile_rows, 1) / (1.0 + tl.exp(-y))
     to = out + targets[:, None] * out_stride + rows[None, :]
     tl.store(to, y.to(out.dtype.element_ty), mask=taken[:, None] & there[None, :])
 
@@ -240,14 +236,4 @@ def _product(total, x, weight, scale, code: tl.constexpr, tile_rows: tl.constexp
         scaled = (weight * (scale * unit(code))[:, :, None]).to(x.dtype)
         flat = tl.reshape(scaled, [scaled.shape[0], scaled.shape[1] * scaled.shape[2]])
         total = tl.dot(x, tl.trans(flat), total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _finish(total, bias, places, there, tile_rows: tl.constexpr):
-    """Return the sums `[rows, out]`, with the bias."""
-    if tile_rows == 1:
-        total = tl.reduce(total, 1, plus)[None, :]
-    if bias is not None:
-        total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
     return total

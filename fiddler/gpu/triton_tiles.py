@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.stack import StackedMatrix
@@ -43,3 +44,24 @@ class Matrix(NamedTuple):
 def plus(a, b):
     """Return the sum of two partial sums."""
     return a + b
+
+
+@triton.jit
+def visited(
+    positions, first, stop, top_k, gather: tl.constexpr, scatter: tl.constexpr, tile_rows: tl.constexpr
+):  # fmt: skip
+    """Return for rows from `first` on whether each is before `stop`, its row of `x` and its row of the results."""
+    rows = first + tl.arange(0, tile_rows)
+    taken = rows < stop
+    at = tl.load(positions + rows, mask=taken, other=0) if gather or scatter else rows
+    return taken, (at // top_k if gather else rows).to(tl.int64), (at if scatter else rows).to(tl.int64)
+
+
+@triton.jit
+def finish(total, bias, places, there, tile_rows: tl.constexpr, axis: tl.constexpr):
+    """Return the sums `[rows, out]`, with the bias; those of one row are summed up along `axis` first."""
+    if tile_rows == 1:
+        total = tl.reduce(total, axis, plus)[None, :]
+    if bias is not None:
+        total += tl.load(bias + places, mask=there, other=0.0).to(tl.float32)[None, :]
+    return total

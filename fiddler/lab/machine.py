@@ -24,6 +24,11 @@ FOLDER = Path(__file__).parent.parent / "machines"
 RESERVE_BYTES = 2**30
 """GPU memory that no slot gets: the CUDA context, activations, workspaces. Assumed, not measured."""
 
+LEAST_FLOAT_BYTES = 2
+"""Bytes of a weight that is not packed, at least."""
+ROWS_A_DECODING = 4
+"""Rows after which our kernels decode a weight again, by the times of 4 and 16 rows (see `packed_curve`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
@@ -39,6 +44,8 @@ class Machine:
     """Bytes of expert weights per second that the CPU's kernels read from host memory."""
     cpu_flop_per_s: float
     """Operations per second of the CPU's matrix products, on bf16 or fp16 weights."""
+    cpu_decode_weights_per_s: float
+    """Weights of packed experts per second that the CPU's kernels decode, besides reading them."""
     link_bytes_per_s: float
     """Bytes per second from pinned host memory to the GPU; activations take the same link, either way."""
     cpu_slowdown_beside_link: float
@@ -111,10 +118,12 @@ def cost_model(shape: ModelShape, machine: Machine) -> CostModel:
     """Return a shape's costs on a machine. Nothing is measured: every curve is a roofline of the figures.
 
     An expert with n rows takes `fixed + max(bytes / read rate, n · operations / operation rate)` seconds on either
-    side, and bytes / link rate to be copied. Not modelled: ramps of small products, dequantisation, the attention's
-    operations on a long context, and windows that bound its reads (its seconds are the bytes of keys and values).
+    side, and bytes / link rate to be copied; a packed one takes longer on the CPU (`packed_curve`). Not modelled:
+    ramps of small products, decoding on a GPU, the attention's operations on a long context, and windows that bound
+    its reads (its seconds are the bytes of keys and values).
     """
-    expert = expert_costs(machine, shape.expert_bytes, shape.expert_flops_per_row)
+    packed = shape.quant is not None
+    expert = expert_costs(machine, shape.expert_bytes, shape.expert_flops_per_row, packed=packed)
     return _costs(machine, (expert,) * shape.n_layers, shape.hidden * DENSE_BYTES, _dense(shape, machine))
 
 
@@ -128,18 +137,41 @@ def _costs(machine: Machine, experts: tuple[ExpertCosts, ...], row_bytes: int, d
     )
 
 
-def expert_costs(machine: Machine, nbytes: int, flops: float) -> ExpertCosts:
+def expert_costs(machine: Machine, nbytes: int, flops: float, *, packed: bool = False) -> ExpertCosts:
     """Return the rooflines of an expert of `nbytes` that takes `flops` operations a row."""
+    on_cpu = packed_curve if packed else _plain_curve
     return ExpertCosts(
-        cpu=Curve.roofline(
-            machine.cpu_expert_dispatch_s, nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
-        ),
+        cpu=on_cpu(machine, nbytes, flops),
         gpu=Curve.roofline(
             machine.gpu_expert_launch_s, nbytes / machine.gpu_read_bytes_per_s, flops / machine.gpu_flop_per_s
         ),
         copy_s=nbytes / machine.link_bytes_per_s,
         nbytes=nbytes,
     )
+
+
+def _plain_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
+    read_s, row_s = nbytes / machine.cpu_read_bytes_per_s, flops / machine.cpu_flop_per_s
+    return Curve.roofline(machine.cpu_expert_dispatch_s, read_s, row_s)
+
+
+def packed_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
+    """Return the seconds by rows of a packed expert on the CPU: the faster of two ways.
+
+    In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 4))`, where d is the seconds to
+    decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of nine formats in
+    bench/results/packed-2core-epyc.json are met within a quarter. Whole: read and decode once, write and read bf16,
+    and multiply that.
+    """
+    n_weights = flops / 2.0
+    decode_s = n_weights / machine.cpu_decode_weights_per_s
+    first_s = nbytes / machine.cpu_read_bytes_per_s + decode_s
+    row_s, again_s = flops / machine.cpu_flop_per_s, decode_s / ROWS_A_DECODING
+    in_registers = Curve.roofline(machine.cpu_expert_dispatch_s, first_s, row_s + again_s)
+    whole_s = first_s + 2 * n_weights * DENSE_BYTES / machine.cpu_read_bytes_per_s
+    n = whole_s / again_s
+    ends = [(m, machine.cpu_expert_dispatch_s + whole_s + m * row_s) for m in (n, 2.0 * n)]
+    return Curve((*in_registers.points[:-1], *ends))
 
 
 def n_slots(
@@ -216,4 +248,6 @@ def _dense_on(machine: Machine, nbytes: float) -> Curve:
 
 
 def _expert_on(machine: Machine, weights: ExpertWeights) -> ExpertCosts:
-    return expert_costs(machine, weights.nbytes, 2.0 * sum(math.prod(m.shape) for m in weights.matrices))
+    n_weights = sum(math.prod(m.shape) for m in weights.matrices)
+    packed = sum(m.nbytes for m in weights.matrices) < LEAST_FLOAT_BYTES * n_weights
+    return expert_costs(machine, weights.nbytes, 2.0 * n_weights, packed=packed)

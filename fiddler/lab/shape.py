@@ -4,11 +4,12 @@ Shapes and machines are *profiles*: JSON objects in files, shipped in a folder o
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from fiddler.errors import ConfigError
+from fiddler.formats.layouts import LAYOUTS, announced_layout
 from fiddler.given import read_json
 
 
@@ -62,6 +63,9 @@ def text(value: object, where: str) -> str:
 FOLDER = Path(__file__).parent.parent / "shapes"
 DENSE_BYTES = 2
 """Bytes of a weight outside the experts, and of a key or value: bf16, also where experts are quantised."""
+
+FLOATS = "bf16"
+"""The name of no format."""
 
 _NAMES = {
     "n_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -122,8 +126,10 @@ class ModelShape:
     """Whether the output head is the embedding, so that memory holds it once."""
     gated: bool = True
     """Whether an MLP has three matrices (gate, up, down) instead of two."""
+    quant: str | None = None
+    """Format of the routed experts, of `formats.layouts`; `None`: floats."""
     bytes_per_weight: float = 2.0
-    """Bytes of a weight of the packed routed experts: 2 for bf16, 4.25 / 8 for mxfp4 as stored."""
+    """Bytes of a routed expert's weight where `quant` is none: 2 for bf16, or a file's average of many formats."""
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +142,8 @@ class ModelShape:
             raise ConfigError("dense_intermediate must be set where there are layers without experts")
         if not 0.0 < self.bytes_per_weight <= 8.0:
             raise ConfigError(f"bytes_per_weight={self.bytes_per_weight!r} must be above 0 and at most 8")
+        if self.quant is not None:
+            self._check_quant(self.quant)
 
     @property
     def total_experts(self) -> int:
@@ -149,8 +157,12 @@ class ModelShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one routed expert's block."""
-        return round(self.expert_weights * self.bytes_per_weight)
+        """Bytes of one routed expert: as stored in its format, or as floats."""
+        if self.quant is None:
+            return round(self.expert_weights * self.bytes_per_weight)
+        layout, sizes = LAYOUTS[self.quant], (self.expert_intermediate, self.hidden)
+        up, down = layout.nbytes(*sizes), layout.nbytes(*reversed(sizes))
+        return (2 if self.gated else 1) * up + down
 
     @property
     def expert_flops_per_row(self) -> int:
@@ -194,6 +206,14 @@ class ModelShape:
         layers = self.n_layers * self.dense_weights + self.n_dense_layers * self.plain_weights
         return layers * DENSE_BYTES + self.head_bytes * (1 if self.tied else 2)
 
+    def _check_quant(self, quant: str) -> None:
+        if quant not in LAYOUTS:
+            raise ConfigError(f"quant={quant!r} is unknown; known: {', '.join(LAYOUTS)}")
+        try:
+            _ = self.expert_bytes
+        except ValueError as error:
+            raise ConfigError(f"quant={quant!r}: {error}") from error
+
     def _mlp(self, intermediate: int) -> int:
         return (3 if self.gated else 2) * self.hidden * intermediate
 
@@ -205,6 +225,10 @@ class ModelShape:
         queries = a.q_rank * (self.hidden + query) if a.q_rank else self.hidden * query
         keys_values = self.hidden * (a.kv_rank + a.rope_dim) + a.kv_rank * self.n_heads * (a.nope_dim + a.value_dim)
         return queries + keys_values + self.n_heads * a.value_dim * self.hidden
+
+    def stored_as(self, quant: str) -> "ModelShape":
+        """Return the shape with its experts in a format, or in bf16. Raises `ConfigError` for an unknown one."""
+        return replace(self, quant=None if quant == FLOATS else quant)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:
@@ -221,12 +245,13 @@ class ModelShape:
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
-        """Read the mapping in a transformers `config.json`, in bf16; `name` is its `model_type` unless given.
+    def from_config(cls, config: Mapping[str, Any], name: str | None = None, *, announced: bool = True) -> Self:
+        """Read the mapping in a transformers `config.json`; `name` is its `model_type` unless given.
 
-        Raises `ConfigError` that names every size that is missing, or the one that is impossible.
+        Experts are in the format that it announces, or in bf16: always so unless `announced`. Raises `ConfigError`
+        that names every size that is missing, or the one that is impossible, and for a format that is not known.
         """
-        config = config.get("text_config") or config
+        whole, config = config, config.get("text_config") or config
         sizes = {size: _first(config, *known) for size, known in _NAMES.items()}
         missing = ["|".join(_NAMES[size]) for size, value in sizes.items() if value is None]
         if missing:
@@ -249,6 +274,7 @@ class ModelShape:
             tied=bool(config.get("tie_word_embeddings", False)),
             n_shared_experts=n_shared,
             shared_intermediate=shared_intermediate,
+            quant=_quant({**whole, **config}) if announced else None,
             **sizes,
         )
 
@@ -274,6 +300,13 @@ def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
         and layer not in (config.get("mlp_only_layers") or ())
         and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
     )
+
+
+def _quant(config: Mapping[str, Any]) -> str | None:
+    try:
+        return announced_layout(config)
+    except ValueError as error:
+        raise ConfigError(f"config.json: {error}; name the format with --quant") from error
 
 
 def _latent(config: Mapping[str, Any]) -> Latent | None:

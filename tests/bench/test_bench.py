@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiddler
-from bench import kernels, latency, lookahead, packed
+from bench import formats, kernels, latency, lookahead, packed
 from bench.contest import ours
 from bench.report import Spread, table
 from bench.workload import Run, Workload
@@ -100,6 +100,16 @@ def test_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [cell["format"] for cell in report["experts"]] == ["bf16", "mxfp4"]
     assert all(cell["us"] > 0 for cell in report["experts"])
     assert "Read ceiling" in capsys.readouterr().out
+
+
+def test_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "formats.json"
+    formats.main(["--formats", "bf16,mxfp4", "--prompt", "4", "--new", "3", "--json", str(file)])
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["format"] for cell in cells] == ["bf16", "mxfp4"] * 4
+    assert [cell["share"] for cell in cells[:4]] == [0.25] * 4
+    assert cells[4]["share"] < cells[5]["share"]
+    assert "virtual time" in capsys.readouterr().out
 
 
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ SMALL = replace(
     kv_tokens=256, chunk_tokens=16, n_prompt=4, n_warm=4, n_new=6, n_sequences=(1, 2), first_token=(8,), rounds=1,
     repeats=2, patience_s=20.0, read_bytes=1 << 20, gpu_read_bytes=1 << 20, copy_bytes=1 << 20,
     slot_bytes=1 << 16,
-    shapes={"tiny": (64, 32)}, rows=(1, 4), gemm=64, launches=5, passes=2,
+    shapes={"tiny": (256, 256)}, rows=(1, 4), gemm=64, launches=5, passes=2,
 )
 # fmt: on
 

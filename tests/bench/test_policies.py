@@ -37,7 +37,7 @@ def test_a_cell_is_measured_and_shown() -> None:
 
 def test_the_committed_run_is_whole_and_says_that_its_time_is_virtual(committed: dict[str, Any]) -> None:
     assert committed["virtual"] is True
-    options = argparse.Namespace(models=policies.shapes(), machines=policies.MACHINES)
+    options = argparse.Namespace(models=policies.MODELS, machines=policies.MACHINES)
     cells = cells_of(committed)
     assert [(c.place, c.system) for c in cells] == [(p, s) for p in policies.places(options) for s in SYSTEMS]
     judged = verdicts(cells)

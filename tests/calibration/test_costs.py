@@ -12,13 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fiddler.calibration import measure
+from fiddler.calibration import kernels, measure
 from fiddler.calibration.costs import Calibration, calibrate
 from fiddler.calibration.measure import FITTED, HELD_OUT, Bench, rising, typical
 from fiddler.calibration.sample import bench_of, open_experts
 from fiddler.cli import app
 from fiddler.config import EngineConfig
+from fiddler.devices.kernels import BUCKETS, KernelName, ShapeKey, shape_key
+from fiddler.devices.native import native
 from fiddler.engine import sim_assembly
+from fiddler.errors import ConfigError
+from fiddler.formats.packed import Matrix, Packed
 from fiddler.models.loaded import load
 from tests.support.covering import spread
 from tests.support.tiny import N_LAYERS, save_tiny
@@ -197,6 +201,48 @@ def test_the_engine_finds_what_was_measured_for_it(
 
     assert not found.fresh
     assert found.costs == measured.costs
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("kept", "device"), [("int4", "cpu"), ("int8", "sim")])
+def test_packed_experts_have_costs_of_their_own(
+    kept: Any, device: Any, tiny: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways to multiply codes are measured, then whole experts, by the way chosen for their rows."""
+    asked: list[ShapeKey] = []
+
+    def measured(matrix: Matrix, ours: object) -> dict[int, dict[KernelName, float]]:
+        asked.append(shape_key(matrix))
+        return {n: {"linear": 1.0, "native": 0.5 if n < 4 else 1.0} for n in BUCKETS}
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    plain, packed = (
+        replace(config, device=device, dtype="bfloat16", expert_dtype=kept) for kept in ("checkpoint", kept)
+    )
+    before, found = calibrated(tiny, plain), calibrated(tiny, packed)
+
+    assert before.file != found.file
+    assert found.fresh
+    assert found.costs.experts[0].nbytes < before.costs.experts[0].nbytes
+    experts = open_experts(tiny, packed)
+    bench = bench_of(experts, packed)
+    expert = bench.host.weights(0, 1)
+    assert all(isinstance(matrix, Packed) for matrix in expert.matrices)
+    if (ours := native()) is not None:
+        assert {shape_key(matrix) for matrix in expert.matrices} < set(asked)
+        assert bench.host._way(0, 3).together
+        assert not bench.host._way(0, 4).together
+        assert bench.host._way(0, 3).up == ours.matmul
+    loaded = load(tiny, packed)
+    again = calibrate(bench_of(loaded, packed), loaded, packed)
+    assert not again.fresh
+    assert again.costs == found.costs
+
+
+def test_groups_that_do_not_divide_an_expert_are_refused(tmp_path: Path, config: EngineConfig) -> None:
+    odd = save_tiny(tmp_path / "odd", moe_intermediate_size=40)
+    with pytest.raises(ConfigError, match="expert_dtype='int4' needs rows of a multiple of 32 numbers"):
+        open_experts(odd, replace(config, expert_dtype="int4"))
 
 
 @pytest.mark.usefixtures("quick")

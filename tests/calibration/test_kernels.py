@@ -28,7 +28,9 @@ from fiddler.devices.kernels import (
     rows_last,
     shape_key,
 )
-from fiddler.devices.native import Native, native
+from fiddler.devices.native import MOST_ROWS, Native, native
+from fiddler.formats.packed import Code, Matrix, Packed
+from fiddler.formats.quantise import TARGETS, quantise
 
 LARGE = torch.empty(1024, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
 OTHER = torch.empty(2048, MIN_BYTES // 2 // 1024, dtype=torch.bfloat16)
@@ -91,8 +93,8 @@ class Measured:
     def __init__(self) -> None:
         self.asked: list[ShapeKey] = []
 
-    def __call__(self, key: ShapeKey, ours: Native | None) -> dict[int, dict[KernelName, float]]:
-        self.asked.append(key)
+    def __call__(self, matrix: Matrix, ours: Native | None) -> dict[int, dict[KernelName, float]]:
+        self.asked.append(shape_key(matrix))
         return {n: {"linear": 1.0, "rows_last": 0.5 if n <= 4 else 1.0} for n in BUCKETS}
 
 
@@ -112,7 +114,7 @@ def names(kernels: Kernels, matrix: torch.Tensor = LARGE) -> list[KernelName]:
 
 def entry(**other: object) -> bytes:
     """A stored calibration of one entry, which has all its fields."""
-    fields = {"out": 1, "in": 1, "dtype": "bfloat16", "side_by_side": True, "rows": 1, "kernel": "linear"}
+    fields = {"out": 1, "in": 1, "kind": "torch.bfloat16", "side_by_side": True, "rows": 1, "kernel": "linear"}
     return json.dumps({"kernels": [fields | other]}).encode()
 
 
@@ -159,7 +161,7 @@ class TestCalibration:
             b"[]",
             b'{"kernels": 3}',
             b'{"kernels": [{"out": 1024}]}',
-            entry(dtype="nothing"),
+            entry(kind="torch.nothing"),
             entry(rows=[1]),
         ],
         ids=["empty", "not text", "no object", "no list", "field missing", "no dtype", "rows not a number"],
@@ -218,7 +220,7 @@ class TestCalibration:
         tried, files = [], set()
         for there in (True, False):
             monkeypatch.setattr(calibrate, "amx", lambda there=there: there)
-            tried.append([calibrate.candidates(MIN_BYTES, n, None) for n in (1, 2)])
+            tried.append([calibrate.candidates(shape_key(LARGE), n, None) for n in (1, 2)])
             files.add(calibration_file(config))
         assert tried == [
             [("linear", "rows_last", "vector"), ("linear", "rows_last")],
@@ -244,13 +246,101 @@ class TestCalibration:
         monkeypatch.setattr(calibrate, "amx", lambda: True)
         monkeypatch.setattr(calibrate, "MIN_BYTES", 1024)
         ours = native()
-        times = calibrate.measure((16, 32, torch.bfloat16, True), ours)
-        tried = {n: set(calibrate.candidates(1024, n, ours)) for n in BUCKETS}
+        matrix = torch.empty(16, 32, dtype=torch.bfloat16)
+        times = calibrate.measure(matrix, ours)
+        tried = {n: set(calibrate.candidates(shape_key(matrix), n, ours)) for n in BUCKETS}
         assert {n: set(by) for n, by in times.items()} == tried
         assert tried[1] >= {"linear", "rows_last", "vector"}
-        columns_first = calibrate.measure((16, 32, torch.bfloat16, False), ours)
+        columns_first = calibrate.measure(torch.empty(32, 16, dtype=torch.bfloat16).T, ours)
         assert not any("native" in by for by in columns_first.values())
         assert all(seconds > 0 for by in times.values() for seconds in by.values())
+
+
+OURS = native()
+
+
+def packed(to: str = "int4", rows: int = 64) -> Packed:
+    return quantise(torch.linspace(-1, 1, rows * 128).view(rows, 128), TARGETS[to])
+
+
+@pytest.fixture
+def both_ways(monkeypatch: pytest.MonkeyPatch) -> list[ShapeKey]:
+    """What a measurement is asked for, in which codes are faster in registers up to four rows."""
+    asked: list[ShapeKey] = []
+
+    def measure(matrix: Matrix, ours: Native | None) -> dict[int, dict[KernelName, float]]:
+        asked.append(shape_key(matrix))
+        return {n: {"linear": 1.0, "native": 0.5 if n <= 4 else 1.0} for n in BUCKETS}
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    return asked
+
+
+@pytest.mark.skipif(OURS is None, reason="this machine has no gcc")
+class TestPacked:
+    """Codes are decoded in registers for every few rows, or whole before torch multiplies, as was measured."""
+
+    def test_what_was_not_measured_is_ours_as_far_as_ours_goes(self) -> None:
+        kernels = Kernels(native=OURS)
+        found = [kernels.name(packed(), n) for n in (1, MOST_ROWS, MOST_ROWS + 1, 9999)]
+        assert found == ["native", "native", "linear", "linear"]
+        assert Kernels().name(packed(), 1) == "linear"
+
+    def test_each_kind_is_measured_once_and_its_choice_kept(
+        self, both_ways: list[ShapeKey], tmp_path: Path
+    ) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        matrices = [packed(), packed("fp8"), packed(), packed(rows=32)]
+        kernels = calibrated_kernels(matrices, config)
+        assert sorted(both_ways) == sorted({shape_key(matrix) for matrix in matrices})
+        assert len(both_ways) == 3
+        expected = ["native" if n <= 4 else "linear" for n in BUCKETS]
+        assert [[kernels.name(matrix, n) for n in BUCKETS] for matrix in matrices] == [expected] * 4
+        both_ways.clear()
+        again = calibrated_kernels(matrices, config)
+        assert both_ways == []
+        assert dict(again.choice) == dict(kernels.choice)
+        assert all(again.is_ours(packed(), n) == (n <= 4) for n in BUCKETS)
+
+    def test_a_stored_choice_that_is_none_is_measured_anew(self, both_ways: list[ShapeKey], tmp_path: Path) -> None:
+        config = EngineConfig(calibration_dir=tmp_path)
+        calibrated_kernels([packed()], config)
+        file = calibration_file(config)
+        file.write_text(file.read_text().replace('"native"', '"vector"'))
+        assert calibrated_kernels([packed()], config).name(packed(), 1) == "native"
+        assert len(both_ways) == 2
+
+    @pytest.mark.parametrize("chosen", ["native", "linear"])
+    def test_either_way_multiplies(self, chosen: KernelName) -> None:
+        matrix, x = packed(), torch.linspace(-1, 1, 3 * 128).view(3, 128).bfloat16()
+        kernels = Kernels({(shape_key(matrix), 2): chosen}, OURS)
+        assert kernels.is_ours(matrix, 3) is (chosen == "native")
+        expected = x.double() @ matrix.dense(torch.float64).T
+        made = kernels.pick(matrix, 3)(x, matrix, None).double()
+        torch.testing.assert_close(made, expected, rtol=2e-2, atol=2e-1)
+
+    @pytest.mark.parametrize("scale", [torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.float32])
+    def test_measuring_times_both_ways_where_there_are_two(
+        self, monkeypatch: pytest.MonkeyPatch, scale: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(calibrate, "SET_BYTES", 1 << 14)
+        monkeypatch.setattr(calibrate, "MIN_BYTES", 1024)
+        wide = torch.zeros(32, 128, dtype=torch.uint8)  # rows with gaps between them
+        matrix = Packed(Code.FP4, wide[:, :64], torch.ones(32, 4).to(scale), (32, 128), (1, 32))
+        times = calibrate.measure(matrix, OURS)
+        for n_rows in BUCKETS:
+            if n_rows <= MOST_ROWS:
+                assert times[n_rows].keys() == {"linear", "native"}
+                assert min(times[n_rows].values()) > 0
+            else:
+                assert times[n_rows] == {"linear": 0.0}
+
+    def test_without_our_kernels_there_is_nothing_to_choose(
+        self, both_ways: list[ShapeKey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(calibrate, "native", lambda: None)
+        assert calibrated_kernels([packed()], EngineConfig(calibration_dir=tmp_path)).choice == {}
+        assert both_ways == []
 
 
 class TestCalibrationFile:

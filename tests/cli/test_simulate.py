@@ -120,6 +120,28 @@ def test_a_checkpoint_s_config_is_a_shape() -> None:
     assert value["setting"]["n_slots"] == value["shape"]["n_layers"] * value["shape"]["n_experts"]
 
 
+def test_experts_are_as_large_as_the_format_that_is_asked_for() -> None:
+    packed, floats = (run_json("--quant", name, "--slots", 1536) for name in ("int4", "bf16"))
+
+    assert (packed["shape"]["quant"], floats["shape"]["quant"]) == ("int4", None)
+    preloads = [value["result"]["preload_s"] for value in (packed, floats)]
+    assert preloads[0] / preloads[1] == pytest.approx(4.5 / 16, rel=1e-3)
+    assert packed["result"]["tokens_per_s"] > floats["result"]["tokens_per_s"]
+
+
+def test_a_checkpoint_s_config_says_its_format_unless_another_is_asked_for(tmp_path: Path) -> None:
+    config = json.loads((DEMO / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+
+    assert run_json("--model", tmp_path)["shape"]["quant"] == "mxfp4"
+    assert run_json("--model", tmp_path, "--quant", "bf16")["shape"]["quant"] is None
+
+
+def test_experts_larger_than_host_memory_are_said_to_be() -> None:
+    assert "more than there is" in run("--shape", "deepseek-v3", "--slots", 0).stdout
+    assert "more than there is" not in run("--shape", "gpt-oss-20b").stdout
+
+
 def test_files_of_ones_own_are_read(tmp_path: Path) -> None:
     machine = json.loads((ROOT / "fiddler/machines/rtx4090-desktop.json").read_text())
     machine["link_bytes_per_s"]["value"] *= 2
@@ -159,6 +181,7 @@ def test_experts_are_drawn_as_a_file_counts_them(tmp_path: Path) -> None:
         (("--shape", "mixtral-8x7b", "--model", DEMO), "give one"),
         (("--model", ROOT / "nowhere"), "error: --model: "),
         (("--model", ROOT / "fiddler/machines/laptop-4060.json"), "lacks"),
+        (("--quant", "int5"), "error: --quant int5 is unknown; known: fp8, fp8-rows"),
         (("--half-life", 0), "--half-life is"),
         (("--timeline", "run.txt"), "error: --timeline: run.txt: a timeline is a .json"),
         (

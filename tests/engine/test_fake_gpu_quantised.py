@@ -1,7 +1,8 @@
 """Quantised checkpoints on the fake GPU: logits are those of the CPU, and what is moved are packed bytes."""
 
+import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from fiddler.config import EngineConfig
 from fiddler.devices.formula import gated
 from fiddler.devices.kernels import Kernels
 from fiddler.engine.gpu_assembly import needs
-from fiddler.formats.packed import Packed
+from fiddler.errors import ConfigError
+from fiddler.formats.packed import Code, Packed
 from fiddler.gpu import cuda, scratch
 from fiddler.gpu.slots import SlotExperts
 from fiddler.gpu.stack import PackedStack, StackedMatrix
 from fiddler.gpu.visits import Visits
+from fiddler.store.layout import BlockLayout
 from fiddler.types import Statistics
 from tests.engine.test_fake_gpu import LONG, close, on_gpu
 from tests.engine.test_invariance import RAGGED
+from tests.formats.as_blocks import read_as_blocks, save_bytes
+from tests.formats.blocks import RUNS
 from tests.formats.folders import Pair, save_pair
 from tests.formats.test_compressed import LARGE, scheme
 from tests.formats.test_fp4 import save_gpt_oss
@@ -116,7 +121,7 @@ def run_blindly(self: SlotExperts, layer: int, visits: Visits, hidden: Tensor, o
 
     def multiply(x: Tensor, matrix: StackedMatrix) -> Tensor:
         assert isinstance(matrix, PackedStack)
-        dense = torch.stack([matrix.of(i).dense(x.dtype) for i in range(matrix.shape[0])])
+        dense = torch.stack([matrix.dense(i, x.dtype) for i in range(matrix.shape[0])])
         return torch.einsum("ri,roi->ro", x, dense[slot])
 
     ups = [multiply(hidden[positions // visits.top_k], matrix) for matrix in stack.up]
@@ -143,18 +148,61 @@ def test_recorded_steps_of_quantised_experts(
         assert gpu.n_graphs
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4"])
-def test_an_engine_calibrates_and_generates(folder: Callable[[str], Pair], name: str) -> None:
-    prompt, options = [5, 6, 7, 8, 9], {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+def on_fake(budget: int) -> EngineConfig:
+    return EngineConfig(device="cuda", dtype="float32", vram_budget=budget, kv_tokens=64, graphs=False)
 
-    async def generate(config: EngineConfig) -> tuple[list[int], Statistics]:
-        async with Engine(folder(name).quantised, config) as engine:
-            result = await engine.generate(prompt, **options)
+
+def generated(folder: Path, config: EngineConfig) -> tuple[list[int], Statistics]:
+    """Return the tokens of an engine whose GPU, if it has one, is a fake."""
+
+    async def generate() -> tuple[list[int], Statistics]:
+        async with Engine(folder, config) as engine:
+            options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+            result = await engine.generate([5, 6, 7, 8, 9], **options)
             return list(result.token_ids), engine.statistics()
 
-    expected, _ = anyio.run(partial(generate, EngineConfig(device="cpu", dtype="float32")))
     with patch.object(cuda, "open_gpu", FakeGpu), patch.object(torch.cuda, "is_available", lambda: True):
-        config = EngineConfig(device="cuda", dtype="float32", vram_budget=64 << 20, kv_tokens=64, graphs=False)
-        tokens, statistics = anyio.run(partial(generate, config))
+        return anyio.run(generate)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_an_engine_calibrates_and_generates(folder: Callable[[str], Pair], name: str) -> None:
+    expected, _ = generated(folder(name).quantised, EngineConfig(device="cpu", dtype="float32"))
+    tokens, statistics = generated(folder(name).quantised, on_fake(64 << 20))
     assert tokens == expected
     assert statistics.n_slots == EVERY
+
+
+@pytest.mark.parametrize("code", RUNS, ids=lambda code: code.value)
+def test_blocks_of_gguf_are_moved_and_held_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code
+) -> None:
+    read_as_blocks(monkeypatch, code)
+    model = Subject.open(save_bytes(tmp_path, code).quantised, Kernels())
+    weights = model.packed.weights(0, 0)
+    assert [matrix.code for matrix in weights.matrices if isinstance(matrix, Packed)] == [code] * 3
+    plain = run(model, RAGGED)
+    for slots in (5, EVERY):
+        played = run(model, RAGGED, on_gpu(FakeGpu(slots), slots, waves="one"))
+        assert not played.differs_from(plain)
+        work = played.rig.side.work
+        assert work.counters["gpu"].n_loads
+        assert work.counters["link"].n_bytes == work.counters["link"].n_loads * weights.nbytes
+        assert weights.nbytes <= work.copying.arena.slot_bytes < weights.nbytes * 1.01
+
+
+@pytest.mark.parametrize("code", [Code.MXFP4, Code.Q6_K], ids=lambda code: code.value)
+def test_a_budget_buys_slots_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code) -> None:
+    read_as_blocks(monkeypatch, code)
+    folder = save_bytes(tmp_path, code).quantised
+    slot = BlockLayout.of(Subject.open(folder, Kernels()).packed.weights(0, 0)).nbytes
+    with pytest.raises(ConfigError) as error:
+        generated(folder, on_fake(2 << 20))  # the dense part fits, so the workspace is known
+    named = re.search(r"vram_budget to at least (\d+)", str(error.value))
+    assert named is not None
+    least = int(named[1])  # for one slot
+    expected, _ = generated(folder, EngineConfig(device="cpu", dtype="float32"))
+    for n_slots, budget in ((2, least + 2 * slot - 1), (3, least + 2 * slot)):
+        tokens, statistics = generated(folder, on_fake(budget))
+        assert tokens == expected
+        assert statistics.n_slots == n_slots

@@ -16,12 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fiddler.formats.packed import Code
-from fiddler.gpu import triton_decode, triton_packed
+from fiddler.gpu import triton_decode, triton_kernels, triton_packed
 from fiddler.gpu.stack import PackedStack, Stack
 from fiddler.gpu.triton_tiles import Matrix
 from fiddler.store.layout import BlockLayout
 from fiddler.types import ExpertWeights
-from tests.gpu.quantised import WHOLE, Quantisation
+from tests.gpu.quantised import IN_BLOCKS, WHOLE, Quantisation
 from tests.gpu.test_slots import random_visits
 
 FORMS = {
@@ -31,9 +31,10 @@ FORMS = {
     "nf4": Quantisation(Code.NF4, torch.float32, block=(1, 64)),
     "fp8": Quantisation(Code.FP8, torch.float32, block=(128, 128)),
     "int8": Quantisation(Code.INT8, torch.bfloat16, block=(1, WHOLE)),
+    **{f"gguf {each}": each for each in IN_BLOCKS},
 }
-QWEN3, GPT_OSS = (768, 2048), (2880, 2880)
-"""(out, in) of a gate or up."""
+QWEN3, GPT_OSS, LARGE = (768, 2048), (2880, 2880), (2880, 2816)
+"""(out, in) of a gate or up; the last for GGUF's blocks, of which the large ones do not fill gpt-oss's rows."""
 ONE, FEW, OTHERS = [1, 1], [3, 2], [9, 16]
 
 
@@ -91,30 +92,38 @@ def used(made: Any) -> dict[str, int]:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(Driver(capability))
-    multiply = triton_packed._multiply_packed = Compiled(triton_packed._multiply_packed)
+    with_scales = triton_packed._multiply_packed = Compiled(triton_packed._multiply_packed)
+    with_blocks = triton_kernels._multiply = Compiled(triton_kernels._multiply)
     decode = triton_decode._decode = Compiled(triton_decode._decode)
+    decode_blocks = triton_decode._decode_blocks = Compiled(triton_decode._decode_blocks)
 
     def compiled(form: str, shape: tuple[int, int], counts: list[int], dtype: torch.dtype, *, twin: bool) -> Any:
         gate, up = in_slots(FORMS[form], shape)
         x, out = (torch.zeros(64, n, dtype=dtype) for n in (shape[1], shape[0]))
         matrix = Matrix(gate, up if twin else None, None, None)
-        triton_packed.launch_packed(x, matrix, out, random_visits(counts, 1), gather=True)
-        return multiply.latest
+        triton_kernels._launch(x, matrix, out, random_visits(counts, 1), gather=True)
+        return (with_blocks if FORMS[form].scales is None else with_scales).latest
+
+    def decoded(form: str, shape: tuple[int, int]) -> Any:
+        matrix, slots = in_slots(FORMS[form], shape)[0], torch.zeros(2, dtype=torch.int32)
+        triton_decode.decode(matrix, slots, (0, 0), torch.bfloat16)
+        return (decode_blocks if FORMS[form].scales is None else decode).latest
 
     def report(made: Any, form: str, what: str) -> None:
         print(json.dumps({"form": form, "what": what, **used(made)}))
 
-    for form in FORMS:
+    for form, quantisation in FORMS.items():
+        large = LARGE if quantisation.scales is None else GPT_OSS
         report(compiled(form, QWEN3, ONE, torch.bfloat16, twin=True), form, "one row")
         few = compiled(form, QWEN3, FEW, torch.bfloat16, twin=True)
         report(few, form, "few rows")
-        report(compiled(form, GPT_OSS, FEW, torch.bfloat16, twin=False), form, "few rows")
-        triton_decode.decode(
-            in_slots(FORMS[form], GPT_OSS)[0], torch.zeros(2, dtype=torch.int32), (0, 0), torch.bfloat16
-        )
-        report(decode.latest, form, "decode")
-    assert few.hash == compiled(form, QWEN3, OTHERS, torch.bfloat16, twin=True).hash, "other rows, another kernel"
-    report(compiled("int4", QWEN3, FEW, torch.float32, twin=True), "int4", "few rows of float32")
+        report(compiled(form, large, FEW, torch.bfloat16, twin=False), form, "few rows")
+        report(decoded(form, large), form, "decode")
+        if quantisation.scales is None or form == "int4":
+            report(compiled(form, QWEN3, FEW, torch.float32, twin=True), form, "few rows of float32")
+        if form in ("int8", "gguf q6_k"):
+            other = compiled(form, QWEN3, OTHERS, torch.bfloat16, twin=True)
+            assert few.hash == other.hash, "other rows, another kernel"
 
 
 if __name__ == "__main__":

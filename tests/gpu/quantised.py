@@ -1,7 +1,7 @@
 """Random quantised experts: every code with every kind of scale, and blocks that do and do not divide."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -12,6 +12,7 @@ from fiddler.formats.packed import MIDDLE, SCALES, VALUES, Code, Packed
 from fiddler.gpu.stack import Stack
 from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.types import ExpertWeights
+from tests.formats.blocks import RUNS, in_blocks
 from tests.gpu.test_slots import DEVICE, Kind, Layer, Sizes
 
 WHOLE = 1 << 20
@@ -23,16 +24,24 @@ class Quantisation:
     """What varies between quantised matrices."""
 
     code: Code
-    scales: torch.dtype
+    scales: torch.dtype | None
+    """`None` for blocks that hold theirs."""
     zeros: bool = False
     block: tuple[int, int] = (1, 4)
 
     def __str__(self) -> str:
+        if self.scales is None:
+            return self.code.value
         scales = str(self.scales).removeprefix("torch.")
         return f"{self.code.value}-{scales}{'-zeros' if self.zeros else ''}-{self.block[0]}x{self.block[1]}"
 
     def matrix(self, out: int, columns: int) -> Packed:
-        """Return a random matrix, of numbers whose products with rows are about as large as these."""
+        """Return a random matrix, of numbers whose products with rows are about as large as these.
+
+        Rows that GGUF's blocks do not fill are of bytes, as a GGUF file has them of another type.
+        """
+        if self.scales is None:
+            return self._of_blocks(out, columns)
         block = min(self.block[0], out), min(self.block[1], columns)
         width = -(-columns * self.code.bits // 8)
         codes = torch.randint(256, (out, width), dtype=torch.uint8)
@@ -43,6 +52,14 @@ class Quantisation:
         scales = torch.randint(-2, 2, grid).float().exp2() * (1.0 + torch.rand(grid) / 2)
         factor = 1.0 / (self.largest * columns**0.5)
         return Packed(self.code, codes, scales.to(self.scales), (out, columns), block, zeros, factor)
+
+    def _of_blocks(self, out: int, columns: int) -> Packed:
+        run, seed = self.code.run, int(torch.randint(1 << 30, ()))
+        assert run is not None
+        if columns % run.columns:
+            return Quantisation(Code.INT8, torch.float32).matrix(out, columns)
+        factor = (0.5 + seed / (1 << 30)) / columns**0.5
+        return replace(in_blocks(self.code, (out, columns), seed), factor=factor)
 
     @property
     def largest(self) -> float:
@@ -67,6 +84,8 @@ QUANTISATIONS = [
     if not zeros or code in MIDDLE
 ]
 """Every code with every kind of scale, with and without zeros."""
+IN_BLOCKS = [Quantisation(code, None) for code in RUNS]
+"""Every type of GGUF's blocks."""
 BLOCKS: Sequence[tuple[int, int]] = (
     (1, 1),
     (1, 3),

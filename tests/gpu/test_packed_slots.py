@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fiddler.devices.formula import DTYPES
-from fiddler.formats.packed import Code, Packed
+from fiddler.formats.packed import Code
 from fiddler.gpu import scratch
 from fiddler.gpu import slots as slot_experts
 from fiddler.gpu.scratch import by_torch, scratch_bytes
 from fiddler.gpu.slots import FEW_ROWS, Ability, Method, SlotExperts
 from fiddler.gpu.stack import PackedStack
-from tests.gpu.quantised import BLOCKS, QUANTISATIONS, WHOLE, Quantisation, every_block, in_slots
+from tests.gpu.quantised import BLOCKS, IN_BLOCKS, QUANTISATIONS, WHOLE, Quantisation, every_block, in_slots
 from tests.gpu.test_slots import (
     ADA,
     DEVICE,
@@ -46,6 +46,16 @@ def _same_values() -> None:
 def test_every_code_equals_one_expert_at_a_time(quantisation: Quantisation, path: Method) -> None:
     kind = PLAIN[QUANTISATIONS.index(quantisation) % len(PLAIN)]
     in_slots(quantisation, kind, Sizes(24, 16), torch.bfloat16).check(path, [1, 0, 4, 0, 2])
+
+
+@pytest.mark.parametrize("path", ["loop", "grouped"])
+@pytest.mark.parametrize("quantisation", IN_BLOCKS, ids=str)
+@torch.inference_mode()
+def test_every_type_of_block_equals_one_expert_at_a_time(quantisation: Quantisation, path: Method) -> None:
+    kind, sizes = PLAIN[IN_BLOCKS.index(quantisation)], Sizes(512, 256)
+    layer = in_slots(quantisation, kind, sizes, torch.bfloat16)
+    assert all(isinstance(matrix, PackedStack) for matrix in (*layer.stack.up, layer.stack.down))
+    layer.check(path, [1, 0, 4, 0, 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -103,13 +113,24 @@ def test_the_scratch_is_counted_by_the_largest_matrix(monkeypatch: pytest.Monkey
 
 
 def test_a_stack_has_the_matrices_of_its_slots() -> None:
-    for quantisation, kind in every_block(GATED["swiglu"]):
-        layer = in_slots(quantisation, kind, Sizes(13, 8), torch.float32)
+    cases = [(*case, Sizes(13, 8)) for case in every_block(GATED["swiglu"])]
+    cases += [(each, Kind(GATED["swiglu"], "swiglu"), Sizes(512, 256)) for each in IN_BLOCKS]
+    for quantisation, kind, sizes in cases:
+        layer = in_slots(quantisation, kind, sizes, torch.float32)
         for slot, expert in enumerate(layer.experts):
             for stacked, plain in zip((*layer.stack.up, layer.stack.down), expert.parts, strict=False):
                 assert isinstance(stacked, PackedStack)
                 assert stacked.shape == (layer.sizes.n_slots, *plain.shape)
-                assert torch.equal(stacked.of(slot).dense(torch.float32), plain.to(stacked.codes.device))
+                assert torch.equal(stacked.dense(slot, torch.float32), plain.to(stacked.codes.device))
+
+
+@pytest.mark.parametrize("quantisation", IN_BLOCKS, ids=str)
+def test_halves_of_rows_of_blocks(quantisation: Quantisation) -> None:
+    layer = in_slots(quantisation, Kind(GATED["swiglu"], "swiglu"), Sizes(256, 7), torch.float32)
+    assert layer.stack.twins is not None
+    for (half, _), own in zip(layer.stack.twins, layer.experts[2].up[0].chunk(2), strict=True):
+        assert isinstance(half, PackedStack)
+        assert torch.equal(half.dense(2, torch.float32).cpu(), own)
 
 
 @pytest.mark.parametrize("block", [(1, 4), (4, 4), (WHOLE, WHOLE), (8, 4)])
@@ -125,9 +146,7 @@ def test_halves_of_rows_have_their_own_blocks(block: tuple[int, int]) -> None:
     assert halves is not None
     assert halves[0].outline == halves[1].outline
     for half, own in zip(halves, layer.experts[2].up[0].chunk(2), strict=True):
-        matrix = half.of(2)
-        assert isinstance(matrix, Packed)
-        assert torch.equal(matrix.dense(torch.float32).cpu(), own)
+        assert torch.equal(half.dense(2, torch.float32).cpu(), own)
 
 
 class TestFallback:

@@ -12,14 +12,12 @@ from tests.gpu.test_slots import DEVICE, GATED, KINDS, TOLERANCE, Kind, Sizes
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import InterpreterBuilder
-
 from fiddler.gpu import triton_decode, triton_packed
 from fiddler.gpu.stack import PackedStack
 from fiddler.gpu.triton_decode import decode
 from fiddler.gpu.triton_packed import packed_tile
 from fiddler.gpu.triton_tiles import Tile
-from tests.gpu.test_triton_kernels import COUNTS, INTERPRETED, create_dot, widened
+from tests.gpu.test_triton_kernels import COUNTS, INTERPRETED, widen_dots
 
 PLAIN = [kind for kind in KINDS if not kind.transposed]
 SIZES = Sizes(22, 10, n_slots=3)
@@ -34,11 +32,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_packed, "packed_tile", lambda most, _: Tile(1 if most <= 1 else 4, 8, 8))
         monkeypatch.setattr(triton_decode, "TILE_OUT", 8)
         monkeypatch.setattr(triton_decode, "TILE_INNER", 8)
-        monkeypatch.setattr(
-            InterpreterBuilder,
-            "create_dot",
-            lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest),
-        )
+        widen_dots(monkeypatch)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)

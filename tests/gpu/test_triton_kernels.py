@@ -39,17 +39,20 @@ def widened(handle: Any) -> Any:
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def widen_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply bfloat16."""
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+    )
+
+
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, for the interpreter takes a while for each number it sums up, and products of bfloat16."""
     torch.manual_seed(0)
     if INTERPRETED:
         monkeypatch.setattr(triton_kernels, "tile_of", lambda most, weight: Tile(1 if most <= 1 else 4, 8, 8))
-        monkeypatch.setattr(
-            InterpreterBuilder,
-            "create_dot",
-            lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest),
-        )
+        widen_dots(monkeypatch)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rows"), kinds_with(DTYPES, COUNTS, strength=3), ids=str)

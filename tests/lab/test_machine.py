@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fiddler.cost.model import Contention, CostModel
 from fiddler.errors import ConfigError
-from fiddler.lab.machine import FIGURES, FOLDER, RESERVE_BYTES, Machine, cost_model, machines, n_slots
+from fiddler.formats.quantise import TARGETS, quantise
+from fiddler.lab.machine import (
+    FIGURES,
+    FOLDER,
+    RESERVE_BYTES,
+    Machine,
+    _expert_on,
+    cost_model,
+    expert_costs,
+    machines,
+    n_slots,
+    packed_curve,
+)
 from fiddler.lab.shape import ModelShape
+from fiddler.types import ExpertWeights
 from tests.support.covering import spread
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,6 +39,7 @@ ROUND = Machine(
     description="figures that are easy to divide by",
     cpu_read_bytes_per_s=50e9,
     cpu_flop_per_s=1e12,
+    cpu_decode_weights_per_s=200e9,
     link_bytes_per_s=10e9,
     cpu_slowdown_beside_link=1.25,
     link_slowdown_beside_cpu=1.1,
@@ -204,7 +219,66 @@ class TestCostModel:
         assert expert.copy_s == pytest.approx(352_321_536 / 12e9)
 
 
+class TestPackedExperts:
+    def test_take_their_bytes_and_their_decoding(self, mixtral: ModelShape) -> None:
+        stored = mixtral.stored_as("mxfp4")
+        (expert,) = set(cost_model(stored, ROUND).experts)
+        nbytes, n_weights = 3 * 4096 * 14336 * 17 // 32, 3 * 4096 * 14336
+        assert expert.nbytes == nbytes
+        assert expert.copy_s == pytest.approx(nbytes / 10e9)
+        assert expert.gpu(1) == pytest.approx(20e-6 + nbytes / 500e9)
+        assert expert.cpu(1) == pytest.approx(50e-6 + nbytes / 50e9 + n_weights / 200e9)
+
+    def test_are_decoded_again_every_four_rows_until_it_pays_to_decode_them_whole(
+        self, mixtral: ModelShape
+    ) -> None:
+        (expert,) = set(cost_model(mixtral.stored_as("mxfp4"), ROUND).experts)
+        nbytes, n_weights = expert.nbytes, mixtral.expert_weights
+        assert expert.cpu(32) == pytest.approx(50e-6 + 32 * n_weights * (2 / 1e12 + 0.25 / 200e9))
+        once = nbytes / 50e9 + n_weights / 200e9 + 4 * n_weights / 50e9
+        assert expert.cpu(1000) == pytest.approx(50e-6 + once + 1000 * 2 * n_weights / 1e12)
+
+    def test_are_known_by_their_bytes_when_a_model_is_loaded(self) -> None:
+        numbers = torch.ones(64, 64)
+        packed, plain = quantise(numbers, TARGETS["fp8"]), numbers.bfloat16()
+        found = _expert_on(ROUND, ExpertWeights((packed, packed), packed))
+        assert found == expert_costs(ROUND, 3 * (64 * 64 + 64 * 2), 2.0 * 3 * 64 * 64, packed=True)
+        floats = _expert_on(ROUND, ExpertWeights((plain, plain), plain))
+        assert floats == expert_costs(ROUND, 3 * 64 * 64 * 2, 2.0 * 3 * 64 * 64)
+
+    @pytest.mark.parametrize("name", machines())
+    @pytest.mark.parametrize("quant", ["fp8", "int4"])
+    def test_more_rows_never_take_less(self, name: str, quant: str, mixtral: ModelShape) -> None:
+        (expert,) = set(cost_model(mixtral.stored_as(quant), Machine.load(name)).experts)
+        seconds = [expert.cpu(n) for n in range(1, 600)]
+        assert seconds == sorted(seconds)
+
+    def test_one_row_takes_as_long_as_was_measured(self) -> None:
+        """On the machine that the shipped machines' figure comes from: 15 weights a cycle of two cores."""
+        measured = json.loads((ROOT / "bench/results/packed-2core-epyc.json").read_text())
+        here = replace(
+            ROUND,
+            cpu_read_bytes_per_s=measured["read_ceiling_gbs"] * 1e9,
+            cpu_decode_weights_per_s=2 * 15 * 3.7e9,
+            cpu_expert_dispatch_s=0.0,
+        )
+        sizes = measured["settings"]["shapes"]
+        found = []
+        for cell in measured["experts"]:
+            if cell["n_rows"] == 1 and cell["format"] != "bf16":
+                hidden, inner, _ = sizes[cell["model"]]
+                nbytes = round(cell["us"] * cell["gbs"]["high"] * 1e3)
+                found.append(packed_curve(here, nbytes, 6.0 * hidden * inner)(1) / cell["us"] * 1e6)
+        assert len(found) == 18
+        assert 0.8 < min(found) < 1.0 < max(found) < 1.25
+
+
 class TestSlots:
+    def test_of_packed_experts_are_as_many_times_more(self, mixtral: ModelShape) -> None:
+        left = n_slots(mixtral, ROUND, vram_bytes=24e9) * mixtral.expert_bytes
+        packed = mixtral.stored_as("int4")
+        assert n_slots(packed, ROUND, vram_bytes=24e9) >= left // packed.expert_bytes > 3 * 52
+
     @pytest.mark.parametrize(("share", "slots"), [(0.0, 0), (0.25, 64), (0.37, 95), (1.0, 256)])
     def test_of_a_share(self, mixtral: ModelShape, share: float, slots: int) -> None:
         assert n_slots(mixtral, ROUND, share=share) == slots

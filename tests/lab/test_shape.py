@@ -70,10 +70,39 @@ GPT_OSS: dict[str, Any] = {
     "num_hidden_layers": 24,
     "num_key_value_heads": 8,
     "num_local_experts": 32,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-PUBLISHED = {"mixtral-8x7b": MIXTRAL, "qwen3-30b-a3b": QWEN3, "deepseek-v2-lite": DEEPSEEK, "gpt-oss-20b": GPT_OSS}
+DEEPSEEK_V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "tie_word_embeddings": False,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+PUBLISHED = {
+    "mixtral-8x7b": MIXTRAL,
+    "qwen3-30b-a3b": QWEN3,
+    "deepseek-v2-lite": DEEPSEEK,
+    "deepseek-v3": DEEPSEEK_V3,
+    "gpt-oss-20b": GPT_OSS,
+}
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -98,7 +127,13 @@ class TestShipped:
 
     @pytest.mark.parametrize(
         ("name", "billions"),
-        [("mixtral-8x7b", 46.7), ("qwen3-30b-a3b", 30.5), ("deepseek-v2-lite", 15.7), ("gpt-oss-20b", 20.9)],
+        [
+            ("mixtral-8x7b", 46.7),
+            ("qwen3-30b-a3b", 30.5),
+            ("deepseek-v2-lite", 15.7),
+            ("deepseek-v3", 671.0),
+            ("gpt-oss-20b", 20.9),
+        ],
     )
     def test_have_as_many_weights_as_the_model_cards_say(self, name: str, billions: float) -> None:
         shape = ModelShape.load(name)
@@ -135,11 +170,17 @@ class TestSizes:
         assert shape.resident_bytes - replace(shape, tied=True).resident_bytes == shape.head_bytes
 
     def test_quantised_experts_are_smaller_and_take_the_same_operations(self) -> None:
-        shape = ModelShape.load("gpt-oss-20b")
-        stored = replace(shape, bytes_per_weight=4.25 / 8)
+        shape = ModelShape.load("gpt-oss-20b").stored_as("bf16")
+        stored = shape.stored_as("mxfp4")
+        assert shape.expert_bytes == 3 * 2880 * 2880 * 2
+        assert stored == ModelShape.load("gpt-oss-20b")
         assert stored.expert_bytes == 3 * 2880 * 2880 * 17 // 32
         assert stored.expert_flops_per_row == shape.expert_flops_per_row
         assert stored.dense_bytes == shape.dense_bytes
+
+    def test_blocks_that_a_matrix_does_not_fill_have_scales_of_their_own(self) -> None:
+        shape = replace(ModelShape.load("qwen3-30b-a3b"), expert_intermediate=704, quant="fp8")
+        assert shape.expert_bytes == 3 * (704 * 2048 + 6 * 16 * 4)  # 5.5 blocks of 128
 
     def test_an_mlp_without_gate_has_two_matrices(self) -> None:
         shape = replace(ModelShape.load("mixtral-8x7b"), gated=False)
@@ -156,6 +197,8 @@ class TestSizes:
             ({"n_shared_experts": 1}, "n_shared_experts and shared_intermediate belong together"),
             ({"n_dense_layers": 1}, "dense_intermediate must be set"),
             ({"bytes_per_weight": 0.0}, "bytes_per_weight=0.0 must be above 0"),
+            ({"quant": "int5"}, "quant='int5' is unknown; known: fp8, "),
+            ({"quant": "q4_k", "hidden": 4100}, "quant='q4_k': rows of 4100 columns are not filled"),
         ],
         ids=str,
     )
@@ -195,6 +238,18 @@ class TestLoad:
 
 
 class TestFromConfig:
+    def test_reads_the_format_beside_a_text_model_or_within(self) -> None:
+        about = {"quantization_config": {"quant_method": "mxfp4"}}
+        outside = ModelShape.from_config({"text_config": QWEN3, **about})
+        assert outside.quant == "mxfp4"
+        assert ModelShape.from_config({"text_config": QWEN3 | about}) == outside
+
+    def test_an_unknown_format_is_refused_unless_nobody_asks(self) -> None:
+        config = QWEN3 | {"quantization_config": {"quant_method": "aqlm"}}
+        with pytest.raises(ConfigError, match=r"does not say one of fp8.*; name the format with --quant"):
+            ModelShape.from_config(config)
+        assert ModelShape.from_config(config, announced=False).quant is None
+
     def test_names_everything_that_is_missing(self) -> None:
         config = {key: value for key, value in QWEN3.items() if key not in {"num_experts", "vocab_size"}}
         with pytest.raises(
