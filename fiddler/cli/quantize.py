@@ -63,6 +63,7 @@ def _as_json(written: "Written", to: str) -> dict[str, Any]:
         "written_bytes": written.written_bytes,
         "error": {str(layer): error for layer, error in written.errors.items()},
         "resumed_files": written.n_resumed,
+        "transformers_reads": written.transformers_reads,
     }
 
 
@@ -79,4 +80,6 @@ def _table(written: "Written") -> Table:
         table.add_row(f"  layer {layer}", f"{100 * error:.2f} %")
     if written.n_resumed:
         table.add_row("gone on", f"{written.n_resumed} files were there already")
+    if not written.transformers_reads:
+        table.add_row("read by", "Fiddler; transformers has this architecture's experts only fused, and finds none")
     return table

@@ -7,13 +7,15 @@ from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.awq import Awq
 from fiddler.formats.fp8 import Fp8
 from fiddler.formats.gptq import Gptq
-from fiddler.formats.integers import Integers
+from fiddler.formats.integers import SHAPE, Integers, widths
 from fiddler.formats.mxfp4 import MxFp4
 from fiddler.formats.names import UNUSED, Roles, logical, with_own
 from fiddler.formats.nf4 import Nf4, read_state
 from fiddler.formats.nvfp4 import NvFp4
 from fiddler.formats.quantised import Files, Parts, Quantised, Settings, Stored
 
+MOST_BYTES = 64
+"""Of a matrix's `weight_shape`; it has 16."""
 Header = TypeVar("Header", bound=Stored)
 Of = Callable[[str, Parts, Settings], Quantised | None]
 
@@ -32,7 +34,8 @@ def find(
 ) -> dict[str, Header | Quantised]:
     """Return the tensors by the names that a bf16 checkpoint gives them, quantised ones in place of their parts.
 
-    `found` are the `groups` of the stored tensors' names; of `files` only states of bitsandbytes are read.
+    `found` are the `groups` of the stored tensors' names; of `files` only states of bitsandbytes are read,
+    and shapes where integers of several widths are mixed.
 
     Raises `CheckpointError` for parts that do not belong together, and `UnsupportedModelError` for a format that is
     not read.
@@ -40,6 +43,7 @@ def find(
     with_own(found, stored)
     entries: dict[str, Header | Quantised] = dict(stored)
     known: dict[tuple[object, ...], Quantised | None] = {}
+    mixed = len(widths(settings)) > 1
     for base, roles in found.items():
         # Most tensors are like another but for their names, and there may be 50,000 of them.
         kind: tuple[object, ...] = tuple(
@@ -49,6 +53,9 @@ def find(
         if "state" in roles:
             about = {"state": read_state(base, files.stored(roles["state"]))}
             kind = (*kind, str(about))
+        elif mixed and "shape" in roles and stored[roles["shape"]].nbytes <= MOST_BYTES:
+            about = {**settings, SHAPE: files.stored(roles["shape"]).tolist()}
+            kind = (*kind, str(about[SHAPE]))
         if kind not in known:
             known[kind] = _read(base, {role: (name, stored[name]) for role, name in roles.items()}, about)
         like = known[kind]
@@ -70,6 +77,10 @@ def _read(base: str, parts: Parts, settings: Settings) -> Quantised | None:
         raise CheckpointError(
             f"tensor {name!r} is {header.dtype} {list(header.shape)} beside {', '.join(parts)}, which makes no "
             "matrix; download the checkpoint again"
+        )
+    if len(both := [parts[role][0] for role in FORMATS if role in parts and role != "state"]) > 1:
+        raise CheckpointError(
+            f"{base} is there twice, as {both[0]!r} and {both[1]!r}; download the checkpoint again"
         )
     if twice := [name for role, (name, _) in parts.items() if " " in role and not role.startswith(UNUSED)]:
         raise CheckpointError(f"{base} has {twice[0]!r} beside another of its kind; download the checkpoint again")

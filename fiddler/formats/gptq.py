@@ -60,7 +60,7 @@ class Gptq(Quantised):
         """Return the matrix, repacked by rows."""
         rows, columns = self.shape
         if "g_idx" in self.parts:
-            check_order(self.name, files.stored(self.parts["g_idx"]), self.block[1])
+            check_order(self.name, files.stored(self.parts["g_idx"]), columns, self.block[1])
         words = files.stored(self.parts["qweight"])
         codes = unpacked(words, self.bits).transpose(1, 2).reshape(columns, rows).t()
         scales = files.stored(self.parts["scales"]).t().contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantised import FLOATS, Files, Parts, Quantised, Settings, mismatch, names, size
-from fiddler.given import whole_number
+from fiddler.given import shown, whole_number
 
 WORD = 32
 CODES = {4: Code.INT4, 8: Code.UINT8}
@@ -44,6 +44,12 @@ class Integers(Quantised):
         if block is None:
             raise mismatch(base, (rows, columns), scale, "one scale, or one a row and group of columns")
         zeros, grid = parts.get("zero_point"), scale[1].shape
+        alike = [scheme.get("symmetric") for scheme in described(settings) if _number(scheme, "num_bits") == bits]
+        if zeros is None and alike and all(symmetric is False for symmetric in alike):
+            raise CheckpointError(
+                f"{base} lacks the weight_zero_point that config.json promises (symmetric=false); download the "
+                "checkpoint again"
+            )
         if zeros is not None and (
             zeros[1].dtype != "I32" or zeros[1].shape != (-(-rows * bits // WORD), *grid[1:])
         ):
@@ -53,10 +59,13 @@ class Integers(Quantised):
     def read(self, files: Files, index: int | None) -> tuple[Packed, ...]:
         """Return the matrix as views, with zeros of a byte each."""
         rows, columns = self.shape
-        if "shape" in self.parts and files.stored(self.parts["shape"]).tolist() != [rows, columns]:
-            raise CheckpointError(f"{self.name} is {rows} x {columns} by its codes, and not by its weight_shape")
+        if "shape" in self.parts and (own := files.stored(self.parts["shape"]).tolist()) != [rows, columns]:
+            raise CheckpointError(
+                f"{self.name} is {rows} x {columns} by its codes of {self.bits} bits, and {shown(own)} by its "
+                "weight_shape; correct num_bits in config.json, or download the checkpoint again"
+            )
         if "g_idx" in self.parts:
-            check_order(self.name, files.stored(self.parts["g_idx"]), self.block[1])
+            check_order(self.name, files.stored(self.parts["g_idx"]), columns, self.block[1])
         scales = files.stored(self.parts["scale"]).reshape(-(-rows // self.block[0]), -1)
         if "weight" in self.parts:
             codes = files.stored(self.parts["weight"]).view(torch.uint8)
@@ -76,10 +85,10 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     return (words[..., None] >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
 
-def check_order(name: str, groups: Tensor, group: int) -> None:
+def check_order(name: str, groups: Tensor, columns: int, group: int) -> None:
     """Raise `UnsupportedModelError` unless columns lie in the order of their groups."""
-    due = torch.arange(len(groups), dtype=groups.dtype, device="cpu") // group
-    if not torch.equal(groups, due):
+    due = torch.arange(columns, dtype=torch.int64, device="cpu") // group
+    if not torch.equal(groups.long(), due):
         raise UnsupportedModelError(
             f"{name} has its columns in the order of their activations (desc_act, act-order: g_idx is not 0, 0, …, "
             "1, 1, …), so a group's columns lie apart; quantise with desc_act=False or static_groups"
@@ -95,13 +104,27 @@ def described(settings: Settings) -> Iterator[dict[str, Any]]:
             yield weights
 
 
+def widths(settings: Settings) -> set[int]:
+    """Return the bits of a configuration's integers; what has floats has no words."""
+    return {_number(scheme, "num_bits") for scheme in described(settings) if scheme.get("type") != "float"}
+
+
+SHAPE = "weight_shape"
+"""Key of the settings under which a tensor's own `weight_shape` stands, where schemes are mixed."""
+
+
 def _bits(base: str, n_words: int, scales: tuple[int, ...], settings: Settings) -> int:
-    """Return the bits of a code: words do not show them. A group of columns may, where schemes are mixed."""
-    named = [(_number(scheme, "num_bits"), _number(scheme, "group_size")) for scheme in described(settings)]
-    found = {bits for bits, _ in named}
-    if len(found) > 1 and len(scales) == 2:
-        widths = [(bits, n_words * WORD // bits, group) for bits, group in named if bits in CODES]
-        found = {bits for bits, columns, group in widths if scales[1] == -(-columns // (group or columns))}
+    """Return the bits of a code, which words do not show.
+
+    Where schemes are mixed, the columns tell, or else the groups of columns.
+    """
+    found = widths(settings)
+    if len(found) > 1 and isinstance(shape := settings.get(SHAPE), list):
+        found = {bits for bits in found & CODES.keys() if shape[-1:] == [n_words * WORD // bits]}
+    elif len(found) > 1 and len(scales) == 2:
+        named = [(_number(scheme, "num_bits"), _number(scheme, "group_size")) for scheme in described(settings)]
+        columns = [(bits, n_words * WORD // bits, group) for bits, group in named if bits in found & CODES.keys()]
+        found = {bits for bits, width, group in columns if scales[1] == -(-width // (group or width))}
     if len(found) != 1 or not found.issubset(CODES):
         raise UnsupportedModelError(
             f"{base} has integers of {sorted(found) or 'unknown'} bits; Fiddler reads 4 or 8, which "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.packed import VALUES, Code, Packed
-from fiddler.formats.quantised import Files, Parts, Quantised, Settings, names, size
+from fiddler.formats.quantised import FLOATS, Files, Parts, Quantised, Settings, names, size
 from fiddler.given import shown, whole_number
 
 MOST_BYTES = 1 << 16
@@ -47,12 +47,13 @@ class Nf4(Quantised):
         n_codes, n_scales = parts["weight"][1], parts["absmax"][1]
         if (
             n_codes.dtype != "U8"
+            or n_scales.dtype not in ("U8", *FLOATS)
             or n_codes.nbytes * 2 != rows * columns
             or n_scales.shape != (rows * columns // block,)
         ):
             raise CheckpointError(
-                f"{base} of {sizes} has codes {list(n_codes.shape)} and absmax {list(n_scales.shape)}, not of "
-                "one matrix, or damaged: download the checkpoint again"
+                f"{base} of {sizes} has codes {n_codes.dtype} {list(n_codes.shape)} and absmax {n_scales.dtype} "
+                f"{list(n_scales.shape)}, not of one matrix, or damaged: download the checkpoint again"
             )
         return cls(base, (rows, columns), names(parts), "nf4", size(parts), (1, block))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fiddler.errors import ConfigError
 from fiddler.formats.layouts import LAYOUTS, Layout
 from fiddler.formats.packed import MIDDLE, Code, Matrix, Packed
 from fiddler.types import ExpertWeights
@@ -53,9 +54,12 @@ def quantise(matrix: Tensor, target: Target) -> Packed:
     if not most.isfinite().all():
         raise ValueError("a number is not finite")
     best, least = most, torch.full_like(most, torch.inf)
+    unit = torch.where(most > 0, most, torch.ones_like(most))
     for step in target.steps:
         scale = _rounded(most * (step / target.largest))
-        error = (_nearest(numbers / scale, target) * scale - numbers).square().sum(dim=-1, keepdim=True)
+        scaled = numbers / scale
+        # Beside a block's largest number: the squares of some are beyond float32.
+        error = ((_nearest(scaled, target) - scaled) * (scale / unit)).square().sum(dim=-1, keepdim=True)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     codes = _codes(_nearest(numbers / best, target).view(out, columns), target.code)
@@ -65,16 +69,22 @@ def quantise(matrix: Tensor, target: Target) -> Packed:
 def converted(weights: ExpertWeights, to: str, dtype: torch.dtype) -> ExpertWeights:
     """Return an expert quantised to a target, or, for `"bf16"`, decoded to `dtype`.
 
-    A matrix that has as few bits already stays as it is. Raises the errors of `quantise`.
+    A matrix that has as few bits already stays as it is. Raises `ConfigError` where groups do not divide a matrix's
+    rows, and `ValueError` where a number is not finite.
     """
 
     def one(matrix: Matrix) -> Matrix:
         if to == "bf16":
             return matrix.dense(dtype) if isinstance(matrix, Packed) else matrix
-        target = TARGETS[to]
-        if isinstance(matrix, Packed):
-            return matrix if matrix.code.bits <= target.code.bits else quantise(matrix.dense(torch.float32), target)
-        return quantise(matrix, target)
+        target, columns = TARGETS[to], matrix.shape[1]
+        if isinstance(matrix, Packed) and matrix.code.bits <= target.code.bits:
+            return matrix
+        if target.group and columns % target.group:
+            raise ConfigError(
+                f"expert_dtype={to!r} needs rows of a multiple of {target.group} numbers, and an expert's have "
+                f"{columns}; use expert_dtype='int8'"
+            )
+        return quantise(matrix.dense(torch.float32) if isinstance(matrix, Packed) else matrix, target)
 
     return replace(weights, up=tuple(map(one, weights.up)), down=one(weights.down))
 

@@ -114,11 +114,13 @@ def _decode(matrix: Packed, to: Tensor) -> None:
         to[start : start + step] = matrix.between(start, min(start + step, out)).dense(to.dtype)
 
 
+_BESIDE = (UNUSED, "g_idx", "shape", "state", "quant_map", "nested_quant_map")
+"""Beginnings of the roles of parts that only describe the others."""
+
+
 def size(parts: Parts) -> int:
     """Return the bytes of all parts that are multiplied with."""
-    return sum(
-        header.nbytes for role, (_, header) in parts.items() if not role.startswith((UNUSED, "g_idx", "shape"))
-    )
+    return sum(header.nbytes for role, (_, header) in parts.items() if not role.startswith(_BESIDE))
 
 
 def names(parts: Parts) -> dict[str, str]:
@@ -165,7 +167,7 @@ def refuse_unread(entries: Mapping[str, Stored | Quantised]) -> None:
         if isinstance(header, Quantised):
             continue
         codes = header.dtype[:4] in ("F8_E", "F4", "F6_E") or (
-            header.dtype in ("I8", "U8", "I32") and name.endswith(("weight", "weight_packed", "_blocks", "qweight"))
+            header.dtype.startswith(("I", "U")) and name.endswith(("weight", "weight_packed", "_blocks", "qweight"))
         )
         if codes:
             raise UnsupportedModelError(

@@ -1,7 +1,7 @@
 """A model ready to run: its dense part, its experts' weights, and whether its sequences share a forward."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fiddler.config import EngineConfig, Resolved, resolve
 from fiddler.devices.formula import DTYPES, ExpertFormula
-from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
+from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.models import attention, seam
 from fiddler.models.alone import alone
 from fiddler.models.generation import check_folder, vocabulary
@@ -86,7 +86,6 @@ def load(model: str | Path, options: EngineConfig, *, packed: bool = True) -> Se
     served, packed = packed, packed and _pack(skeleton)
     experts = _of_text(skeleton, seam.find_experts(skeleton), packed=packed)
     layout = expert_layout(skeleton, experts, checkpoint)
-    refuse_groups(experts.values(), options.expert_dtype, "expert_dtype")
     store = _store(checkpoint, layout, dtype, resolved, options.expert_dtype)
     checkpoint.check()  # what was read until now is what the headers say
     with alone():
@@ -119,23 +118,6 @@ def _store(
     from fiddler.formats.quantise import converted  # which few need
 
     return BlockStore(checkpoint, layout, dtype, convert=partial(converted, to=expert_dtype, dtype=dtype))
-
-
-def refuse_groups(experts: Iterable[seam.ExpertsModule], to: str, option: str) -> None:
-    """Raise `ConfigError` where groups of a target do not divide the rows of an expert."""
-    if to in ("checkpoint", "bf16"):
-        return
-    from fiddler.formats.quantise import TARGETS
-
-    group = TARGETS[to].group or 1
-    for module in experts:
-        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-            columns = module._shapes[name][1 if module.is_transposed else 2]
-            if columns % group:
-                raise ConfigError(
-                    f"{option}={to!r} needs rows of a multiple of {group} numbers, and {name} has {columns}; "
-                    f"use {option}='int8'"
-                )
 
 
 def refuse_visits(config: PretrainedConfig, skeleton: PreTrainedModel) -> None:

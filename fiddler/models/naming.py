@@ -64,12 +64,13 @@ def check_views(
 
 
 def _check_packed(view: View, entry: Quantised, kinds: dict[object, str]) -> None:
-    kinds.setdefault((entry.dtype, entry.block), view.tensor)
+    # Scales of another kind of number, and zeros that some lack, show in the bytes: shapes are one.
+    kinds.setdefault((entry.dtype, entry.block, entry.nbytes), view.tensor)
     if len(kinds) > 1:
         first = next(iter(kinds.values()))
         raise UnsupportedModelError(
-            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, and {first!r} of the same "
-            "layer is stored in another way; Fiddler takes a layer's experts in one"
+            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, {entry.nbytes} bytes, and "
+            f"{first!r} of the same layer is stored in another way; Fiddler takes a layer's experts in one"
         )
     fused = bool(view.steps) and isinstance(view.steps[0], Select)
     if fused != (len(entry.shape) == 3) or rows_of(entry, view.steps[fused:]) is None:
@@ -126,8 +127,7 @@ def expert_layout(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], 
     Raises `CheckpointError` where a parameter has no tensors, the wrong number, or any of another shape or kind of
     number than it has; `UnsupportedModelError` for a format whose conversion no view can express.
     """
-    wanted = {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
-    sources = {} if checkpoint.is_gguf else _sources(model, wanted, checkpoint.entries)
+    sources = {} if checkpoint.is_gguf else _sources(model, _wanted(experts), checkpoint.entries)
     layers = []
     for path, module in experts.items():
         views = {}
@@ -152,39 +152,80 @@ def _parameters(module: ExpertsModule) -> tuple[str, ...]:
     return (*weights, f"{up}_bias", "down_proj_bias") if module.has_bias else weights
 
 
-def _sources(model: PreTrainedModel, wanted: set[str], names: Iterable[str]) -> dict[str, Source]:
+class _Names:
+    """transformers' names for a checkpoint's tensors; `wanted` are the parameters that are looked for."""
+
+    def __init__(self, model: PreTrainedModel, wanted: set[str]) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+        self._converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+        self._prefix, self._meta = model.base_model_prefix, dict.fromkeys(wanted, True)
+        self.by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+
+    def of(self, name: str) -> tuple[str, str | None]:
+        """Return the name of the parameter that a tensor goes into, and the pattern by which it does."""
+        meta = self._meta
+        renamed, pattern = loading.rename_source_key(name, self._renamings, self._converters, self._prefix, meta)
+        return (name, None) if renamed not in meta and name in meta else (renamed, pattern)
+
+    def have(self, name: str) -> bool:
+        """Whether a tensor of this name has a place."""
+        renamed, pattern = self.of(name)
+        return pattern is not None or renamed in self._meta
+
+
+def is_read(model: PreTrainedModel, experts: Mapping[str, ExpertsModule], names: Iterable[str]) -> bool:
+    """Whether transformers itself finds experts' tensors by these names."""
+    own = _Names(model, _wanted(experts))
+    return all(map(own.have, names))
+
+
+def _wanted(experts: Mapping[str, ExpertsModule]) -> set[str]:
+    return {f"{path}.{name}" for path, module in experts.items() for name in _parameters(module)}
+
+
+def _sources(
+    model: PreTrainedModel, wanted: set[str], entries: Mapping[str, Entry | Quantised]
+) -> dict[str, Source]:
     """Group the checkpoint's tensors by the expert parameter they go into, as transformers would."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    meta = dict.fromkeys(wanted, True)
+    names = _Names(model, wanted)
+    by_pattern = names.by_pattern
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     spare: list[tuple[str, str]] = []
-    for name in sorted(names, key=loading.dot_natural_key):
-        renamed, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
-        if renamed not in meta and name in meta:
-            renamed, pattern = name, None
-        if pattern is None and renamed not in meta:
+
+    def place(name: str, seen: str) -> None:
+        renamed, pattern = names.of(seen)
+        if pattern is None and renamed not in wanted:
             spare.append((renamed, name))
         for target in _targets(renamed, by_pattern.get(pattern or "")) & wanted:
             found[target][pattern or ""].append(name)
+
+    for name in sorted(entries, key=loading.dot_natural_key):
+        place(name, name)
+    # Some layers have experts side by side as a weight of theirs, and fused tensors are named without.
+    for name in [name for _, name in spare if wanted - set(found) and _is_fused(entries[name])]:
+        place(name, f"{name}.weight")
     made = {
         parameter: Source({p: tuple(t) for p, t in by.items()}, by_pattern.get(next(iter(by))))
         for parameter, by in found.items()
     }
-    return made | _apart(wanted - set(made), spare)
+    return made | _apart(wanted - set(made), spare, model)
+
+
+def _is_fused(entry: Entry | Quantised) -> bool:
+    return isinstance(entry, Quantised) and len(entry.shape) == 3
 
 
 _MATRIX = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 _PLACES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 
 
-def _apart(missing: set[str], spare: Sequence[tuple[str, str]]) -> dict[str, Source]:
+def _apart(missing: set[str], spare: Sequence[tuple[str, str]], model: PreTrainedModel) -> dict[str, Source]:
     """Return the sources of parameters that a checkpoint has as a matrix an expert, and transformers only as one.
 
-    Some architectures have their floats fused, and are published quantised as plain linear layers. `spare` are the
-    tensors without a place, by the names that transformers gives them.
+    Some architectures have their floats fused, and are published quantised as plain linear layers, `[out, in]`
+    even where the fused ones are `[in, out]`. `spare` are the tensors without a place, by the names that
+    transformers gives them.
     """
     if not missing:
         return {}
@@ -197,13 +238,17 @@ def _apart(missing: set[str], spare: Sequence[tuple[str, str]]) -> dict[str, Sou
         kinds = {"gate_up_proj": (gates, ups), "up_proj": (ups,), "down_proj": (downs,)}
         for parameter, lists in kinds.items():
             if f"{path}.{parameter}" in missing and all(lists):
-                made[f"{path}.{parameter}"] = _side_by_side(parameter, lists)
+                turned = bool(model.get_submodule(path).is_transposed)
+                made[f"{path}.{parameter}"] = _side_by_side(parameter, lists, turned=turned)
     return made
 
 
-def _side_by_side(parameter: str, lists: Sequence[list[str]]) -> Source:
+def _side_by_side(parameter: str, lists: Sequence[list[str]], *, turned: bool) -> Source:
     patterns = [f"experts.*.{i}.weight" for i in range(len(lists))]
-    operations = [loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)]
+    operations: list[loading.ConversionOps] = [loading.MergeModulelist(dim=0)]
+    if turned:
+        operations.append(loading.Transpose(1, 2))
+    operations.append(loading.Concatenate(dim=2 if turned else 1))
     converter = loading.WeightConverter(patterns, parameter, operations)
     return Source({p: tuple(names) for p, names in zip(converter.source_patterns, lists, strict=True)}, converter)
 
@@ -230,8 +275,15 @@ def _views(parameter: str, module: ExpertsModule, source: Source, checkpoint: Ch
     replay = _Replay(parameter, _share(parameter, source), shape, checkpoint, out_axis)
     views = [replay.views(expert) for expert in range(shape[0])]
     if module.is_transposed and not parameter.endswith("_bias"):
-        views = [tuple(View(v.tensor, (*v.steps, Transpose())) for v in parts) for parts in views]
+        views = [tuple(map(_turned, parts)) for parts in views]
     return views
+
+
+def _turned(view: View) -> View:
+    """Return a view of the transpose."""
+    if view.steps[-1:] == (Transpose(),):
+        return View(view.tensor, view.steps[:-1])
+    return View(view.tensor, (*view.steps, Transpose()))
 
 
 def _share(parameter: str, source: Source) -> Source:
@@ -296,7 +348,7 @@ class _Replay:
             case loading.Transpose() if {op.dim0, op.dim1} == {1, 2}:
                 if op.check_dims and all(self._shape(v.tensor) == self.shape for v in parts):
                     return parts
-                return [View(v.tensor, (*v.steps, Transpose())) for v in parts]
+                return [_turned(view) for view in parts]
         raise UnsupportedModelError(f"{self.parameter}: {type(op).__name__} is not a conversion Fiddler knows")
 
     def _shape(self, tensor: str) -> tuple[int, ...]:

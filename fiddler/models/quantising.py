@@ -6,18 +6,15 @@ it is unfinished, and the same conversion goes on with where it ended.
 """
 
 import hashlib
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -25,18 +22,15 @@ from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantise import TARGETS, quantise
 from fiddler.formats.quantised import Quantised
 from fiddler.models import seam
-from fiddler.models.loaded import refuse_groups
-from fiddler.models.naming import expert_layout
+from fiddler.models.naming import expert_layout, is_read
 from fiddler.models.skeleton import meta_skeleton, read_config
 from fiddler.store.checkpoint import Checkpoint, Entry
 from fiddler.store.folder import CONFIG, INDEX, SINGLE, find_checkpoint, read_raw
 from fiddler.store.gguf_parts import is_gguf
 from fiddler.store.mapped import ExpertParts, Select, Transpose, View
+from fiddler.store.target import Target
 
-MADE_BY = "fiddler"
-"""Key of a file's metadata: the digest of its conversion, and its errors by layer."""
-WORD_BYTES = 4
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +78,8 @@ class Written:
     """By layer with experts, the root mean square error relative to the weights."""
     n_resumed: int
     """Files that an earlier run had written."""
+    transformers_reads: bool
+    """Whether transformers finds the experts; it leaves random those that it has only fused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +93,8 @@ class Conversion:
     to: str
     made_from: str
     """Digest of the source and the way it is quantised: files of another are never mixed in."""
+    transformers_reads: bool
+    """Whether transformers has a place for experts as they are written, one by one."""
     errors: dict[int, Error] = field(default_factory=dict)
 
     @classmethod
@@ -117,7 +115,6 @@ class Conversion:
             raise UnsupportedModelError(f"{folder.name} is quantised already; give its bf16, fp16 or fp32 version")
         skeleton = meta_skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
         experts = seam.find_experts(skeleton)
-        refuse_groups(experts.values(), to, "to")
         layout = expert_layout(skeleton, experts, checkpoint)
         pieces: dict[str, list[Piece]] = {}
         for layer, module in enumerate(experts.values()):
@@ -126,7 +123,9 @@ class Conversion:
                 for tensor, piece in _pieces(module, layer, expert, parts):
                     pieces.setdefault(tensor, []).append(piece)
         named = {tensor: tuple(found) for tensor, found in pieces.items()}
-        return cls(checkpoint, read_raw(folder), named, to, _digest(checkpoint, to))
+        names = [f"{piece.name}.weight" for found in pieces.values() for piece in found]
+        read = is_read(skeleton, experts, names)
+        return cls(checkpoint, read_raw(folder), named, to, _digest(checkpoint, to), transformers_reads=read)
 
     @property
     def n_matrices(self) -> int:
@@ -139,21 +138,19 @@ class Conversion:
         Raises `ConfigError` for a folder that holds something else or cannot be written, `CheckpointError` for
         weights that are not finite or a file that changed meanwhile.
         """
-        _refuse_folder(folder, self.made_from, self.checkpoint.folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            n_bytes, n_resumed = self._write_files(folder, done)
+        target = Target(folder, self.made_from)
+        target.check(self.checkpoint.folder)
+        with target.writing():
+            n_bytes, n_resumed = self._write_files(target, done)
             self.checkpoint.check()
-            _copy_others(self.checkpoint.folder, folder)
+            target.copy_others(self.checkpoint.folder)
             config = {key: value for key, value in self.config.items() if key != "transformers_weights"}
-            _write_json(folder / CONFIG, {**config, "quantization_config": self.quantization()})
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be written: {error}; free some space, or give another") from error
+            target.write_json(CONFIG, {**config, "quantization_config": self.quantization()})
         source_bytes = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         errors = {layer: error.relative for layer, error in sorted(self.errors.items())}
-        return Written(folder, source_bytes, n_bytes, errors, n_resumed)
+        return Written(folder, source_bytes, n_bytes, errors, n_resumed, self.transformers_reads)
 
-    def _write_files(self, folder: Path, done: Callable[[], None]) -> tuple[int, int]:
+    def _write_files(self, target: Target, done: Callable[[], None]) -> tuple[int, int]:
         """Write every file of weights and the index; returns their bytes, and how many files were there."""
         n_bytes, n_resumed, places = 0, 0, dict[str, str]()
         by_file: dict[Path, list[str]] = {file: [] for file in self.checkpoint.files}
@@ -162,46 +159,30 @@ class Conversion:
                 by_file[entry.file].append(tensor)
         for file, tensors in by_file.items():
             name = file.relative_to(self.checkpoint.folder).as_posix()
-            target = folder / name
-            if self._resume(target):
+            noted = target.noted(target.folder / name)
+            if noted is not None:
+                self._add(noted)
                 n_resumed += 1
                 for _ in range(sum(len(self.pieces.get(tensor, ())) for tensor in tensors)):
                     done()
             else:
-                self._write_file(target, tensors, done)
-            with safe_open(str(target), framework="pt") as written:
-                places |= dict.fromkeys(written.keys(), name)
-            n_bytes += _tensor_bytes(target)
+                self._write_file(target, name, tensors, done)
+            places |= dict.fromkeys(target.names(name), name)
+            n_bytes += target.tensor_bytes(name)
         if set(places.values()) != {SINGLE}:
-            _write_json(folder / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": places})
+            target.write_json(INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": places})
         return n_bytes, n_resumed
 
-    def _resume(self, file: Path) -> bool:
-        """Whether a file was written before, by the same conversion; its errors are taken over."""
-        if not file.is_file():
-            return False
-        noted = _noted(file)
-        if noted is None or noted["from"] != self.made_from:
-            return False
-        self._add(noted["errors"])
-        return True
-
-    def _write_file(self, file: Path, tensors: list[str], done: Callable[[], None]) -> None:
+    def _write_file(self, target: Target, name: str, tensors: list[str], done: Callable[[], None]) -> None:
         """Write what becomes of a file's tensors; whole or not at all."""
         content: dict[str, Tensor] = {}
         errors: dict[int, Error] = {}
         for tensor in tensors:
-            for name, part in self._converted(tensor, errors, done):
-                content[name] = part
+            content.update(self._converted(tensor, errors, done))
             self.checkpoint.release(tensor)
         noted = {layer: (error.changed, error.numbers) for layer, error in errors.items()}
         self._add(noted)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        metadata = {"format": "pt", MADE_BY: json.dumps({"from": self.made_from, "errors": noted})}
-        save_file(content, partial, metadata)
-        shutil.copymode(self.checkpoint.files[0], partial)  # it is made for its owner alone
-        partial.replace(file)
+        target.write_tensors(name, content, noted, like=self.checkpoint.files[0])
 
     def _converted(
         self, tensor: str, errors: dict[int, Error], done: Callable[[], None]
@@ -216,10 +197,9 @@ class Conversion:
                 packed = quantise(matrix, TARGETS[self.to])
             except ValueError as error:
                 raise CheckpointError(f"tensor {tensor!r} cannot be quantised: {error}") from error
-            changed = (packed.dense(torch.float32) - matrix).square().sum(dtype=torch.float64)
             own = errors.setdefault(piece.layer, Error())
-            own.changed += float(changed)
-            own.numbers += float(matrix.square().sum(dtype=torch.float64))
+            own.changed += _squares(packed.dense(torch.float32) - matrix)
+            own.numbers += _squares(matrix)
             yield from _stored(piece.name, packed)
             done()
 
@@ -253,29 +233,38 @@ class Conversion:
     def _kept(self) -> list[str]:
         """Return the modules that are not quantised, numbers in their names as patterns."""
         made = {piece.name for pieces in self.pieces.values() for piece in pieces}
+        # Layers that only guess tokens ahead have experts too, named as those of other layers: there the first
+        # number is the layer's own, and where that does not tell them apart, all are.
+        taken = [{_pattern(name, n_own) for name in made} for n_own in _OWN_NUMBERS]
         patterns = {"lm_head"}
         for name, entry in self.checkpoint.entries.items():
             module = name.removesuffix(".weight")
             if name not in self.pieces and module != name and len(entry.shape) == 2:
-                patterns.add(
-                    "re:" + re.sub(r"\d+", r"\\d+", re.escape(module)) if re.search(r"\d", module) else module
-                )
-        if any(re.fullmatch(p[3:], name) for p in patterns if p.startswith("re:") for name in made):
-            raise UnsupportedModelError(f"{self.checkpoint.folder.name} names experts and others alike")
+                found = [_pattern(module, n_own) for n_own in _OWN_NUMBERS]
+                patterns.add(next(p for p, others in zip(found, taken, strict=True) if p not in others))
         return sorted(patterns)
 
 
 def _refuse(module: seam.ExpertsModule, kind: str, to: str) -> None:
-    """Refuse experts that compressed-tensors has no names for, or whose rows do not fill its words of 4 bytes."""
+    """Refuse experts that compressed-tensors has no names for, or whose rows do not fill its groups or words."""
     if seam.formula(module).gate is not None or module.has_bias:
         raise UnsupportedModelError(
             f"the experts of {kind!r} have biases or a gate of their own, for which compressed-tensors has no names"
         )
-    columns = module._shapes["down_proj"][1 if module.is_transposed else 2]
-    if to == "int8" and columns % WORD_BYTES:
-        raise ConfigError(
-            f"to='int8' needs rows of a multiple of 4 numbers, and down_proj has {columns}; use to='fp8'"
-        )
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        columns = module._shapes[name][1 if module.is_transposed else 2]
+        if columns % (multiple := _multiple(to)):
+            other = next(target for target in TARGETS if columns % _multiple(target) == 0)
+            raise ConfigError(
+                f"to={to!r} needs rows of a multiple of {multiple} numbers, and {name} has {columns}; "
+                f"use to={other!r}"
+            )
+
+
+def _multiple(to: str) -> int:
+    """Return the numbers that a row must be a multiple of: those of a group, or of a word of integers."""
+    target = TARGETS[to]
+    return target.group or (1 if target.code is Code.FP8 else WORD_BITS // target.code.bits)
 
 
 def _pieces(module: seam.ExpertsModule, layer: int, expert: int, parts: ExpertParts) -> Iterator[tuple[str, Piece]]:
@@ -299,11 +288,33 @@ def _named(layer: int, expert: int, view: View, names: tuple[str, ...]) -> Itera
             case _:
                 raise UnsupportedModelError(f"{view.tensor} interleaves gate and up; compressed-tensors does not")
     own = view.tensor.removesuffix(".weight")
-    of_expert = own.rpartition(".")[0] + ("" if index is None else f".{expert}")
+    path = own.rpartition(".")[0]
+    if index is None:
+        of_expert = path
+    else:  # some fuse experts into a tensor beside the router, and below no `experts`
+        of_expert = f"{path}.{expert}" if path.endswith(".experts") else f"{path}.experts.{expert}"
     for i, name in enumerate(names):
         single = len(names) == 1
         full = own if index is None and single else f"{of_expert}.{name}"
         yield view.tensor, Piece(full, layer, index, transposed, None if single else i)
+
+
+def _squares(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64).square())
+
+
+_OWN_NUMBERS = (0, 1, None)
+"""Numbers of a name that a pattern keeps, from the first: none, the layer's, all."""
+
+
+def _pattern(module: str, n_own: int | None) -> str:
+    """Return a pattern of modules' names that differ from this one in all numbers but the first `n_own`."""
+    own = chain(_NUMBER.findall(module)[:n_own], repeat(r"\d+"))
+    pattern = _NUMBER.sub(lambda _: next(own), re.escape(module))
+    return f"re:{pattern}" if r"\d+" in pattern else module
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 def _stored(name: str, packed: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -320,51 +331,3 @@ def _stored(name: str, packed: Packed) -> Iterator[tuple[str, Tensor]]:
 def _digest(checkpoint: Checkpoint, to: str) -> str:
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     return hashlib.sha256(repr((files, to, TARGETS[to])).encode()).hexdigest()[:16]
-
-
-def _noted(file: Path) -> dict[str, Any] | None:
-    """Return what stands in a file of ours beside its weights; `None` for another's, or a damaged one."""
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            noted = json.loads((opened.metadata() or {})[MADE_BY])
-            return noted if {"from", "errors"} <= noted.keys() else None
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError):
-        return None
-
-
-def _refuse_folder(folder: Path, made_from: str, source: Path) -> None:
-    """Refuse a target that holds files of anything but the same conversion."""
-    if folder.resolve() == source.resolve():
-        raise ConfigError(f"{folder} is the checkpoint itself; give another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give another")
-    try:
-        found = sorted(folder.rglob("*")) if folder.is_dir() else []
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be read: {error}; give another") from error
-    weights = [file for file in found if file.suffix == ".safetensors"]
-    if weights and all((_noted(file) or {}).get("from") == made_from for file in weights):
-        return
-    if any(not file.name.endswith(".partial") for file in found):
-        raise ConfigError(
-            f"{folder} is not empty, and not of the same conversion; give another folder, or empty it"
-        )
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates, code: every file at the top but weights and the configuration."""
-    for file in source.iterdir():
-        if file.is_file() and file.name != CONFIG and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(file)
-
-
-def _tensor_bytes(file: Path) -> int:
-    """Return the bytes behind the header of a safetensors file."""
-    with file.open("rb") as stream:
-        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")

@@ -10,14 +10,15 @@ registration or in none (CUDA Driver API, `cuMemcpy`; else `CUDA_ERROR_INVALID_V
 
 import logging
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, FiddlerError
 from fiddler.store.checkpoint import Checkpoint
 from fiddler.store.layout import ALIGNMENT, BlockLayout
 from fiddler.store.mapped import ExpertParts, Layout, MappedStore
@@ -237,17 +238,29 @@ class _Source:
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """Return an expert's weights from a mapped store of its own: a converted copy lives no longer than they."""
         weights = MappedStore(self.checkpoint, self.layout, self.dtype).weights(layer, expert)
-        return weights if self.convert is None else self.convert(weights)
+        if self.convert is None:
+            return weights
+        with self._reading(layer, expert):
+            return self.convert(weights)
 
     def write(self, layer: int, expert: int, layout: BlockLayout, block: Tensor) -> None:
         """Write an expert's block, and release the pages it was read from."""
+        weights = self.read(layer, expert)
+        with self._reading(layer, expert):
+            layout.write(weights, block)
+        for tensor in _tensors(self.layout.experts[layer][expert]):
+            self.checkpoint.release(tensor)
+
+    @contextmanager
+    def _reading(self, layer: int, expert: int) -> Generator[None]:
+        """Name the expert whose weights are not as they should be."""
         try:
-            layout.write(self.read(layer, expert), block)
+            yield
+        except FiddlerError:
+            raise  # some are ValueErrors
         except ValueError as error:
             where = f"{self.checkpoint.folder}, expert {expert} of layer {layer}"
             raise CheckpointError(f"{where}: {error}; download the checkpoint again") from error
-        for tensor in _tensors(self.layout.experts[layer][expert]):
-            self.checkpoint.release(tensor)
 
 
 def _tensors(parts: ExpertParts) -> set[str]:

@@ -17,6 +17,8 @@ from fiddler.errors import CheckpointError, UnsupportedModelError
 from fiddler.formats.packed import Matrix, Packed
 from fiddler.formats.quantised import Quantised
 from fiddler.store.checkpoint import EXPERT_DTYPES, EXPERT_NAMES, Checkpoint
+from fiddler.store.layout import BlockLayout
+from fiddler.store.slabs import Slabs
 from fiddler.types import ExpertWeights
 
 Axis = Literal[0, 1]
@@ -85,21 +87,36 @@ class MappedStore:
 
     `dtype` other than the checkpoint's converts an expert once, when first asked for, and keeps the copy. Matrices
     at an odd byte of the file are copied too. So are unaligned float32 ones where this machine's products depend on
-    alignment (`aligned`), and quantised ones whose codes lie in another order than `Packed` has them.
+    alignment (`aligned`), and experts quantised in codes that lie in another order than `Packed` has them: whole,
+    into memory of their own.
     """
 
     checkpoint: Checkpoint
     layout: Layout
     dtype: torch.dtype
     _experts: dict[tuple[int, int], ExpertWeights] = field(default_factory=dict)
+    _slabs: Slabs = field(default_factory=Slabs)
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """Return an expert's weights. Raises `CheckpointError` where a tensor is missing or cannot be viewed."""
         key = (layer, expert)
         weights = self._experts.get(key)
         if weights is None:
-            weights = self._experts[key] = self._assemble(self.layout.experts[layer][expert])
+            parts = self.layout.experts[layer][expert]
+            made = self._assemble(parts)
+            weights = self._experts[key] = self._kept(made) if self._is_repacked(parts) else made
         return weights
+
+    def _is_repacked(self, parts: ExpertParts) -> bool:
+        entries = (self.checkpoint.entries[view.tensor] for view in (*parts.up, parts.down))
+        return any(isinstance(entry, Quantised) and entry.copied for entry in entries)
+
+    def _kept(self, made: ExpertWeights) -> ExpertWeights:
+        """Return weights in memory that has nothing but such."""
+        layout = BlockLayout.of(made)
+        block = self._slabs.block(layout.nbytes)
+        layout.write(made, block)
+        return layout.views(block)
 
     def _assemble(self, parts: ExpertParts) -> ExpertWeights:
         up = self._joined(parts.up) or tuple(matrix for view in parts.up for matrix in self._matrices(view))

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from fiddler import DEMO
 from fiddler.cli import app
+from tests.architectures import build
 
 run = CliRunner()
 
@@ -22,10 +23,20 @@ def test_the_demo_model(tmp_path: Path) -> None:
     assert code == 0, err
     assert "4.33 MB, 11.10 MB before" in out
     assert out.count("layer ") == 7
+    assert "read by" not in out
     code, out, _ = quantize(DEMO, tmp_path / "new", "--json")
     said = json.loads(out)
     assert (code, said["to"], said["resumed_files"], set(said["error"])) == (0, "int4", 1, set("012345"))
     assert said["written_bytes"] < 0.4 * said["source_bytes"]
+
+
+def test_what_only_fiddler_reads(tmp_path: Path) -> None:
+    build("granitemoe").save_pretrained(tmp_path / "source")
+    code, out, err = quantize(tmp_path / "source", tmp_path / "new", "--to", "int8")
+    assert code == 0, err
+    assert "transformers has this architecture's experts only fused" in " ".join(out.split())
+    code, out, _ = quantize(tmp_path / "source", tmp_path / "new", "--to", "int8", "--json")
+    assert (code, json.loads(out)["transformers_reads"]) == (0, False)
 
 
 @pytest.mark.parametrize(

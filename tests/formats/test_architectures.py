@@ -128,3 +128,19 @@ async def test_apart_in_floats_and_fused_when_quantised(tmp_path: Path, block: t
     pair = saved(tmp_path, source, stored, decoded, {"quant_method": "fp8"})
     await agrees(pair)
     assert packed_bits(pair) < 8.5
+
+
+@pytest.mark.anyio
+async def test_fused_experts_that_are_a_weight_of_their_own(tmp_path: Path) -> None:
+    """As Granite has them in every number format: `input_linear.weight`, in three dimensions."""
+    source = tmp_path / "source"
+    build("granitemoe").save_pretrained(source)
+    stored, decoded = (load_file(source / "model.safetensors") for _ in range(2))
+    for name in [name for name in stored if name.endswith("_linear.weight")]:
+        written = [fp8(1, 0, "weight_scale")(matrix) for matrix in stored.pop(name)]
+        decoded[name] = torch.stack([values for _, values in written])
+        stored |= {
+            name.removesuffix("weight") + part: torch.stack([parts[part] for parts, _ in written])
+            for part in ("weight", "weight_scale")
+        }
+    await agrees(saved(tmp_path, source, stored, decoded, {"quant_method": "compressed-tensors"}), EXACT)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.formats.folders import agrees, packed_bits, save_pair
+from tests.formats.folders import agrees, packed_bits, quantised, save_pair, save_source, saved
 from tests.formats.writers import Writer, fp8, int8_rows, integers, mxfp8
 
 LARGE = {"head_dim": 32, "hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 128}
@@ -46,3 +46,29 @@ async def test_values_are_those_of_transformers(tmp_path: Path, name: str, kind:
     pair = save_pair(tmp_path, kind, write, settings, **sizes)
     await agrees(pair)
     assert packed_bits(pair) <= bits
+
+
+WEIGHTS_8: dict[str, tuple[Writer, dict[str, Any]]] = {
+    "floats of 8 bits": (fp8(1, 0, "weight_scale"), {"num_bits": 8, "type": "float"}),
+    "integers a row": (integers(8, 0), {"num_bits": 8, "type": "int"}),
+    "integers, half the group": (integers(8, 32), {"num_bits": 8, "type": "int", "group_size": 32}),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", WEIGHTS_8)
+async def test_integers_of_4_bits_beside_others(tmp_path: Path, name: str) -> None:
+    """Neither words nor groups tell 4 bits from 8 here; `weight_shape` does."""
+    group = 64 if "group" in name else 0
+    write, scheme_8 = WEIGHTS_8[name]
+    source, tensors = save_source(tmp_path, **LARGE)
+    four, eight = quantised(tensors, integers(4, group)), quantised(tensors, write)
+    stored, decoded = ({n: t for n, t in each.items() if ".self_attn." in n} for each in eight)
+    for mine, others in ((stored, four[0]), (decoded, four[1])):
+        mine |= {n: t for n, t in others.items() if ".self_attn." not in n}
+    schemes = {"a": {"weights": scheme_8}, "b": {"weights": {"num_bits": 4, "type": "int", "group_size": group}}}
+    pair = saved(
+        tmp_path, source, stored, decoded, {"quant_method": "compressed-tensors", "config_groups": schemes}
+    )
+    await agrees(pair)
+    assert packed_bits(pair) <= 4.3

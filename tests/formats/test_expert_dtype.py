@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fiddler import EngineConfig
-from fiddler.errors import ConfigError
+from fiddler.errors import CheckpointError, ConfigError
 from fiddler.formats.packed import Code, Packed
 from fiddler.formats.quantise import TARGETS, quantise
 from fiddler.models.loaded import load
 from tests.formats.folders import SIZES, Pair, error, save_pair
-from tests.formats.writers import fp8
+from tests.formats.writers import fp8, nvfp4
 from tests.support.tiny import save_tiny
 
+MODELOPT = {"quant_method": "modelopt"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -68,9 +69,26 @@ def test_fewer_bits_only(tmp_path: Path) -> None:
         assert {m.code for m in weights.matrices if isinstance(m, Packed)} == {code}
 
 
+def test_rows_that_groups_do_not_divide_stay_in_4_bits(tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": 48, "intermediate_size": 48}
+    folder = save_pair(tmp_path, "qwen3_moe", nvfp4("weight", "weight_scale_2"), MODELOPT, **sizes).quantised
+    weights = load(folder, EngineConfig(expert_dtype="int4")).weights(0, 0)
+    assert {m.code for m in weights.matrices if isinstance(m, Packed)} == {Code.FP4}
+
+
+@pytest.mark.parametrize("expert", [0, 3])
+def test_an_expert_that_cannot_be_quantised_is_named(tmp_path: Path, expert: int) -> None:
+    folder = save_tiny(tmp_path, "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"expert {expert} of layer 1: a number is not finite"):
+        load(folder, EngineConfig(expert_dtype="int8"))
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "qwen3_moe", moe_intermediate_size=40)
-    with pytest.raises(ConfigError, match=r"expert_dtype='int4' needs rows of a multiple of 32 .* has 40; use"):
+    with pytest.raises(ConfigError, match=r"expert_dtype='int4' needs rows of a multiple of 32 .* have 40; use"):
         load(folder, EngineConfig(expert_dtype="int4"))
     assert load(folder, EngineConfig(expert_dtype="int8")).store.weights(0, 0).nbytes
     with pytest.raises(ConfigError, match=r"store='mapped' has experts as files do; .*expert_dtype='int8'"):

@@ -144,6 +144,95 @@ def test_a_damaged_expert_is_named_when_it_is_opened(
         load(damaged(tiny, change), EngineConfig(store=store))
 
 
+SOME_INT4 = {"num_bits": 4, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("write", "scheme", "change", "error", "words"),
+    [
+        (
+            integers(4, 32, symmetric=False),
+            {},
+            lambda t: t.pop(f"{NAME}weight_zero_point"),
+            UnsupportedModelError,
+            "of the same layer is stored in another way",
+        ),
+        (
+            integers(4, 32),
+            {},
+            lambda t: t.update({f"{NAME}weight_scale": t[f"{NAME}weight_scale"].float()}),
+            UnsupportedModelError,
+            "of the same layer is stored in another way",
+        ),
+        (
+            integers(4, 32),
+            {"symmetric": False},
+            lambda t: None,
+            CheckpointError,
+            r"lacks the weight_zero_point that config\.json promises \(symmetric=false\)",
+        ),
+        (
+            integers(4, 32),
+            {},
+            lambda t: t.update({f"{NAME}weight_packed": t[f"{NAME}weight_packed"].long()}),
+            UnsupportedModelError,
+            r"down_proj\.weight_packed' is I64 .*does not read",
+        ),
+        (
+            integers(4, 32),
+            {},
+            lambda t: t.update({f"{NAME}weight": torch.zeros(192, 160)}),
+            CheckpointError,
+            r"is there twice, as '.*weight_packed' and '.*down_proj\.weight'",
+        ),
+    ],
+    ids=[
+        "one without zeros",
+        "one of other scales",
+        "all without zeros",
+        "codes of 64 bits",
+        "floats beside codes",
+    ],
+)
+@pytest.mark.parametrize("store", ["mapped", "packed"])
+def test_integers_that_are_not_of_one_kind(
+    tmp_path: Path,
+    write: Writer,
+    scheme: dict[str, Any],
+    change: Change,
+    error: type[ModelError],
+    words: str,
+    store: Any,
+) -> None:
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": SOME_INT4 | scheme}}}
+    folder = save_pair(tmp_path, "qwen3_moe", write, settings).quantised
+    with pytest.raises(error, match=words):
+        load(damaged(folder, change), EngineConfig(store=store))
+
+
+def test_bits_that_are_not_those_of_the_codes_are_named(tmp_path: Path) -> None:
+    settings = {"config_groups": {"a": {"weights": {"num_bits": 8, "group_size": 32}}}}
+    parts, _ = integers(4, 32)(torch.linspace(-1, 1, 64 * 128).sin().view(64, 128))
+    save_file({NAME + ending: part for ending, part in parts.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises(
+        CheckpointError, match=r"64 x 64 by its codes of 8 bits, and \[64, 128\] .*correct num_bits in config\.json"
+    ):
+        Checkpoint.open(tmp_path).tensor(f"{NAME}weight")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4_s_description_counts_for_nothing(tmp_path: Path, nested: bool) -> None:
+    """Its JSON is longer in one matrix than in another, and matrices of a layer are held against each other."""
+    sizes = {"moe_intermediate_size": 128, "intermediate_size": 128}
+    folder = save_pair(
+        tmp_path, "qwen3_moe", nf4(nested=nested), {"quant_method": "bitsandbytes"}, **sizes
+    ).quantised
+    sizes_found = {e.nbytes for name, e in Checkpoint.open(folder).entries.items() if ".experts." in name}
+    blocks = 128 * 192 // 64
+    assert sizes_found == {128 * 192 // 2 + (blocks + 4 * -(-blocks // 256) if nested else 4 * blocks)}
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 async def test_scales_that_are_no_numbers_fail_a_request_and_no_more(tiny: Path, value: float) -> None:

@@ -37,6 +37,14 @@ def test_error_of_normal_numbers(name: str, most: float) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
+def test_numbers_whose_squares_are_too_large_come_back(name: str) -> None:
+    numbers = matrix(4, 64)
+    numbers[1] *= 1e30
+    found, numbers = quantise(numbers, TARGETS[name]).dense(torch.float64), numbers.double()
+    assert bool(((found - numbers).norm(dim=1) < 0.12 * numbers.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_zeros_stay_zeros(name: str) -> None:
     assert not quantise(torch.zeros(3, 64), TARGETS[name]).dense(torch.float32).any()
 

@@ -1,6 +1,8 @@
 """A checkpoint written anew: its experts in codes, everything else as it was, and gone on with after a stop."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fiddler import EngineConfig
 from fiddler.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fiddler.formats.quantise import TARGETS
+from fiddler.models.loaded import load
 from fiddler.models.quantising import Conversion
 from fiddler.store.checkpoint import Checkpoint
+from fiddler.store.target import UNFINISHED
 from tests.architectures.model import build
 from tests.support.tiny import save_tiny
 
@@ -145,6 +150,26 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         conversion.write(tmp_path / "file")
     with pytest.raises(ConfigError, match="cannot be written"):
         conversion.write(tmp_path / "file" / "below")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written: .*; free some space"):
+            conversion.write(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert conversion.write(tmp_path / "new").n_resumed == 0
+
+
+def test_a_killed_run_s_leavings_are_taken_away(tmp_path: Path) -> None:
+    conversion = Conversion.of(source(tmp_path), "int8")
+    left = tmp_path / "new" / UNFINISHED
+    left.mkdir(parents=True)
+    (left / ".tmpUkHBY4").write_bytes(b"safetensors' own, in the middle of a file")
+    (left / "model.safetensors").write_bytes(b"ours")
+    whole = Conversion.of(tmp_path / "source", "int8").write(tmp_path / "whole")
+    written = conversion.write(tmp_path / "new")
+    assert {file.name for file in written.folder.iterdir()} == {file.name for file in whole.folder.iterdir()}
+    assert not left.exists()
 
 
 def test_what_cannot_be_quantised(tmp_path: Path) -> None:
@@ -155,6 +180,9 @@ def test_what_cannot_be_quantised(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"to='int8' needs rows of a multiple of 4 .* has 30; use to='fp8'"):
         Conversion.of(source(tmp_path / "e", moe_intermediate_size=30), "int8")
     Conversion.of(source(tmp_path / "f", moe_intermediate_size=30), "fp8").write(tmp_path / "f-new")
+    for to in ("int8", "int4"):
+        with pytest.raises(ConfigError, match="and gate_up_proj has 66; use to='fp8'"):
+            Conversion.of(source(tmp_path / to, hidden_size=66), to)
     with pytest.raises(UnsupportedModelError, match="'gpt_oss' have biases or a gate of their own"):
         Conversion.of(save_tiny(tmp_path / "c", "gpt_oss"), "int4")
     bad = source(tmp_path / "d")
@@ -172,9 +200,11 @@ def test_a_quantised_one_is_refused(tmp_path: Path) -> None:
         Conversion.of(written.folder, "int4")
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe", "deepseek_v3", "mixtral", "jamba", "nemotron_h"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5_moe", "deepseek_v3", "mixtral", "jamba", "nemotron_h", "granitemoe", "aria"]
+)
 def test_other_names_and_fused_experts(tmp_path: Path, name: str) -> None:
-    """Gate and up in one tensor, experts in one tensor, no gate: all become a matrix an expert."""
+    """Gate and up in one tensor, experts in one tensor, `[in, out]`, no gate: all become a matrix an expert."""
     build(name).save_pretrained(tmp_path / "source")
     conversion = Conversion.of(tmp_path / "source", "int8")
     written = conversion.write(tmp_path / "new")
@@ -183,6 +213,29 @@ def test_other_names_and_fused_experts(tmp_path: Path, name: str) -> None:
     assert len(stems) == conversion.n_matrices
     assert all(new[f"{stem}.weight_scale"].shape[0] == new[f"{stem}.weight_shape"][0] for stem in stems)
     assert all(error < 0.01 for error in written.errors.values())
+    assert written.transformers_reads == (name not in ("granitemoe", "aria"))
+    config = EngineConfig(dtype="float32")
+    before, after = (load(folder, config).weights(0, 1) for folder in (tmp_path / "source", written.folder))
+    for floats, codes in ((before.up, after.up), ((before.down,), (after.down,))):
+        one, other = torch.cat(list(floats)), torch.cat([matrix.dense(torch.float32) for matrix in codes])
+        assert (one - other).norm() < 0.01 * one.norm()
+
+
+def test_experts_of_a_layer_that_guesses_ahead_are_copied(tmp_path: Path) -> None:
+    """As DeepSeek and GLM have it: behind the last layer, with names like those of the others."""
+    before = source(tmp_path)
+    tensors = load_file(before / "model.safetensors")
+    extra = {name.replace(".2.", ".3.", 1): t.clone() for name, t in tensors.items() if ".layers.2." in name}
+    save_file(tensors | extra, before / "model.safetensors", {"format": "pt"})
+    written = Conversion.of(before, "int8").write(tmp_path / "new")
+    new = load_file(written.folder / "model.safetensors")
+    assert all(torch.equal(new[name], tensor) for name, tensor in extra.items())
+    said = json.loads((written.folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert r"re:model\.layers\.3\.mlp\.experts\.\d+\.up_proj" in said
+    quantised = {name.removesuffix(".weight_packed") for name in new if name.endswith(".weight_packed")}
+    kept = {name.removesuffix(".weight") for name in new if name.endswith("_proj.weight")}
+    patterns = [re.compile(each.removeprefix("re:")) for each in said]
+    assert {name for name in quantised | kept if any(p.fullmatch(name) for p in patterns)} == kept
 
 
 def test_weights_of_another_name_are_found_again(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Quantised checkpoints whose codes lie in an order of their own: GPTQ, AWQ and NF4."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ CASES: dict[str, tuple[Writer, dict[str, Any]]] = {
 }
 
 
+N_EXPERTS = 64
 BITS = {"gptq": 4.75, "gptq v2": 4.75, "gptq 8": 8.75, "awq": 4.75}
 """Bits of a number where there are zeros; 4.5 where there are not."""
 
@@ -43,6 +47,28 @@ async def test_values_are_those_of_transformers(tmp_path: Path, name: str, kind:
     pair = save_pair(tmp_path, kind, write, settings, **sizes)
     await agrees(pair)
     assert packed_bits(pair) == BITS.get(name, 4.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("name", ["gptq", "awq", "nf4 nested"])
+def test_repacked_experts_take_no_more_than_their_bytes(tmp_path: Path, name: str) -> None:
+    """Between temporaries on one heap, those of GPTQ took 2.7 times as much."""
+    write, settings = CASES[name]
+    parts, _ = write(torch.linspace(-1, 1, 512 * 512).sin().view(512, 512))
+    stored = {
+        f"experts.{expert}.{kind}_proj.{part}": tensor.clone(memory_format=torch.contiguous_format)
+        for expert in range(N_EXPERTS)
+        for kind in ("gate", "up", "down")
+        for part, tensor in parts.items()
+    }
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    command = [sys.executable, "-m", "tests.support.repacked_memory", str(tmp_path), str(N_EXPERTS)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, check=True)
+    taken, due = json.loads(done.stdout)
+    assert due > 25
+    assert taken < 1.2 * due + 8  # MB, temporaries of one expert among them
 
 
 @pytest.mark.parametrize("store", ["mapped", "packed"])
