@@ -13,10 +13,13 @@ from torch import Tensor
 from fiddler.errors import UnsupportedModelError
 from fiddler.formats import ggml
 from fiddler.formats.packed import Code, Packed
-from fiddler.formats.quantised import AT_ONCE, Files, Quantised
+from fiddler.formats.quantised import Files, Quantised
 
 CODES = {code.value: code for code in Code if code.run is not None}
 """The types of blocks that experts may have, by their names."""
+
+_AT_ONCE = 1 << 18
+"""Numbers that are decoded at once: what comes between codes and floats stays in a processor's cache."""
 
 Undo = Callable[[Tensor], Tensor]
 """Takes back what llama.cpp's converter did to a tensor's numbers."""
@@ -58,7 +61,7 @@ class GgufTensor(Quantised):
 
     def _decode(self, rows: Tensor, to: Tensor) -> None:
         """Write rows of blocks in floats into `to`, some rows at a time."""
-        step = max(AT_ONCE // self.shape[-1], 1)
+        step = max(_AT_ONCE // self.shape[-1], 1)
         for start in range(0, len(rows), step):
             to[start : start + step] = numbers(self.dtype, rows[start : start + step])
 

@@ -13,10 +13,10 @@ _PARTS = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("dow
 
 def expert_views(path: str, parameter: str, n_experts: int, checkpoint: Checkpoint) -> list[tuple[View, ...]]:
     """Return one parameter's views by expert, gate before up. Raises `CheckpointError` where it has no tensors."""
-    found = _LAYER.search(f"{path}.")
+    found = _LAYER.search(path)
+    assert found is not None, "all that are run from GGUF number their layers so"
     stem, bias = parameter.removesuffix("_bias"), parameter.endswith("_bias")
-    block = f"blk.{found[1] if found else 0}"
-    names = [f"{block}.ffn_{part}_exps.{'bias' if bias else 'weight'}" for part in _PARTS[stem]]
+    names = [f"blk.{found[1]}.ffn_{part}_exps.{'bias' if bias else 'weight'}" for part in _PARTS[stem]]
     joined = names[0].replace("ffn_gate_", "ffn_gate_up_")
     names = [joined] if joined in checkpoint.entries else names
     if missing := [name for name in names if name not in checkpoint.entries]:
