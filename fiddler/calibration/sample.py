@@ -99,6 +99,7 @@ def _as_kept(weights: Weights, config: EngineConfig, resolved: Resolved) -> Weig
         layout, block = first(layer)
         return layout.views(block.clone())
 
+    first(0)  # what cannot be converted is said before anything is measured
     return kept
 
 
