@@ -1,8 +1,14 @@
-"""A checkpoint's weights as a GGUF file, the only kind that llama.cpp reads: the same numbers, in another order."""
+"""A checkpoint's weights as a GGUF file, the only kind that llama.cpp reads: the same numbers, in another order.
 
+    python -m bench.peers.gguf_file FOLDER [--experts Q8_0]
+
+Experts may be quantised, for a run of Fiddler and llama.cpp on the same file.
+"""
+
+import argparse
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,25 +29,30 @@ VERSION = 1
 """Raised where the same checkpoint is to become another file."""
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 """gguf's `GGMLQuantizationType`: nothing is rounded."""
+ROUNDED = ("Q8_0", "Q4_0", "MXFP4")
+"""Types to which gguf-py rounds."""
 
 
-def of(folder: Path) -> Path:
+def of(folder: Path, experts: str | None = None) -> Path:
     """Return the GGUF file of the checkpoint in `folder`, written first if the cache has none yet.
 
-    Takes as much disk as the checkpoint, and the memory of one layer's largest tensor. Raises `UnavailableError`
-    where gguf is not installed, llama.cpp does not know the model, or the disk has no room.
+    `experts` is one of `ROUNDED`, or `None` to leave their numbers as they are; a GGUF file is its own. Takes as
+    much disk as the checkpoint, and the memory of one layer's largest tensor. Raises `UnavailableError` where gguf
+    is not installed, llama.cpp does not know the model, or the disk has no room.
     """
+    if folder.suffix == ".gguf":
+        return folder
     gguf = installed("gguf", "gguf")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     gguf_model.check(config)
     cache = checkpoints.CACHE / "gguf"
-    file = cache / f"{folder.resolve().name}-{_fingerprint(folder)}.gguf"
+    file = cache / f"{folder.resolve().name}-{_fingerprint(folder)}{f'-{experts}' if experts else ''}.gguf"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         require("disk for the GGUF file", weight_bytes(folder), shutil.disk_usage(cache).free)
         partial = file.with_suffix(".partial")
         try:
-            _write(gguf, config, folder, partial)
+            _write(gguf, config, folder, partial, experts)
             partial.rename(file)  # the file appears whole or not at all
         finally:
             partial.unlink(missing_ok=True)
@@ -58,7 +69,7 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(gguf: Any, config: Any, folder: Path, file: Path) -> None:
+def _write(gguf: Any, config: Any, folder: Path, file: Path, experts: str | None) -> None:
     architecture = gguf.MODEL_ARCH[gguf_model.ARCHITECTURES[config.model_type]]
     name_map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
@@ -69,15 +80,24 @@ def _write(gguf: Any, config: Any, folder: Path, file: Path) -> None:
         targets = gguf_model.targets(holders, config, name_map)
         gguf_model.add_values(writer, config)
         for target in targets:
-            _declare(gguf, writer, holders, target)
+            _declare(gguf, writer, holders, target, experts)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for target in targets:
-            writer.write_tensor_data(_values(holders, target))
+            values = _values(holders, target)
+            if experts and len(target.sources) > 1:
+                values = gguf.quants.quantize(_floats(values), gguf.GGMLQuantizationType[experts])
+            writer.write_tensor_data(values)
 
 
-def _declare(gguf: Any, writer: Any, holders: Mapping[str, Any], target: Target) -> None:
+def _floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return bfloat16's bytes `[…, 2 n]` as float32 `[…, n]`."""
+    widened: np.ndarray[Any, Any] = torch.from_numpy(values).view(torch.bfloat16).float().numpy()
+    return widened
+
+
+def _declare(gguf: Any, writer: Any, holders: Mapping[str, Any], target: Target, experts: str | None) -> None:
     """Announce a tensor, of which nothing but the shape is read yet."""
     first = holders[target.sources[0]].get_tensor(target.sources[0])
     dtype = _dtype(first, target)
@@ -86,6 +106,10 @@ def _declare(gguf: Any, writer: Any, holders: Mapping[str, Any], target: Target)
     shape = (len(target.sources), *first.shape) if len(target.sources) > 1 else tuple(first.shape)
     n_bytes = len(target.sources) * first.numel() * dtype.itemsize
     kind = gguf.GGMLQuantizationType[KINDS[dtype]]
+    if experts and len(target.sources) > 1:
+        kind = gguf.GGMLQuantizationType[experts]
+        columns, size = gguf.GGML_QUANT_SIZES[kind]
+        n_bytes = len(target.sources) * first.numel() // columns * size
     # The kind says it all; numpy's dtype, which has no bfloat16, is asked for only to tell bytes from values.
     writer.add_tensor_info(target.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
 
@@ -113,3 +137,16 @@ def paired(weight: Tensor, n_heads: int) -> Tensor:
     halves = weight.unflatten(0, (n_heads, 2, -1))  # [heads, 2, head_dim / 2, H]
     pairs: Tensor = halves.transpose(1, 2).flatten(0, 2)
     return pairs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a file and say where it is."""
+    parser = argparse.ArgumentParser("gguf_file", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--experts", choices=ROUNDED, help="what experts are rounded to (default: nothing)")
+    options = parser.parse_args(arguments)
+    print(of(options.folder, options.experts))
+
+
+if __name__ == "__main__":
+    main()

@@ -77,6 +77,7 @@ typedef struct {
     integer blocks[W];      /* the rows of blocks whose scales these are */
     const matrix *of[W];    /* the matrices and their rows, where blocks fit no lanes */
     integer rows[W];
+    const byte *next[W];    /* the rows of codes behind these */
 } desk;
 
 static desk desk_of(byte *room, integer columns) {
@@ -187,6 +188,7 @@ static void read(const matrix *m, const walk *way, desk *d, int i, integer row) 
     if (m->kind == PLAIN) return;
     d->of[i] = m;
     d->rows[i] = row;
+    d->next[i] = codes_of(m, row) + m->step * m->stride;
     integer block = stored(m, row) / m->block_rows;
     if (way->slow || block == d->blocks[i]) return;
     d->blocks[i] = block;

@@ -93,7 +93,10 @@ INLINE void dots_ready(const int kind, const int one, const desk *d, const walk 
             UNROLL for (int set = 0; set < sets; set++) {
                 floats sum[W][2];
                 UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < 2; k++) sum[i][k] = (floats){0};
-                for (integer b = first; b < stop; b++) UNROLL for (int p = set; p < pieces; p += sets) {
+                for (integer b = first; b < stop; b++) {
+                    if ((b & 7) == ((j + two) / 2 & 7)) /* memory would rest while numbers that are taken are used */
+                        UNROLL for (int i = 0; i < W; i++) __builtin_prefetch(d->next[i] + b * way->bytes);
+                    UNROLL for (int p = set; p < pieces; p += sets) {
                         const number *x = d->x + (j + two) * step + b * way->block + partner(p) * PIECE;
                         values xs[2] = {load_numbers(x), load_numbers(x + step)};
                         ONCE(xs[0]);
@@ -103,6 +106,7 @@ INLINE void dots_ready(const int kind, const int one, const desk *d, const walk 
                             UNROLL for (int k = 0; k < 2; k++) sum[i][k] = products(sum[i][k], ws, xs[k]);
                         }
                     }
+                }
                 UNROLL for (int i = 0; i < W; i++) {
                     floats scale = spread(d->scales[i] + part_of(kind, one, way, first, set), one, lanes[set]);
                     UNROLL for (int k = 0; k < 2; k++) all[i][k] += sum[i][k] * scale;
