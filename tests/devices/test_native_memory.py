@@ -11,7 +11,7 @@ from fiddler.devices.library import compiled
 from fiddler.devices.native import FLAGS, SOURCE, native
 
 ROOT = Path(__file__).parents[2]
-FLAGS_TO_WATCH = ("-O1", "-g", *FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+FLAGS_TO_WATCH = ("-O1", "-g1", *FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 @pytest.mark.skipif(native() is None, reason="this machine has no gcc")
