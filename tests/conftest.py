@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "FIDDLER_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import hypothesis
 import pytest
 import transformers
 from transformers import PreTrainedModel
+
+from fiddler.devices.native import native
 
 pytest.register_assert_rewrite("tests.support.conformance")
 
@@ -29,10 +32,20 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds nothing but our kernels: they take seconds to compile, and are not measured."""
+    folder, kernels = tmp_path_factory.getbasetemp() / "cache", native()
+    if kernels is not None and kernels.library.is_file():
+        (folder / "fiddler").mkdir(mode=0o700, parents=True)
+        shutil.copy(kernels.library, folder / "fiddler")
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _own_calibration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_calibration(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing a test measures or reads comes from the user's own cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_cache))
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -18,6 +18,7 @@ import pytest
 import fiddler
 from tests.support.processes import wait_until_gone
 from tests.support.tiny import save_tiny
+from tests.support.warm import warm
 
 FIDDLER = (sys.executable, "-m", "fiddler")
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=8192))
 
 
-def run(*args: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    with started(*args, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as process:
+@pytest.fixture(scope="module")
+def forked(_cache: Path) -> Iterator[tuple[str, ...]]:
+    """`fiddler` without the seconds that imports take, where no signal is sent."""
+    with warm({"XDG_CACHE_HOME": str(_cache)}) as command:
+        yield command
+
+
+def run(
+    *args: str, stdin: bytes | None = None, program: tuple[str, ...] = FIDDLER
+) -> subprocess.CompletedProcess[bytes]:
+    given = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+    with started(*args, stdin=given, program=program) as process:
         stdout, stderr = process.communicate(stdin, timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -43,9 +54,10 @@ def started(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.PIPE,
     environment: Mapping[str, str] = MappingProxyType({}),
+    program: tuple[str, ...] = FIDDLER,
 ) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        [*FIDDLER, *args],
+        [*program, *args],
         cwd=ROOT,
         stdin=stdin,
         stdout=stdout,
@@ -90,9 +102,10 @@ def test_version() -> None:
     assert run("--version").stdout.decode().strip() == f"fiddler {fiddler.__version__}"
 
 
-def test_a_piped_prompt_is_the_same_as_a_given_one(tiny: str) -> None:
+def test_a_piped_prompt_is_the_same_as_a_given_one(tiny: str, forked: tuple[str, ...]) -> None:
     options = ("generate", "-m", tiny, "--max-new-tokens", "8", "--greedy", "-q")
-    piped, given = run(*options, stdin="Où\nça".encode()), run(*options, "-p", "Où\nça")
+    piped = run(*options, stdin="Où\nça".encode())
+    given = run(*options, "-p", "Où\nça", program=forked)
 
     assert piped.returncode == given.returncode == 0
     assert piped.stdout == given.stdout != b"\n"
@@ -108,16 +121,19 @@ def test_a_piped_prompt_is_the_same_as_a_given_one(tiny: str) -> None:
         (b"\r\n", b"empty"),
     ],
 )
-def test_a_piped_prompt_that_is_none_is_refused(tiny: str, stdin: bytes, message: bytes) -> None:
-    result = run("generate", "-m", tiny, "-q", stdin=stdin)
+def test_a_piped_prompt_that_is_none_is_refused(
+    tiny: str, stdin: bytes, message: bytes, forked: tuple[str, ...]
+) -> None:
+    result = run("generate", "-m", tiny, "-q", stdin=stdin, program=forked)
 
     assert result.returncode == 1
     assert message in result.stderr
     assert result.stderr.count(b"\n") == 1
 
 
-def test_a_piped_prompt_loses_its_final_newline(tiny: str) -> None:
-    piped = run("generate", "-m", tiny, "--max-new-tokens", "1", "--json", stdin=b"a\n \r\n")
+def test_a_piped_prompt_loses_its_final_newline(tiny: str, forked: tuple[str, ...]) -> None:
+    options = ("generate", "-m", tiny, "--max-new-tokens", "1", "--json")
+    piped = run(*options, stdin=b"a\n \r\n", program=forked)
 
     assert json.loads(piped.stdout)["usage"]["prompt_tokens"] == len("a\n ")  # a token is a byte
 
@@ -132,11 +148,11 @@ def test_a_terminal_without_a_language_takes_any_prompt(tiny: str) -> None:
     assert text.isascii()
 
 
-def shell(line: str) -> tuple[int, bytes]:
+def shell(line: str, program: tuple[str, ...] = FIDDLER) -> tuple[int, bytes]:
     """What becomes of `fiddler` with its streams as a shell redirects them: its exit code, and its complaints."""
     command = f'"$@" {line}'
     done = subprocess.run(
-        ["bash", "-c", command, "bash", *FIDDLER], cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
+        ["bash", "-c", command, "bash", *program], cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
     )
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
@@ -160,10 +176,10 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda line: line.partition(" -")[0] or line)
 def test_an_output_that_cannot_be_written_is_one_line(
-    command: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+    command: str, tiny: str, forked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY", tiny)
-    full = shell(f"{command} > /dev/full")
+    full = shell(f"{command} > /dev/full", forked if "TINY" in command else FIDDLER)
     assert full == (1, b"error: cannot write to standard output: No space left on device\n")
     if "TINY" not in command:
         closed = shell(f"{command} >&-")
@@ -172,10 +188,10 @@ def test_an_output_that_cannot_be_written_is_one_line(
 
 @pytest.mark.parametrize("line", ["inspect 2>&- <&-", "generate -p a --max-new-tokens 2 2> /dev/full", "chat <&-"])
 def test_notes_that_cannot_be_written_and_no_input_change_nothing(
-    line: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+    line: str, tiny: str, forked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY", tiny)
-    assert shell(f"{line} -m $TINY")[0] == 0
+    assert shell(f"{line} -m $TINY", forked)[0] == 0
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a", "--max-new-tokens", LONG], ["chat"], ["inspect"]])
@@ -243,9 +259,9 @@ def test_ctrl_c_ends_loading(tiny: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "a"], ["generate", "-p", "a", "--json"], ["inspect"]])
-def test_a_reader_that_went_away_ends_it_silently(tiny: str, command: list[str]) -> None:
+def test_a_reader_that_went_away_ends_it_silently(tiny: str, command: list[str], forked: tuple[str, ...]) -> None:
     length = ["--max-new-tokens", "20", "-q"] if command[0] == "generate" else ["--json"]
-    with started(*command, "-m", tiny, *length) as process:
+    with started(*command, "-m", tiny, *length, program=forked) as process:
         pipe(process.stdout).close()
         complaints = pipe(process.stderr).read()
 

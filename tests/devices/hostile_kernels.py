@@ -1,6 +1,6 @@
 """Runs our kernels on odd shapes and on matrices that are not what they say; for a sanitizer to watch.
 
-python -m tests.devices.hostile_kernels LIBRARY
+python -m tests.devices.hostile_kernels LIBRARY …
 """
 
 import sys
@@ -96,5 +96,6 @@ def lie(ours: Native) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    print("done")
+    for library in sys.argv[1:]:
+        main(Path(library))
+        print("done")

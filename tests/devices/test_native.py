@@ -5,8 +5,9 @@ import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from fiddler.scheduler.layer import Layer, Wave
 from fiddler.scheduler.messages import RunExperts
 from fiddler.scheduler.routing import LayerWork, Load
 from fiddler.types import ExpertWeights
+from tests.devices.conftest import Build
 from tests.support.entries import entries
 from tests.support.processes import wait_until_gone
 
@@ -42,10 +44,9 @@ ROUNDING = 2.0**-7
 
 
 @pytest.fixture(scope="module", params=["best", "portable"])
-def ours(request: pytest.FixtureRequest) -> Native:
+def ours(request: pytest.FixtureRequest, build: Build) -> Native:
     """The kernels as this machine gets them, and as one without AVX-512's bf16 instructions does."""
-    options = ["-DPORTABLE"] if request.param == "portable" else []
-    return Native(compiled(["cc"], SOURCE, [*FLAGS, *options]), Path("kernels.so"))
+    return build("-DPORTABLE") if request.param == "portable" else build()
 
 
 @pytest.fixture
@@ -331,10 +332,21 @@ def compiler_script(folder: Path, *lines: str) -> str:
     return str(script)
 
 
+@lru_cache
+def made_of_ours(compiler: Sequence[str]) -> bytes:
+    return compiled(compiler, SOURCE, ("-O0", *FLAGS[1:]))
+
+
+def compiled_before(compiler: Sequence[str], source: Path, flags: Sequence[str]) -> bytes:
+    """Return what a compiler makes of our source, without its help if it made it before, and in little time."""
+    assert (source, flags) == (SOURCE, FLAGS)
+    return made_of_ours(tuple(compiler))
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, no memory of other tests' compilers, and nothing that takes long to compile."""
-    monkeypatch.setattr(kernels_of_ours, "FLAGS", ("-O0", *FLAGS[1:]))
+    """An empty cache, no memory of other tests' compilers, and gcc's work done before."""
+    monkeypatch.setattr(kernels_of_ours, "compiled", compiled_before)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _native.cache_clear()
     yield tmp_path / "cache" / "fiddler"
@@ -391,7 +403,7 @@ class TestKeeping:
         only_reads(monkeypatch)
         again()
         (tmp_path / "elsewhere").chmod(0o775)
-        monkeypatch.setattr(kernels_of_ours, "compiled", compiled)
+        monkeypatch.setattr(kernels_of_ours, "compiled", compiled_before)
         again()
         assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o775
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from transformers.activations import ACT2FN
 
 from fiddler.devices.formula import ExpertFormula, run_expert
 from fiddler.devices.gates import Activation, Gate, recognised
-from fiddler.devices.library import compiled
-from fiddler.devices.native import FLAGS, SOURCE, Native, native
+from fiddler.devices.native import Native, native
 from fiddler.devices.outline import Outline
 from fiddler.formats.packed import Code, Matrix, Packed
 from fiddler.scheduler.routing import Load
 from fiddler.types import ExpertWeights
+from tests.devices.conftest import Build
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
 
@@ -99,9 +98,8 @@ class TestRecognised:
 
 
 @pytest.fixture(scope="module", params=["best", "portable"])
-def ours(request: pytest.FixtureRequest) -> Native:
-    options = ["-DPORTABLE"] if request.param == "portable" else []
-    return Native(compiled(["cc"], SOURCE, [*FLAGS, *options]), Path("kernels.so"))
+def ours(request: pytest.FixtureRequest, build: Build) -> Native:
+    return build("-DPORTABLE") if request.param == "portable" else build()
 
 
 KINDS = {

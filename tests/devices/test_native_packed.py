@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fiddler.devices.library import compiled
-from fiddler.devices.native import FLAGS, MOST_ROWS, SOURCE, Native, native
+from fiddler.devices.native import MOST_ROWS, Native, native
 from fiddler.formats.packed import MIDDLE, SCALES, Code, Packed
+from tests.devices.conftest import Build
 from tests.formats.blocks import RUNS, in_blocks
 
 pytestmark = pytest.mark.skipif(native() is None, reason="this machine has no gcc")
@@ -27,9 +26,9 @@ CASES = [(code, zeros) for code in SEPARATE for zeros in (False, True) if code i
 
 
 @pytest.fixture(scope="module", params=list(BUILDS))
-def ours(request: pytest.FixtureRequest) -> Native:
+def ours(request: pytest.FixtureRequest, build: Build) -> Native:
     """The kernels as this machine gets them, in compilers' vectors, and in those of AVX2."""
-    return Native(compiled(["cc"], SOURCE, [*FLAGS, *BUILDS[request.param]]), Path("kernels.so"))
+    return build(*BUILDS[request.param])
 
 
 @pytest.fixture
