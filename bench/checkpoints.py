@@ -44,7 +44,8 @@ def folder(options: Namespace) -> Path:
 
 def set_bytes(options: Namespace, checkpoint: Path) -> int:
     """Return how many bytes to read to find a limit: a model that fits in the cache is read from there."""
-    n_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    files = [checkpoint] if checkpoint.is_file() else checkpoint.glob("*.safetensors")
+    n_bytes = sum(file.stat().st_size for file in files)
     return options.set_mib << 20 if options.set_mib else min(MOST_BYTES, max(n_bytes, LEAST_BYTES))
 
 

@@ -73,10 +73,10 @@ def chunks(report: Record) -> Iterator[Row]:
 
 @table("packed", "packed-2core-epyc")
 def packed(report: Record) -> Iterator[Row]:
-    yield "model", "format", "1 row: GB/s (of the ceiling)", "time of bf16's", "4 rows", "16 rows"
+    yield "model", "format", "1 row: GB/s (of the ceiling)", "time of bf16's", "4 rows", "16 rows", "32 rows"
     cells = {(c.model, c.format, c.n_rows): c for c in report.experts}
     for model, name in dict.fromkeys((c.model, c.format) for c in report.experts):
-        one, *more = (cells[model, name, n] for n in (1, 4, 16))
+        one, *more = (cells[model, name, n] for n in (1, 4, 16, 32))
         speed = f"{one.gbs.high:.1f} ({_percent(one.of_ceiling)})"
         yield model, name, speed, *(f"{c.of_bf16:.2f}" for c in (one, *more))
 

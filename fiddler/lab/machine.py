@@ -26,8 +26,8 @@ RESERVE_BYTES = 2**30
 
 LEAST_FLOAT_BYTES = 2
 """Bytes of a weight that is not packed, at least."""
-ROWS_A_DECODING = 4
-"""Rows after which our kernels decode a weight again, by the times of 4 and 16 rows (see `packed_curve`)."""
+ROWS_A_DECODING = 16
+"""Rows after which our kernels decode a weight again: `PANEL` of devices/desk.h."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +158,10 @@ def _plain_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
 def packed_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
     """Return the seconds by rows of a packed expert on the CPU: the faster of two ways.
 
-    In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 4))`, where d is the seconds to
-    decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of nine formats in
-    bench/results/packed-2core-epyc.json are met within a quarter. Whole: read and decode once, write and read bf16,
+    In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 16))`, where d is the seconds to
+    decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of fifteen formats in
+    bench/results/packed-2core-epyc.json are met within two fifths, of FP8 from above and of GGUF's blocks from
+    below. Whole: read and decode once, write and read bf16,
     and multiply that.
     """
     n_weights = flops / 2.0
