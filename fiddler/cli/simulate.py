@@ -17,7 +17,8 @@ from fiddler.errors import ConfigError
 from fiddler.formats.layouts import LAYOUTS
 from fiddler.given import read_json
 from fiddler.lab import PlannerName, PolicyName, PrefetchName
-from fiddler.lab.shape import FLOATS
+from fiddler.lab.shape import FLOATS, shapes
+from fiddler.store.gguf_parts import begins_as_gguf
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -199,6 +200,11 @@ def _shape(options: MachineOptions) -> "ModelShape":
     if options.model is None:
         return ModelShape.load(SHAPE if options.shape is None else options.shape)
     file = options.model / "config.json" if options.model.is_dir() else options.model
+    if begins_as_gguf(file):
+        raise ConfigError(
+            f"{file} is GGUF, whose shape is not read; give the model's config.json, and --quant for its experts, "
+            f"or leave --model out and give --shape: {', '.join(shapes())}"
+        )
     try:
         config = read_json(file)
     except OSError as error:

@@ -184,7 +184,7 @@ class _Copied(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.refuse("pickling the model", "would leave them out", "attach to that folder again where it is needed")
+        self.refuse("pickling the model", "would leave them out", "attach to that checkpoint again where it is needed")
 
     def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
         """Raise `ModelError`."""
@@ -226,7 +226,7 @@ class _Experts(_Copied):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not hasattr(self._whole(), "peft_config"):
-            self.refuse("state_dict()", "would leave them out", f"copy that folder, or {WHOLE}")
+            self.refuse("state_dict()", "would leave them out", f"copy that checkpoint, or {WHOLE}")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update((prefix + name, self._missing(name)) for name in self._shapes)  # peft takes its own
 
@@ -294,11 +294,11 @@ class _Model(_Holder, PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         if not getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the adapters alone
-            self.refuse("save_pretrained()", "would leave them out", f"copy that folder, or {WHOLE}")
+            self.refuse("save_pretrained()", "would leave them out", f"copy that checkpoint, or {WHOLE}")
         super().save_pretrained(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        self.refuse("push_to_hub()", "would leave them out", f"upload that folder, or {WHOLE}")
+        self.refuse("push_to_hub()", "would leave them out", f"upload that checkpoint, or {WHOLE}")
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
         self.refuse("set_experts_implementation()", "would not find them")

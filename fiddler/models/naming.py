@@ -54,24 +54,36 @@ def check_views(
         for view in views:
             entry = entries[view.tensor]
             if isinstance(entry, Quantised):
-                _check_packed(view, entry, kinds)
+                _check_packed(view, entry)
             elif entry.dtype not in EXPERT_DTYPES:
                 raise CheckpointError(f"tensor {view.tensor!r} is {entry.dtype}; experts must be {EXPERT_NAMES}")
-            else:
-                kinds.setdefault("floats", view.tensor)
+            kinds.setdefault(_kind(entry), view.tensor)
+            if len(kinds) > 1:
+                one, other = kinds.values()
+                raise UnsupportedModelError(_mixed(one, other, entries))
             if share is None or _seen(entry.shape, view.steps) != share:
                 raise CheckpointError(_complaint(parameter, due, views, view, entry))
 
 
-def _check_packed(view: View, entry: Quantised, kinds: dict[object, str]) -> None:
-    # Scales of another kind of number, and zeros that some lack, show in the bytes: shapes are one.
-    kinds.setdefault((entry.dtype, entry.block, entry.nbytes), view.tensor)
-    if len(kinds) > 1:
-        first = next(iter(kinds.values()))
-        raise UnsupportedModelError(
-            f"tensor {view.tensor!r} is {entry.dtype} in blocks of {list(entry.block)}, {entry.nbytes} bytes, and "
-            f"{first!r} of the same layer is stored in another way; Fiddler takes a layer's experts in one"
-        )
+def _kind(entry: Entry | Quantised) -> object:
+    """Return what must be one in a layer; scales of another kind, and zeros that some lack, show in the bytes."""
+    return (entry.dtype, entry.block, entry.nbytes) if isinstance(entry, Quantised) else "floats"
+
+
+def _mixed(one: str, other: str, entries: Mapping[str, Entry | Quantised]) -> str:
+    stored = [f"tensor {name!r} is {_stored(entries[name])}" for name in (one, other)]
+    return (
+        f"{' and '.join(stored)}; Fiddler takes them in one format for a layer: use another quantised version, or "
+        "the one in bf16"
+    )
+
+
+def _stored(entry: Entry | Quantised) -> str:
+    blocks = f" in blocks of {list(entry.block)}" if isinstance(entry, Quantised) else ""
+    return f"{entry.dtype}{blocks}, {entry.nbytes} bytes"
+
+
+def _check_packed(view: View, entry: Quantised) -> None:
     fused = bool(view.steps) and isinstance(view.steps[0], Select)
     if fused != (len(entry.shape) == 3) or rows_of(entry, view.steps[fused:]) is None:
         raise UnsupportedModelError(unviewable(view.tensor, entry))

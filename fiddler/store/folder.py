@@ -11,7 +11,7 @@ from typing import Any
 
 from fiddler.errors import CheckpointError, ModelError, UnsupportedModelError
 from fiddler.given import read_json
-from fiddler.store.gguf_parts import all_parts, firsts, is_gguf, refuse_other
+from fiddler.store.gguf_parts import SUFFIX, all_parts, begins_as_gguf, firsts, is_gguf, refuse_other
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -46,6 +46,11 @@ def find_checkpoint(model: str | Path, *, download: bool = True) -> Path:
         return all_parts(path)[0]
     if os.path.lexists(path):
         raise _no_folder(path)
+    if name.lower().endswith(SUFFIX):  # else it would be asked for at the hub
+        raise CheckpointError(
+            f"{name} is not there; give the path of a {SUFFIX} file, and fetch one of the hub's with "
+            "`hf download OWNER/MODEL FILE.gguf --local-dir .`"
+        )
     hub_id = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
     if hub_id is None:
         raise CheckpointError(f"{name} is neither a checkpoint folder nor a hub id (owner/model)")
@@ -74,6 +79,8 @@ def _no_folder(path: Path) -> ModelError:
         return CheckpointError(f"{path} is a link to nothing")
     if not path.is_file():
         return CheckpointError(f"{path} is neither a folder nor a file")
+    if begins_as_gguf(path):
+        return CheckpointError(f"{path} holds GGUF; give it, or a link to it, a name that ends in {SUFFIX}")
     if name.endswith(_ARCHIVES):
         return CheckpointError(f"{path} is an archive; unpack it and give the folder")
     if name.endswith(_PICKLED):
@@ -82,7 +89,9 @@ def _no_folder(path: Path) -> ModelError:
         )
     if name.endswith((".safetensors", ".json")):
         return CheckpointError(f"{path} is one file of a checkpoint; give its folder, {path.absolute().parent}")
-    return CheckpointError(f"{path} is a file, not a folder; give a checkpoint's folder or a hub id (owner/model)")
+    return CheckpointError(
+        f"{path} is a file, not a folder; give a checkpoint's folder, a {SUFFIX} file or a hub id (owner/model)"
+    )
 
 
 def check_folder(folder: Path) -> None:

@@ -21,12 +21,24 @@ def is_gguf(path: Path) -> bool:
 def refuse_other(file: Path) -> None:
     """Raise `CheckpointError` for a file of another kind."""
     try:
-        with open_regular(file) as stream:
-            begins = stream.read(len(MAGIC)) == MAGIC
+        begins = _begins(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be opened: {error}") from error
     if not begins:
         raise CheckpointError(f"{file} does not begin with GGUF: it is another file, or empty; download it again")
+
+
+def begins_as_gguf(file: Path) -> bool:
+    """Whether a file of any name holds GGUF, as those that Ollama and the hub's cache name by their digests."""
+    try:
+        return _begins(file)
+    except (OSError, ValueError):
+        return False
+
+
+def _begins(file: Path) -> bool:
+    with open_regular(file) as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def all_parts(file: Path) -> list[Path]:

@@ -200,6 +200,14 @@ def test_what_is_not_there_is_refused_in_one_line(args: tuple[object, ...], mess
     assert result.stdout == ""
 
 
+def test_a_gguf_file_is_no_shape(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\0\0\0\xff")
+    result = run("--model", file)
+    assert result.exit_code == 1
+    assert "is GGUF, whose shape is not read; give the model's config.json, and --quant" in result.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [

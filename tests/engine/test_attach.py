@@ -222,10 +222,10 @@ class ModulesToSave(nn.Module):
 
 
 REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "save_pretrained": ("copy that folder", lambda model: model.save_pretrained("nowhere")),
-    "push_to_hub": ("upload that folder", lambda model: model.push_to_hub("nobody/nothing")),
-    "state_dict": ("copy that folder", lambda model: model.state_dict()),
-    "state_dict of a part": ("copy that folder", lambda model: model.model.layers[0].state_dict()),
+    "save_pretrained": ("copy that checkpoint", lambda model: model.save_pretrained("nowhere")),
+    "push_to_hub": ("upload that checkpoint", lambda model: model.push_to_hub("nobody/nothing")),
+    "state_dict": ("copy that checkpoint", lambda model: model.state_dict()),
+    "state_dict of a part": ("copy that checkpoint", lambda model: model.model.layers[0].state_dict()),
     "load_state_dict": (
         "load the model with transformers",
         lambda m: m.load_state_dict(build("qwen3_moe").state_dict()),
@@ -234,8 +234,8 @@ REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
         "load the model with transformers",
         lambda m: m.load_state_dict(build("qwen3_moe").state_dict(), strict=False),
     ),
-    "pickle": ("attach to that folder again", pickle.dumps),
-    "pickle of a part": ("attach to that folder again", lambda model: pickle.dumps(model.model.layers)),
+    "pickle": ("attach to that checkpoint again", pickle.dumps),
+    "pickle of a part": ("attach to that checkpoint again", lambda model: pickle.dumps(model.model.layers)),
     "half": (r"EngineConfig\(dtype='float16'\)", lambda model: model.half()),
     "bfloat16": (r"EngineConfig\(dtype='bfloat16'\)", lambda model: model.bfloat16()),
     "double": ("float64", lambda model: model.double()),
@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], object]]] = {
         lambda model: setattr(model.model.layers[0], "mlp", ModulesToSave(model.model.layers[0].mlp)),
     ),
     "saving what peft's own library adapted": (
-        "copy that folder",
+        "copy that checkpoint",
         lambda model: (setattr(model, "peft_config", {}), model.save_pretrained("nowhere")),
     ),
     "attaching again": ("attached already", fiddler.attach),

@@ -108,7 +108,11 @@ TYPES: Mapping[str, tuple[Types, str]] = {
     ),
     "gate and up in two types": (
         lambda name: "Q8_0" if "gate_exps" in name else "Q4_0" if "exps" in name else "F32",
-        "stored in another way",
+        r"gate_exps.weight' is q8_0 .*up_exps.weight' is q4_0 .*in one format for a layer: use another",
+    ),
+    "gate in blocks and up in floats": (
+        lambda name: "Q8_0" if "gate_exps" in name else "BF16" if "exps" in name else "F32",
+        r"gate_exps.weight' is q8_0 .*up_exps.weight' is BF16, .*in one format for a layer",
     ),
 }
 CHANGED: Mapping[str, tuple[str, dict[str, Any], type[ModelError], str]] = {

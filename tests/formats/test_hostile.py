@@ -18,6 +18,7 @@ from fiddler.models.loaded import load
 from fiddler.store.checkpoint import Checkpoint
 from tests.formats.folders import edit, save_pair
 from tests.formats.writers import Writer, awq, fp8, fp8_scalar, gptq, integers, mxfp4, mxfp8, nf4, nvfp4
+from tests.support.tiny import N_EXPERTS
 
 NAME = "model.layers.0.mlp.experts.0.down_proj."
 GROUPS = {"config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 32}}}}
@@ -144,6 +145,14 @@ def test_a_damaged_expert_is_named_when_it_is_opened(
         load(damaged(tiny, change), EngineConfig(store=store))
 
 
+def _last_in_floats(tensors: dict[str, Tensor]) -> None:
+    """Store the last expert's down as floats, where the others have codes."""
+    stem = f"model.layers.0.mlp.experts.{N_EXPERTS - 1}.down_proj."
+    for name in [name for name in tensors if name.startswith(stem)]:
+        del tensors[name]
+    tensors[f"{stem}weight"] = torch.zeros(192, 160)
+
+
 SOME_INT4 = {"num_bits": 4, "group_size": 32}
 
 
@@ -155,14 +164,21 @@ SOME_INT4 = {"num_bits": 4, "group_size": 32}
             {},
             lambda t: t.pop(f"{NAME}weight_zero_point"),
             UnsupportedModelError,
-            "of the same layer is stored in another way",
+            "in one format for a layer",
         ),
         (
             integers(4, 32),
             {},
             lambda t: t.update({f"{NAME}weight_scale": t[f"{NAME}weight_scale"].float()}),
             UnsupportedModelError,
-            "of the same layer is stored in another way",
+            "in one format for a layer",
+        ),
+        (
+            integers(4, 32),
+            {},
+            _last_in_floats,
+            UnsupportedModelError,
+            r"7\.down_proj\.weight' is F32, .*in one format for a layer",
         ),
         (
             integers(4, 32),
@@ -189,6 +205,7 @@ SOME_INT4 = {"num_bits": 4, "group_size": 32}
     ids=[
         "one without zeros",
         "one of other scales",
+        "the last expert in floats",
         "all without zeros",
         "codes of 64 bits",
         "floats beside codes",

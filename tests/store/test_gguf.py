@@ -205,3 +205,16 @@ def test_a_folder_of_files_says_which_to_give(tmp_path: Path) -> None:
     write(folder / "a.Q4_0.gguf")
     with pytest.raises(CheckpointError, match=r"give a file: .*a\.Q4_0\.gguf or another of 2$"):
         find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["sha256-6a0746a1ec1a", "pytorch_model.bin"])
+def test_a_file_of_another_name_wants_the_suffix(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "m.gguf").rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"holds GGUF; give it, .* a name that ends in \.gguf"):
+        find_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["models/none.gguf", "owner/model/none.Q4_K_M.gguf", "none.GGUF"])
+def test_a_file_that_is_not_there_is_not_asked_for_at_the_hub(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"is not there; give the path .*`hf download OWNER/MODEL FILE"):
+        find_checkpoint(name)
