@@ -171,6 +171,8 @@ class Facts:
     """Whether the rows of all sequences travel in one forward; otherwise each sequence has its own."""
     file_bytes: int
     """Bytes of every stored tensor, unused ones (such as multi-token prediction) included."""
+    stored_parameters: int
+    """Numbers in all of them, those of quantised ones once decoded."""
     experts_dtype: str
     """Kind of number of the experts' weights."""
     sizes: Sizes
@@ -203,6 +205,7 @@ def read_facts(model: str | Path, *, trust_remote_code: bool) -> Facts:
         moe_layers=len(seam.find_experts(skeleton)),
         packed=seems_packed(skeleton),
         file_bytes=sum(entry.nbytes for entry in checkpoint.headers.values()),
+        stored_parameters=sum(prod(entry.shape) for entry in checkpoint.entries.values()),
         experts_dtype=_experts_dtype(skeleton, checkpoint),
         sizes=sizes,
         machine=_machine(sizes, available_bytes()),

@@ -64,9 +64,9 @@ def _rows(facts: "Facts") -> list[tuple[str, str]]:
         ("sequences", "share one forward" if facts.packed else "run one forward each, and meet at the experts"),
         ("memory", _memory(facts)),
     ]
-    unused = facts.file_bytes - sizes.total.bytes
+    unused = facts.stored_parameters - sizes.total.parameters
     if unused > 0:
-        rows.insert(8, ("not used", f"{size(unused)} of what is stored"))
+        rows.insert(8, ("not used", f"{_count(unused)} parameters of what is stored"))
     return rows
 
 

@@ -184,7 +184,8 @@ class _Copied(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.refuse("pickling the model", "would leave them out", "attach to that checkpoint again where it is needed")
+        again = "attach to that checkpoint again where it is needed"
+        self.refuse("pickling the model", "would leave them out", again)
 
     def refuse(self, action: str, why: str, remedy: str = WHOLE) -> NoReturn:
         """Raise `ModelError`."""

@@ -158,11 +158,10 @@ def _plain_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
 def packed_curve(machine: Machine, nbytes: int, flops: float) -> Curve:
     """Return the seconds by rows of a packed expert on the CPU: the faster of two ways.
 
-    In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 16))`, where d is the seconds to
-    decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of fifteen formats in
-    bench/results/packed-2core-epyc.json are met within two fifths, of FP8 from above and of GGUF's blocks from
-    below. Whole: read and decode once, write and read bf16,
-    and multiply that.
+    In registers: `max(bytes / read rate + d, n · (operations / operation rate + d / 16))`, where d is the seconds
+    to decode all weights. Decoding comes on top of reading, not beside it: so the times of one row of fifteen
+    formats in bench/results/packed-2core-epyc.json are met within two fifths, of FP8 from above and of GGUF's
+    blocks from below. Whole: read and decode once, write and read bf16, and multiply that.
     """
     n_weights = flops / 2.0
     decode_s = n_weights / machine.cpu_decode_weights_per_s
