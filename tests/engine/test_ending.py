@@ -310,7 +310,8 @@ def test_options_are_an_engine_config(opens: Callable[..., Any], config: Any, hi
 
 @pytest.mark.parametrize("model", [123, None, b"demo", ["a"], EngineConfig(), Engine, Odd()], ids=type)
 def test_a_model_is_a_folder_an_id_or_a_function(model: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a checkpoint folder, a GGUF file, a hub id .* nor a function"):
+    due = r"neither a checkpoint folder, a GGUF file, a hub id .* nor a function"
+    with pytest.raises(CheckpointError, match=due):
         Engine(model)
 
 
