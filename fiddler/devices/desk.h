@@ -1,5 +1,5 @@
-/* What a thread multiplies with: a panel of activations in the order of a matrix's numbers, and the scales of some rows
-   of weights in float32. */
+/* A thread's working memory: a panel of activations in the order of a matrix's numbers, and the scales of some rows of
+   weights in float32. */
 
 #ifndef DESK_H
 #define DESK_H
@@ -77,7 +77,7 @@ typedef struct {
     integer blocks[W];      /* the rows of blocks whose scales these are */
     const matrix *of[W];    /* the matrices and their rows, where blocks fit no lanes */
     integer rows[W];
-    const byte *next[W];    /* the rows of codes behind these */
+    const byte *next[W];    /* the next rows of codes, to be prefetched */
 } desk;
 
 static desk desk_of(byte *room, integer columns) {
@@ -168,7 +168,7 @@ static void lay(const matrix *m, const walk *way, const float *from, float *to) 
     while (at < n) to[at++] = 0; /* behind the last column, where everything is multiplied by zero */
 }
 
-/* A row's offsets: what is taken from its codes, times their scales. */
+/* A row's offsets: the zeros of its groups times their scales; minima are offsets as they are. */
 static void read_offsets(const matrix *m, const walk *way, desk *d, int i, integer block) {
     float *offsets = d->offsets[i];
     if (m->zeros && way->laid) {

@@ -2,8 +2,8 @@
 
    A thread multiplies a panel of activations, arranged as the weights' kind wants them, by rows of weights whose scales
    it has read into float32. Products are summed in float32 up to the next scale and multiplied by it, and a row's sum by
-   its factor at the end. What is taken from the codes of a group (a zero, a minimum) is an offset, which multiplies the
-   sum of the group's activations once.
+   its factor at the end. A group's zero or minimum is an offset, which multiplies the sum of the group's activations
+   once.
 
    A result depends on its row and its weights alone, never on how many rows run beside it. */
 
@@ -26,14 +26,14 @@ INLINE integer span_end(const int one, const walk *way, integer b) {
     return one ? least(((b >> way->shift) + 1) << way->shift, way->blocks) : b + 1;
 }
 
-/* Take from a row's sums what its offsets say. */
+/* Subtract a row's offsets from its sums. */
 INLINE floats less_offsets(const desk *d, int i, integer j, floats all) {
     const float *sums = d->sums + j * d->padded, *offsets = d->offsets[i];
     for (integer g = 0; g < d->padded; g += LANES) all -= load_floats(offsets + g) * load_floats(sums + g);
     return all;
 }
 
-/* Ask memory for codes that come later; in blocks, for a row's, whose scales are read before its first code. */
+/* Prefetch codes; those of ggml's blocks a row ahead, for all scales of a row are read before its first code. */
 INLINE void ask_ahead(const int kind, const walk *way, const byte *codes, integer b) {
     const byte *from = codes + b * way->bytes + (in_blocks(kind) ? way->blocks * way->bytes : AHEAD);
     __builtin_prefetch(from);
@@ -78,9 +78,9 @@ INLINE void dots_codes(const int kind, const int one, const int n_x, tables t, c
         out[i][first_x + k] = total(less_offsets(d, i, j + first_x + k, all[i][k]));
 }
 
-/* The same of numbers that are taken already, in the same order. Two rows of activations at a time, since those of a
+/* The same of rows that are decoded already, in the same order. Two rows of activations at a time, since those of a
    panel come from the second cache, and the four of weights stay in the first. */
-INLINE void dots_ready(const int kind, const int one, const desk *d, const walk *way, integer j, integer n_x,
+INLINE void dots_decoded(const int kind, const int one, const desk *d, const walk *way, integer j, integer n_x,
                        float out[W][X]) {
     const int sets = sets_of(kind), pieces = pieces_of(kind);
     const ints lanes[2] = {spread_of(kind, way->per, 0), spread_of(kind, way->per, 1)};
@@ -94,7 +94,7 @@ INLINE void dots_ready(const int kind, const int one, const desk *d, const walk 
                 floats sum[W][2];
                 UNROLL for (int i = 0; i < W; i++) UNROLL for (int k = 0; k < 2; k++) sum[i][k] = (floats){0};
                 for (integer b = first; b < stop; b++) {
-                    if ((b & 7) == ((j + two) / 2 & 7)) /* memory would rest while numbers that are taken are used */
+                    if ((b & 7) == ((j + two) / 2 & 7)) /* else memory would be idle while decoded rows are used */
                         UNROLL for (int i = 0; i < W; i++) __builtin_prefetch(d->next[i] + b * way->bytes);
                     UNROLL for (int p = set; p < pieces; p += sets) {
                         const number *x = d->x + (j + two) * step + b * way->block + partner(p) * PIECE;
@@ -118,8 +118,8 @@ INLINE void dots_ready(const int kind, const int one, const desk *d, const walk 
     }
 }
 
-/* Take the numbers of W rows of weights. */
-INLINE void take_rows(const int kind, tables t, const byte *codes[W], const desk *d, const walk *way, integer left) {
+/* Decode W rows of weights. */
+INLINE void decode_rows(const int kind, tables t, const byte *codes[W], const desk *d, const walk *way, integer left) {
     for (int i = 0; i < W; i++) {
         number *to = d->w[i];
         for (integer b = 0; b < way->blocks; b++) {
@@ -205,11 +205,11 @@ static void dots_slowly(const desk *d, const bf16 *x, integer stride, integer n_
     }
 #define TAKE(name, kind)                                                                                            \
     static void take_##name(tables t, const byte *codes[W], const desk *d, const walk *way, integer left) {         \
-        take_rows(kind, t, codes, d, way, left);                                                                    \
+        decode_rows(kind, t, codes, d, way, left);                                                                    \
     }
 #define READY(name, kind, one)                                                                                      \
     static void ready_##name(const desk *d, const walk *way, integer j, integer n_x, float out[W][X]) {             \
-        dots_ready(kind, one, d, way, j, n_x, out);                                                                 \
+        dots_decoded(kind, one, d, way, j, n_x, out);                                                                 \
     }
 #define SCALED(name, kind) TILE(name##_one, kind, 1) TILE(name##_few, kind, 0) TAKE(name, kind)
 #define BLOCKED(name, kind) TILE(name, kind, NARROW) TAKE(name, kind)
@@ -259,14 +259,14 @@ static kernels kernels_for(integer kind, int one) {
     }
 }
 
-/* What multiplies rows of a matrix with a panel of activations. */
+/* The kernels for one matrix and one panel of activations. */
 typedef struct {
     const matrix *m;
     walk way;
     kernels own;
     tables t;
     integer left; /* bytes of a row behind its whole blocks */
-    int taken;    /* whether the numbers of weights are taken once for the whole panel, which pays for more than a tile */
+    int decoded;  /* whether weights are decoded once for the whole panel, which pays for more than a tile */
 } multiplier;
 
 static multiplier multiplier_of(const matrix *m, integer n) {
@@ -275,12 +275,12 @@ static multiplier multiplier_of(const matrix *m, integer n) {
     found.own = kernels_for(m->kind, found.way.per == 1);
     found.t = tables_of((int)m->kind, m->zeros != 0);
     found.left = row_bytes(m) - found.way.whole * found.way.bytes;
-    found.taken = n > X;
+    found.decoded = n > X;
     return found;
 }
 
-static void take_numbers(const multiplier *k, const byte *codes[W], const desk *d) {
-    if (k->taken) k->own.take(k->t, codes, d, &k->way, k->left);
+static void decode_ahead(const multiplier *k, const byte *codes[W], const desk *d) {
+    if (k->decoded) k->own.take(k->t, codes, d, &k->way, k->left);
 }
 
 /* The dot products of rows of weights of one kind, whose scales the desk has read, with activations j to j + n_x of
@@ -290,7 +290,7 @@ static void tile(const multiplier *k, const byte *codes[W], const desk *d, const
     const matrix *m = k->m;
     integer columns = m->columns;
     x += j * columns;
-    if (k->taken) {
+    if (k->decoded) {
         k->own.ready(d, &k->way, j, n_x, out);
     } else if (k->own.tile) {
         k->own.tile(k->t, codes, d, &k->way, k->left, j, n_x, out);

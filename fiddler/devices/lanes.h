@@ -241,7 +241,10 @@ INLINE int pieces_of(int kind) { return in_nibbles(kind) ? 2 : 1; }
 INLINE int partner(int piece) { return piece; }
 
 INLINE int shifted(int kind) { return kind < 0; }
-INLINE float shift_of(int kind, int zeros) { return 0.0f * (float)(kind + zeros); }
+INLINE float shift_of(int kind, int zeros) {
+    (void)kind, (void)zeros;
+    return 0.0f;
+}
 
 INLINE void decode(int kind, tables t, words codes, values to[8]) {
     if (is_half(kind)) {
@@ -289,7 +292,10 @@ INLINE values load_numbers(const number *from) { return load_floats(from); }
 INLINE void store_numbers(number *to, values from) { memcpy(to, &from, sizeof from); }
 INLINE floats products(floats so_far, values a, values b) { return so_far + a * b; }
 
-INLINE ints spread_of(int kind, integer per, int set) { return (ints){0} + (int)per * 0 + kind * set * 0; }
+INLINE ints spread_of(int kind, integer per, int set) {
+    (void)kind, (void)per, (void)set;
+    return (ints){0};
+}
 INLINE floats spread(const float *from, int one, ints at) {
     (void)at;
     return one ? all_of(*from) : load_floats(from);

@@ -64,7 +64,7 @@ static void multiply(const stream streams[W], const bf16 *x, integer out, intege
                 codes[i] = codes_of(s->m, rows[i]);
                 read(s->m, &k.way, d, i, rows[i]);
             }
-            take_numbers(&k, codes, d);
+            decode_ahead(&k, codes, d);
             for (integer j = 0; j < n; j += X) {
                 float found[W][X];
                 integer n_x = least(n - j, X);
